@@ -1,0 +1,49 @@
+"""Shards to batches: what a data set is (manifest), in which order it is seen, how its images are read and batched.
+
+Names are imported on first use, so that `data_prep`, which needs the manifest alone, does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eiwtrain.data.loader import Batch, eval_batches, first_images, train_batches
+    from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
+    from eiwtrain.data.order import SampleOrder
+    from eiwtrain.data.stream import ShardReader
+
+_HOME = {
+    "Batch": "loader",
+    "DataError": "manifest",
+    "Manifest": "manifest",
+    "SampleOrder": "order",
+    "Shard": "manifest",
+    "ShardReader": "stream",
+    "Split": "manifest",
+    "eval_batches": "loader",
+    "first_images": "loader",
+    "load_manifest": "manifest",
+    "train_batches": "loader",
+}
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Manifest",
+    "SampleOrder",
+    "Shard",
+    "ShardReader",
+    "Split",
+    "eval_batches",
+    "first_images",
+    "load_manifest",
+    "train_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

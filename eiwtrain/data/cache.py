@@ -1,0 +1,134 @@
+"""Shards of remote storage, kept on local disk within a bound and shared by all processes of the node.
+
+Not for local data sets, which are read in place; only the note that their checksum was seen to hold is kept here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError, Shard
+
+DEFAULT_CACHE_BYTES = 64 << 30
+_LOCKS = 64  # downloads of one node that can go on side by side
+_ABANDONED = 3600.0  # seconds after which a partial download is taken for left by a killed process
+
+
+def default_cache_dir() -> Path:
+    """A folder of this user's in the machine's temporary folder."""
+    return Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
+
+
+class ShardCache:
+    """Files named by checksum, the least recently used removed when a new one would pass `limit` bytes.
+
+    One shard is always kept, however small the limit; shards that are being downloaded at the same moment by other
+    processes can pass it for that moment.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def path(self, shard: Shard) -> Path:
+        """Where the shard lies when it is here."""
+        return self.folder / f"{shard.sha256}.tar"
+
+    def fetch(self, url: str, shard: Shard) -> Path:
+        """The local path of the shard of the data set at `url`, downloaded and verified when it is not here yet.
+
+        Raises:
+            DataError: it is missing, or its size or checksum is not the manifest's.
+            StorageError: storage cannot be reached.
+        """
+        path = self.path(shard)
+        with self._lock(f"fetch-{int(shard.sha256[:8], 16) % _LOCKS}"):
+            if not path.exists():
+                with self._lock("evict"):
+                    self._evict(shard.bytes)
+                part = self.folder / f"{shard.sha256}.{uuid.uuid4().hex}.part"
+                try:
+                    storage.get_file(storage.join(url, shard.name), part)
+                    check_shard(part, shard)
+                    part.replace(path)
+                except FileNotFoundError:
+                    raise DataError(f"shard {shard.name} is missing from {url}") from None
+                finally:
+                    part.unlink(missing_ok=True)
+            touch(path)
+        return path
+
+    def verify_local(self, path: Path, shard: Shard) -> None:
+        """Check a shard that is read in place: its size always, its checksum once per node and change of the file.
+
+        Raises:
+            DataError: it is missing, or its size or checksum is not the manifest's.
+        """
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise DataError(f"shard {shard.name} is missing from {path.parent}: {e.strerror}") from None
+        seen = self.folder / f"{shard.sha256}.ok"
+        state = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        with suppress(OSError):
+            if stat.st_size == shard.bytes and seen.read_text() == state:
+                return
+        check_shard(path, shard)
+        with suppress(OSError, storage.StorageError):  # without the note other processes only check again
+            storage.write_bytes(str(seen), state.encode())
+
+    def _evict(self, incoming: int) -> None:
+        """Make room for `incoming` bytes: partial downloads count, and go when they have been left behind."""
+        files = []
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):
+                stat = entry.stat()
+                if entry.name.endswith(".tar"):
+                    files.append((stat.st_mtime, stat.st_size, entry.path))
+                elif entry.name.endswith((".part", ".tmp")):
+                    if time.time() - stat.st_mtime > _ABANDONED:
+                        Path(entry.path).unlink(missing_ok=True)
+                    else:
+                        incoming += stat.st_size
+        total = incoming + sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.limit:
+                return
+            Path(path).unlink(missing_ok=True)  # who has it mapped keeps reading; the disk is free when they let go
+            total -= size
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{name}.lock", "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+            yield
+
+
+def check_shard(path: Path, shard: Shard) -> None:
+    """Compare a local file with what the manifest says of the shard.
+
+    Raises:
+        DataError: names the shard and what differs.
+    """
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise DataError(f"shard {shard.name} is damaged: {size} bytes, the manifest says {shard.bytes}")
+    found = storage.sha256_file(path)
+    if found != shard.sha256:
+        raise DataError(
+            f"shard {shard.name} is damaged: sha256 is {found[:12]}..., the manifest says {shard.sha256[:12]}..."
+        )
+
+
+def touch(path: Path) -> None:
+    """Mark a cached file as just used."""
+    with suppress(FileNotFoundError):
+        os.utime(path)

@@ -1,0 +1,299 @@
+"""Batches: the images of a step's share, with the noise and the flips that belong to each sample.
+
+What a sample looks like depends on (seed, epoch, sample index) alone: not on rank, world size, micro-batch or
+workers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from eiwtrain.data.manifest import DataError
+from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
+from eiwtrain.data.stream import ShardReader
+from eiwtrain.storage import StorageError
+
+_PREFETCH = 4  # micro-batches that each loader worker makes ahead
+_TRAIN, _EVAL = 0, 1  # streams of noise that never meet
+_WORD = 1 << 64
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class Batch(NamedTuple):
+    """A micro-batch of exactly n rows, some of which may be padding.
+
+    Attributes:
+        images: uint8 (n, C, H, W).
+        noise: float32 (n, C, H, W) in [0, 1), for dequantization.
+        weight: float32 (n,): 1 for a sample, 0 for padding. Over a step's micro-batches of all ranks it sums to the
+            global batch.
+        indices: int64 (n,): sample index within the split, -1 for padding.
+    """
+
+    images: torch.Tensor
+    noise: torch.Tensor
+    weight: torch.Tensor
+    indices: torch.Tensor
+
+
+def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Micro-batches a rank makes of its share of a global batch."""
+    return -(-global_batch // (world_size * micro_batch))
+
+
+def train_batches(
+    reader: ShardReader,
+    *,
+    seed: int,
+    start_step: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    flip: bool = False,
+    lanes: int = DEFAULT_LANES,
+    block: int = DEFAULT_BLOCK,
+) -> Iterator[list[Batch]]:
+    """The training stream from step `start_step` on, without end: each item is the share of `rank` in one step.
+
+    A step is a list of `micro_batches(...)` micro-batches of exactly `micro_batch` rows. The samples of a step
+    are the same set at any world size and any number of workers; each sample comes once an epoch.
+
+    Args:
+        reader: the split to train on.
+        seed: of the order, the noise and the flips.
+        start_step: the position is `start_step * global_batch` samples.
+        workers: processes that read and decode ahead; 0 does it here. They ignore SIGINT and SIGTERM.
+        flip: mirror every other sample, drawn anew each epoch.
+        lanes, block: see `SampleOrder`; change them and the order changes.
+
+    Raises:
+        ValueError: a size below 1, or a rank outside the world.
+        DataError: a shard is missing or damaged.
+        StorageError: storage cannot be reached.
+    """
+    _check_sizes(global_batch=global_batch, micro_batch=micro_batch, world_size=world_size)
+    if not 0 <= rank < world_size or start_step < 0 or workers < 0:
+        raise ValueError(f"rank {rank} of {world_size}, start_step {start_step}, workers {workers}: out of range")
+    order = SampleOrder(reader.shard_sizes, reader.manifest.fingerprint, seed, lanes, block)
+    shares = _TrainShares(reader, order, seed, global_batch, micro_batch, rank, world_size, flip)
+    count = micro_batches(global_batch, micro_batch, world_size)
+    return _steps(_load(shares, _Numbers(start_step * count), workers), count)
+
+
+def eval_batches(
+    reader: ShardReader,
+    *,
+    images: int,
+    seed: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """The first `images` samples of the split (all where it has fewer), strided over ranks.
+
+    Every rank yields the same number of batches of exactly `micro_batch` rows. Noise depends on (seed, index)
+    alone, so two evaluations differ by the model only. Raises as `train_batches`.
+    """
+    _check_sizes(images=images, micro_batch=micro_batch, world_size=world_size)
+    if not 0 <= rank < world_size or workers < 0:
+        raise ValueError(f"rank {rank} of {world_size}, workers {workers}: out of range")
+    total = min(images, len(reader))
+    shares = _EvalShares(reader, total, seed, micro_batch, rank, world_size)
+    return _load(shares, range(micro_batches(total, micro_batch, world_size)), workers)
+
+
+def first_images(reader: ShardReader, n: int) -> torch.Tensor:
+    """The first `n` images of the split, or all where it has fewer: uint8 (n, C, H, W)."""
+    return torch.from_numpy(reader.read(range(min(n, len(reader)))))
+
+
+class _TrainShares(Dataset[Any]):
+    """Micro-batch number i of one rank, counted over steps."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        flip: bool,
+    ) -> None:
+        self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
+        self.global_batch, self.micro_batch, self.rank, self.world_size = (
+            global_batch,
+            micro_batch,
+            rank,
+            world_size,
+        )
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        step, micro = divmod(number, micro_batches(self.global_batch, self.micro_batch, self.world_size))
+        share = self.order.rank_positions(step, self.global_batch, self.rank, self.world_size)
+        own = share[micro * self.micro_batch : (micro + 1) * self.micro_batch]
+        spare = share[:1] if len(share) else self.order.batch_positions(step, self.global_batch)[:1]
+        epochs, indices = self.order.at(own if len(own) else spare)
+        return _caught(self.reader, indices, epochs, len(own), self.micro_batch, self.seed, _TRAIN, self.flip)
+
+
+class _EvalShares(Dataset[Any]):
+    """Micro-batch number i of one rank's stride through the first `total` samples."""
+
+    def __init__(
+        self, reader: ShardReader, total: int, seed: int, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self.reader, self.total, self.seed = reader, total, seed
+        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+
+    def __getitem__(self, number: int) -> Batch | Exception:
+        own = np.arange(self.rank, self.total, self.world_size)[number * self.micro_batch :][: self.micro_batch]
+        indices = own if len(own) else np.zeros(1, np.int64)
+        return _caught(
+            self.reader, indices, np.zeros_like(indices), len(own), self.micro_batch, self.seed, _EVAL, False
+        )
+
+
+def _caught(reader: ShardReader, *args: Any) -> Batch | Exception:
+    """The batch, or the error as a value: raised in a worker, its one line would be buried in a traceback."""
+    try:
+        return _make_batch(reader, *args)
+    except (DataError, StorageError) as e:
+        return e
+
+
+def _make_batch(
+    reader: ShardReader,
+    indices: npt.NDArray[np.int64],
+    epochs: npt.NDArray[np.int64],
+    real: int,
+    rows: int,
+    seed: int,
+    stream: int,
+    flip: bool,
+) -> Batch:
+    """The samples, then padding up to `rows` that repeats the first of them; the first `real` rows count."""
+    shape = (rows, *reader.image_shape)
+    images, noise = np.empty(shape, np.uint8), np.empty(shape, np.float32)
+    images[: len(indices)] = reader.read(indices)
+    philox = np.random.Philox(0)
+    for row, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
+        if _draw(philox, (seed, stream, epoch, index), noise[row]) and flip:
+            images[row] = images[row, :, :, ::-1].copy()
+    images[len(indices) :], noise[len(indices) :] = images[0], noise[0]
+    weight = np.zeros(rows, np.float32)
+    weight[:real] = 1
+    kept = np.full(rows, -1, np.int64)
+    kept[:real] = indices[:real]
+    return Batch(*(torch.from_numpy(a) for a in (images, noise, weight, kept)))
+
+
+def _draw(philox: np.random.Philox, key: tuple[int, int, int, int], noise: npt.NDArray[np.float32]) -> bool:
+    """Fill `noise` with uniforms in [0, 1) and toss a coin, both functions of the key alone.
+
+    Raw Philox words, 24 bits to a float: the same in every version of NumPy, and a third faster than a
+    generator of its own for each sample.
+    """
+    seed, stream, epoch, index = key
+    state = philox.state
+    state["state"] = {
+        "counter": np.array([0, stream, epoch, index], np.uint64),
+        "key": np.array([seed % _WORD, 0], np.uint64),
+    }
+    state["buffer_pos"] = 4  # the buffer of four words is empty
+    philox.state = state
+    words = philox.random_raw(1 + -(-noise.size // 2))
+    uniform = words[1:].astype("<u8", copy=False).view("<u4")[: noise.size] >> 8
+    np.multiply(uniform.astype(np.float32), np.float32(2**-24), out=noise.reshape(-1))
+    return bool(int(words[0]) & 1)
+
+
+class _Numbers:
+    """start, start + 1, ... without end, as DataLoader wants it."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def _load(dataset: Dataset[Any], numbers: Any, workers: int) -> Iterator[Batch]:
+    """The micro-batches of those numbers, in order, made here or by worker processes."""
+    items: Iterator[Any]
+    if workers == 0:
+        items = (dataset[n] for n in numbers)
+    else:
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=_PREFETCH,
+            multiprocessing_context="spawn",  # remote file systems and threads do not survive a fork
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # or starting workers would advance torch's global generator
+        )
+        items = _start_workers(loader)
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _steps(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
+    while True:
+        yield [next(batches) for _ in range(count)]
+
+
+def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers with the stop signals blocked, which they inherit.
+
+    A Ctrl-C reaches the whole process group: it must not kill a worker that is still importing and has not come to
+    `_init_worker`. In this process a signal that arrives meanwhile is delivered right after.
+    """
+    resource_tracker.ensure_running()  # started by the first worker, it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(worker: int) -> None:
+    """The trainer decides when to stop and checkpoints first; its loader workers go when it lets them go.
+
+    They go without finalizing the interpreter, as forked ones do: that can end the thread that sends batches in the
+    midst of C++, which aborts the process, and DataLoader then raises in the trainer.
+    """
+    atexit.register(os._exit, 0)
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")

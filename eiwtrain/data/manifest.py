@@ -1,0 +1,323 @@
+"""What the shards of a data set are: the manifest of the whole, the sidecar of each shard, and their JSON.
+
+The one thing that `data_prep` (which writes) and `eiwtrain.data` (which reads) share. Holds no pixels and no order.
+
+A data set is a folder at any fsspec URL:
+
+    manifest.json        written last: without it there is no data set
+    train-000000.tar     WebDataset tar: key.png + key.json per image
+    train-000000.json    its sidecar: checksum, rejects, and where each image lies inside the tar
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eiwtrain import storage
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = "eiwtrain-data-1"
+SIDECAR_FORMAT = "eiwtrain-shard-1"
+
+
+class DataError(ValueError):
+    """A data set is absent, damaged or not what was asked for; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, how many images it holds, its size in bytes and its hex SHA-256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named part of the data set. Sample i of it is image i of its shards laid end to end."""
+
+    name: str
+    samples: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole data set.
+
+    Attributes:
+        name: what people call it; not part of the fingerprint.
+        resolution: height and width of every image, in pixels.
+        channels: 3 (RGB).
+        preprocessing: {"name", "version", "params"} of what was done to the pixels.
+        splits: by name.
+        fingerprint: SHA-256 over the shards' checksums and the preprocessing: equal exactly when the bytes are.
+        classes: class names; a sample's label is an index into them, -1 where it has none.
+        plan: SHA-256 of what was asked of `data_prep`; tells an unfinished or repeated run from another data set.
+    """
+
+    name: str
+    resolution: int
+    channels: int
+    preprocessing: dict[str, Any]
+    splits: dict[str, Split]
+    fingerprint: str
+    classes: tuple[str, ...] = ()
+    plan: str = ""
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            DataError: there is none, or it holds no samples.
+        """
+        if name not in self.splits:
+            raise DataError(
+                f"data set '{self.name}' has no split '{name}'; it has {', '.join(self.splits) or 'none'}"
+            )
+        if self.splits[name].samples == 0:
+            raise DataError(f"split '{name}' of data set '{self.name}' has no samples")
+        return self.splits[name]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What is known of one shard: its checksum, what was left out of it, and where each image lies inside it.
+
+    Attributes:
+        shard: name, samples, bytes, sha256.
+        plan: the plan of the data set it belongs to.
+        rejects: {"key", "source", "reason"} of each item that could not be decoded.
+        keys, labels, offsets, sizes: one entry per image: WebDataset key, class index, first byte and length of the
+            PNG inside the tar.
+    """
+
+    shard: Shard
+    plan: str
+    rejects: tuple[dict[str, str], ...] = ()
+    keys: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = field(default=())
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of shard `number` of `split`."""
+    return f"{split}-{number:06d}.tar"
+
+
+def sidecar_name(shard: str) -> str:
+    """File name of the sidecar of the shard of that file name."""
+    return shard.removesuffix(".tar") + ".json"
+
+
+def fingerprint(splits: Mapping[str, Split], preprocessing: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over the checksums of all shards, in order, and the preprocessing."""
+    content = {
+        "preprocessing": preprocessing,
+        "splits": {name: [s.sha256 for s in split.shards] for name, split in splits.items()},
+    }
+    return storage.sha256_bytes(canonical_json(content))
+
+
+def canonical_json(content: Any) -> bytes:
+    """The same bytes for equal content: sorted keys, no spaces, ASCII."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def digest(content: Any) -> str:
+    """Hex SHA-256 of the canonical JSON of `content`."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def load_manifest(url: str) -> Manifest:
+    """The data set at `url`.
+
+    Raises:
+        DataError: nothing there, or not a data set of this format; says which field is wrong.
+        StorageError: storage cannot be reached.
+    """
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        text = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no data set at {url}: {MANIFEST_NAME} is not there") from None
+    return manifest_from_json(text, where)
+
+
+def manifest_to_json(manifest: Manifest) -> bytes:
+    """`manifest` as the bytes of `manifest.json`."""
+    content = {
+        "format": MANIFEST_FORMAT,
+        "name": manifest.name,
+        "resolution": manifest.resolution,
+        "channels": manifest.channels,
+        "classes": list(manifest.classes),
+        "preprocessing": manifest.preprocessing,
+        "splits": {
+            name: {"samples": split.samples, "shards": [vars(s) for s in split.shards]}
+            for name, split in manifest.splits.items()
+        },
+        "fingerprint": manifest.fingerprint,
+        "plan": manifest.plan,
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def manifest_from_json(text: bytes, where: str) -> Manifest:
+    """The manifest in `text`; `where` names it in errors.
+
+    Raises:
+        DataError: not JSON, another format, a field missing or of the wrong type, or figures that contradict.
+    """
+    top = _Fields(_parse(text, where), where)
+    _check_format(top, MANIFEST_FORMAT)
+    preprocessing = top.mapping("preprocessing")
+    for key in ("name", "version", "params"):
+        if key not in preprocessing.values:
+            raise DataError(f"{where}: field 'preprocessing.{key}' is missing")
+    splits = {}
+    for name in (fields := top.mapping("splits")).values:
+        split = fields.mapping(name)
+        shards = tuple(_shard(s) for s in split.mappings("shards"))
+        if sum(s.samples for s in shards) != split.integer("samples"):
+            raise DataError(f"{where}: field 'splits.{name}.samples' is not the sum over its shards")
+        splits[name] = Split(name, split.integer("samples"), shards)
+    manifest = Manifest(
+        name=top.text("name"),
+        resolution=top.integer("resolution"),
+        channels=top.integer("channels"),
+        preprocessing=preprocessing.values,
+        splits=splits,
+        fingerprint=top.text("fingerprint"),
+        classes=tuple(top.listed("classes", str)),
+        plan=top.text("plan"),
+    )
+    if manifest.fingerprint != fingerprint(splits, manifest.preprocessing):
+        raise DataError(f"{where}: field 'fingerprint' does not match the shards and the preprocessing")
+    return manifest
+
+
+def load_sidecar(url: str, shard: str) -> Sidecar:
+    """The sidecar of the shard named `shard` of the data set at `url`.
+
+    Raises:
+        DataError: absent or damaged.
+        StorageError: storage cannot be reached.
+    """
+    where = storage.join(url, sidecar_name(shard))
+    try:
+        text = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"shard {shard}: its sidecar {where} is not there") from None
+    return sidecar_from_json(text, where)
+
+
+def sidecar_to_json(sidecar: Sidecar) -> bytes:
+    """`sidecar` as the bytes of its file."""
+    content = {
+        "format": SIDECAR_FORMAT,
+        **vars(sidecar.shard),
+        "plan": sidecar.plan,
+        "rejects": list(sidecar.rejects),
+        "index": {
+            "key": sidecar.keys,
+            "label": sidecar.labels,
+            "offset": sidecar.offsets,
+            "size": sidecar.sizes,
+        },
+    }
+    return (json.dumps(content, separators=(",", ":")) + "\n").encode()
+
+
+def sidecar_from_json(text: bytes, where: str) -> Sidecar:
+    """The sidecar in `text`; `where` names it in errors.
+
+    Raises:
+        DataError: as `manifest_from_json`.
+    """
+    top = _Fields(_parse(text, where), where)
+    _check_format(top, SIDECAR_FORMAT)
+    index = top.mapping("index")
+    sidecar = Sidecar(
+        shard=_shard(top),
+        plan=top.text("plan"),
+        rejects=tuple(reject.values for reject in top.mappings("rejects")),
+        keys=tuple(index.listed("key", str)),
+        labels=tuple(index.listed("label", int)),
+        offsets=tuple(index.listed("offset", int)),
+        sizes=tuple(index.listed("size", int)),
+    )
+    columns = {"key": sidecar.keys, "label": sidecar.labels, "offset": sidecar.offsets, "size": sidecar.sizes}
+    for name, column in columns.items():
+        if len(column) != sidecar.shard.samples:
+            raise DataError(f"{where}: field 'index.{name}' has {len(column)} entries, not {sidecar.shard.samples}")
+    return sidecar
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as e:
+        raise DataError(f"{where}: not JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: not a JSON object")
+    return content
+
+
+def _check_format(top: _Fields, expected: str) -> None:
+    found = top.values.get("format")
+    if found != expected:
+        raise DataError(f"{top.where}: format is {found!r}, this version reads '{expected}'")
+
+
+def _shard(fields: _Fields) -> Shard:
+    return Shard(fields.text("name"), fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"))
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A JSON object whose fields are taken by name and type; an error says which field of which file."""
+
+    values: dict[str, Any]
+    where: str
+    prefix: str = ""
+
+    def _take(self, name: str, kind: type, what: str) -> Any:
+        if name not in self.values:
+            raise DataError(f"{self.where}: field '{self.prefix}{name}' is missing")
+        value = self.values[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise DataError(f"{self.where}: field '{self.prefix}{name}' is {value!r:.60}, not {what}")
+        return value
+
+    def text(self, name: str) -> str:
+        return str(self._take(name, str, "a string"))
+
+    def integer(self, name: str) -> int:
+        value = int(self._take(name, int, "a whole number"))
+        if value < 0:
+            raise DataError(f"{self.where}: field '{self.prefix}{name}' is negative")
+        return value
+
+    def mapping(self, name: str) -> _Fields:
+        return _Fields(self._take(name, dict, "an object"), self.where, f"{self.prefix}{name}.")
+
+    def mappings(self, name: str) -> list[_Fields]:
+        entries = self.listed(name, dict)
+        return [_Fields(e, self.where, f"{self.prefix}{name}[{i}].") for i, e in enumerate(entries)]
+
+    def listed(self, name: str, kind: type) -> list[Any]:
+        values = self._take(name, list, "a list")
+        for i, value in enumerate(values):
+            if not isinstance(value, kind):
+                raise DataError(
+                    f"{self.where}: field '{self.prefix}{name}[{i}]' is {value!r:.60}, not {kind.__name__}"
+                )
+        return list(values)

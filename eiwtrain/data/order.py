@@ -1,0 +1,139 @@
+"""The order in which samples are seen: a pure function from position to sample. No files, no state worth saving.
+
+Position counts samples seen since the start of training, over all epochs, so it is all that a checkpoint keeps
+of the data stream. Epoch e covers the positions e*N .. e*N + N - 1 of a split of N samples, each sample once.
+
+Within an epoch the shards are laid end to end in a shuffled order and cut into `lanes` consecutive slices of
+near-equal length. Positions go round the lanes (position q of the epoch is in lane q mod lanes), and inside a
+lane samples are shuffled within blocks of `block` samples. So the samples that are close in position lie in few
+shards, always the same number, and a rank that is dealt the same lanes at every step reads each of its shards
+once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+DEFAULT_LANES = 64  # as many nodes can each own shards of their own
+DEFAULT_BLOCK = (
+    1024  # about one shard: lanes * block samples are mixed at any time, and a resume reads at most these again
+)
+_KEPT_EPOCHS = 4  # shard permutations kept; a batch straddles two epochs
+
+
+class SampleOrder:
+    """The endless shuffled order of a split.
+
+    Args:
+        shard_sizes: samples of each shard, in manifest order; zeros are fine.
+        fingerprint: of the data set.
+        seed: another seed, another order.
+        lanes: slices of an epoch that are read side by side; independent of the number of ranks.
+        block: samples inside a lane that are shuffled among each other.
+
+    Raises:
+        ValueError: no samples, or lanes or block below 1.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[int],
+        fingerprint: str,
+        seed: int,
+        lanes: int = DEFAULT_LANES,
+        block: int = DEFAULT_BLOCK,
+    ) -> None:
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.samples = int(self._sizes.sum())
+        if self.samples < 1 or (self._sizes < 0).any():
+            raise ValueError("an order needs at least one sample")
+        if lanes < 1 or block < 1:
+            raise ValueError(f"lanes and block must be at least 1, not {lanes} and {block}")
+        self.fingerprint, self.seed, self.lanes, self.block = fingerprint, seed, lanes, block
+        self._starts = np.cumsum(self._sizes) - self._sizes  # first sample of each shard
+        lane = np.arange(lanes, dtype=np.int64)
+        self._lane_lengths = self.samples // lanes + (lane < self.samples % lanes)
+        self._lane_starts = np.cumsum(self._lane_lengths) - self._lane_lengths
+        self._shards_of = lru_cache(_KEPT_EPOCHS)(self._shuffle_shards)
+        self._block_of = lru_cache(4 * lanes)(self._shuffle_block)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleOrder, (self._sizes.tolist(), self.fingerprint, self.seed, self.lanes, self.block)
+
+    def at(self, positions: npt.ArrayLike) -> tuple[Ints, Ints]:
+        """Epochs and sample indices within the split (unshuffled) of the positions; all of the shape of
+        `positions`.
+        """
+        epochs, local = self._locate(positions)
+        lanes, turns = local % self.lanes, local // self.lanes
+        blocks = turns // self.block
+        slots = (
+            self._lane_starts[lanes] + turns
+        )  # place in the epoch's shuffled concatenation, before block shuffling
+        groups = np.stack([epochs, lanes, blocks]).reshape(3, -1)
+        unique, members = np.unique(groups, axis=1, return_inverse=True)
+        members = members.reshape(-1)
+        bounds = np.searchsorted(members, np.arange(unique.shape[1] + 1), sorter=(by_group := np.argsort(members)))
+        flat = slots.reshape(-1)
+        inside = turns.reshape(-1) % self.block
+        for g, (epoch, lane, block) in enumerate(unique.T.tolist()):
+            rows = by_group[bounds[g] : bounds[g + 1]]
+            flat[rows] += self._block_of(epoch, lane, block)[inside[rows]] - inside[rows]
+        indices = np.empty_like(flat)
+        for epoch in np.unique(epochs).tolist():
+            rows = np.flatnonzero(epochs.reshape(-1) == epoch)
+            ends, shift = self._shards_of(epoch)
+            indices[rows] = flat[rows] + shift[np.searchsorted(ends, flat[rows], side="right")]
+        return epochs, indices.reshape(epochs.shape)
+
+    def lanes_of(self, positions: npt.ArrayLike) -> Ints:
+        """The lane of each position."""
+        return np.asarray(self._locate(positions)[1] % self.lanes)
+
+    def batch_positions(self, step: int, global_batch: int) -> Ints:
+        """Positions of step `step`, sorted stably by lane; their set is the same at any world size."""
+        positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
+        return positions[np.argsort(self.lanes_of(positions), kind="stable")]
+
+    def rank_positions(self, step: int, global_batch: int, rank: int, world_size: int) -> Ints:
+        """The share of `rank` in the positions of step `step`: a contiguous chunk, lane by lane.
+
+        The chunks of all ranks are the batch, and differ in length by at most one.
+        """
+        start, stop = (global_batch * r // world_size for r in (rank, rank + 1))
+        return self.batch_positions(step, global_batch)[start:stop]
+
+    def _locate(self, positions: npt.ArrayLike) -> tuple[Ints, Ints]:
+        positions = np.asarray(positions, dtype=np.int64)
+        if (positions < 0).any():
+            raise ValueError("a position cannot be negative")
+        return np.divmod(positions, self.samples)
+
+    def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints]:
+        """Per shard, in the epoch's order: where it ends in the concatenation, and sample index minus slot."""
+        order = seeded_permutation(len(self._sizes), self.fingerprint, self.seed, epoch)
+        ends = np.cumsum(self._sizes[order])
+        return ends, self._starts[order] - (ends - self._sizes[order])
+
+    def _shuffle_block(self, epoch: int, lane: int, block: int) -> Ints:
+        length = min(self.block, int(self._lane_lengths[lane]) - block * self.block)
+        return seeded_permutation(length, self.fingerprint, self.seed, epoch, lane, block)
+
+
+def seeded_permutation(n: int, *key: str | int) -> Ints:
+    """A permutation of range(n) that depends on `key` alone.
+
+    Sorts the raw words of a Philox generator, which NumPy keeps the same in every version, unlike
+    `Generator.permutation`.
+    """
+    seed = hashlib.sha256(repr(key).encode()).digest()[:16]
+    words = np.random.Philox(key=np.frombuffer(seed, "<u8")).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64)

@@ -1,0 +1,117 @@
+"""Bits per dimension of held-out images, and what PNG needs for the same images.
+
+    python -m eiwtrain.evaluate runs/quickstart/model --data runs/data/photos-32 --split test
+
+Not for training: the loop calls `score` on batches of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from eiwtrain import data, flow, storage
+
+
+@dataclass(frozen=True)
+class Score:
+    """A held-out score."""
+
+    bits_per_dim: float
+    """Mean over images."""
+    standard_error: float
+    """Of that mean, over images."""
+    images: int
+
+
+@torch.no_grad()
+def score(
+    model: flow.EIWFlow, batches: Iterable[data.Batch], stopped: Callable[[], bool] = lambda: False
+) -> Score | None:
+    """Mean bits/dim over batches; over all ranks' batches when there is a process group (then collective).
+
+    Args:
+        model: a flow, on the device to use.
+        batches: uint8 images with their dequantisation noise; rows of weight zero do not count.
+        stopped: asked before each batch, on every rank with the same answer; True ends the evaluation.
+
+    Returns:
+        The score, or None if stopped.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64)  # images, sum of bits/dim, sum of their squares
+    for batch in batches:
+        if stopped():
+            return None
+        x = flow.dequantize(batch.images.to(device), batch.noise.to(device), model.config.n_bits)
+        bits = model.bits_per_dim(x).double().cpu()
+        weight = batch.weight.double()
+        sums += torch.stack([weight.sum(), (weight * bits).sum(), (weight * bits.square()).sum()])
+    if dist.is_initialized():
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    count, total, squares = sums.tolist()
+    if not count:
+        raise ValueError("no images to score")
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return Score(mean, math.sqrt(variance / max(1.0, count - 1)), int(count))
+
+
+def png_bits_per_dim(images: Iterable[np.ndarray], n_bits: int = 8) -> float:
+    """Bits per dimension of PNG files of single images, at PNG's strongest compression.
+
+    The yardstick beside every bits/dim: a lossless coder that everybody has. File headers count: they are part of
+    what an image costs.
+
+    Args:
+        images: uint8 arrays (3, H, W).
+        n_bits: bits per channel kept before encoding, as the model sees them.
+    """
+    total_bits = dims = 0
+    for image in images:
+        kept = image >> (8 - n_bits)
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(kept.transpose(1, 2, 0))).save(file, "PNG", optimize=True)
+        total_bits += 8 * file.tell()
+        dims += image.size
+    return total_bits / dims
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eiwtrain.evaluate", description="Held-out bits per dimension.")
+    parser.add_argument("model", help="folder of an exported model")
+    parser.add_argument("--data", required=True, help="folder or URL of a data set written by data_prep")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--images", type=int, default=10_000, help="at most so many, the first of the split")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="of the dequantisation noise")
+    args = parser.parse_args(argv)
+    try:
+        model = flow.load(args.model)
+        reader = data.ShardReader(args.data, args.split)
+        batches = data.eval_batches(
+            reader, images=args.images, seed=args.seed, micro_batch=args.batch, rank=0, world_size=1
+        )
+        result = score(model, batches)
+        assert result is not None
+        png = png_bits_per_dim((reader.image(i) for i in range(result.images)), model.config.n_bits)
+    except (ValueError, OSError, storage.StorageError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"bits/dim {result.bits_per_dim:.4f} ± {result.standard_error:.4f} on {result.images} images; PNG {png:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

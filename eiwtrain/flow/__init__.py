@@ -1,0 +1,56 @@
+"""EIW-Flow and its kin: exact-likelihood image models with activation-free backpropagation.
+
+Imports torch, safetensors and the standard library, and nothing else of eiwtrain.
+
+    >>> import torch
+    >>> from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, dequantize
+    >>> config = FlowConfig((3, 8, 8), levels=2, steps=2, conditioner=ConditionerConfig(hidden=16))
+    >>> flow = EIWFlow(config)
+    >>> pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    >>> x = dequantize(pixels, torch.rand(4, 3, 8, 8))
+    >>> flow.initialize(x)  # once, before training
+    >>> out = flow(x)
+    >>> (-out.log_prob / flow.dims + 0.01 * out.penalty).mean().backward()
+    >>> flow.bits_per_dim(x).shape
+    torch.Size([4])
+    >>> flow.to_images(flow.sample(2, temperature=0.8)).shape
+    torch.Size([2, 3, 8, 8])
+"""
+
+from .bijection import Bijection, Chain, Coupling, Transformed
+from .conditioners import ConditionerConfig, ConvConditioner
+from .config import FlowConfig
+from .files import load, save
+from .images import bits_per_dim, dequantize, quantize
+from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, squeeze, unsqueeze
+from .multiscale import EIWFlow, FlowOutput, Level
+from .reversible import run
+from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
+
+__all__ = [
+    "ActNorm",
+    "AffineCoupling",
+    "Bijection",
+    "Chain",
+    "ConditionerConfig",
+    "ConvConditioner",
+    "Coupling",
+    "EIWFlow",
+    "FixedShuffle",
+    "FlowConfig",
+    "FlowOutput",
+    "HardHalf",
+    "InvertibleConv1x1",
+    "Level",
+    "SoftHalf",
+    "Transformed",
+    "bits_per_dim",
+    "dequantize",
+    "load",
+    "make_shuffle",
+    "quantize",
+    "run",
+    "save",
+    "squeeze",
+    "unsqueeze",
+]

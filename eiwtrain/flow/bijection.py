@@ -1,0 +1,249 @@
+"""What a bijection is: forward, inverse, log-determinant, going backwards without stored activations, composition.
+
+Not for particular bijections (`layers`, `shuffle`) nor for choosing what backpropagation stores (`reversible`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Transformed(NamedTuple):
+    """What a bijection gives for a batch.
+
+    Attributes:
+        y: the transformed batch, (B, C', H', W').
+        log_det: log |det dy/dx| of each sample, (B,), in nats.
+        penalty: a regulariser of each sample, (B,), no part of the density; zero for most bijections.
+    """
+
+    y: Tensor
+    log_det: Tensor
+    penalty: Tensor
+
+
+Reversed = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
+"""What `Bijection.reverse` gives: x, the gradient at x, the gradients of `tuple(self.parameters())`."""
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which nothing on the device of `x` is autocast: the trunk's, whatever the caller's state."""
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
+
+
+def zeros(x: Tensor) -> Tensor:
+    """A zero for each sample of `x`, (B,)."""
+    return x.new_zeros(x.shape[0])
+
+
+def backpropagate(outputs: Transformed, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients at `inputs` for the gradients at `outputs`; None where an output doesn't depend on an input."""
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
+    outs, gs = [out for out, _ in pairs], [grad for _, grad in pairs]
+    return list(torch.autograd.grad(outs, list(inputs), gs, allow_unused=True))
+
+
+def trained(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Those that aren't frozen."""
+    return [p for p in parameters if p.requires_grad]
+
+
+def aligned(parameters: Sequence[Tensor], grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of `trained(parameters)`, spread over `parameters`, with None for those that are frozen."""
+    left = iter(grads)
+    return tuple(next(left) if p.requires_grad else None for p in parameters)
+
+
+def then(first: Transformed, second: Transformed) -> Transformed:
+    """`second`, which went on from `first.y`, with what `first` had gathered added."""
+    return Transformed(second.y, first.log_det + second.log_det, first.penalty + second.penalty)
+
+
+def leaves(bijections: Iterable[Bijection]) -> Iterator[Bijection]:
+    """The bijections, with chains among them taken apart."""
+    for bijection in bijections:
+        if isinstance(bijection, Chain):
+            yield from leaves(bijection)
+        else:
+            yield bijection
+
+
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+class Bijection(nn.Module):
+    """A map of (B, C, H, W) with an inverse and a log-determinant.
+
+    A subclass writes `forward` and `inverse`. It computes in the dtype of its input and casts its parameters to
+    that, so that the trunk may be float64 while parameters stay float32. It is deterministic, as `reverse` runs it
+    again.
+    """
+
+    kept_count: int = 0
+    """How many integer tensors `forward_keeping` keeps."""
+
+    def forward(self, x: Tensor) -> Transformed:
+        """x to (y, log_det, penalty); `log_det` in nats, (B,)."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """The x of which `forward` makes y."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        """Set parameters from a first batch, where they depend on data; returns y."""
+        out: Transformed = self(x)
+        return out.y
+
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+        """`forward`, and the `kept_count` small integer tensors that `reverse` must not guess again from floats."""
+        return self(x), ()
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        """From the output and the gradients at it, the input and the gradients at it and at the parameters.
+
+        This default inverts, runs forward again with grad, and differentiates: right where forward is cheap.
+
+        Returns:
+            x, grad_x, and the gradients aligned with `tuple(self.parameters())`, None for those that are frozen.
+        """
+        with torch.no_grad():
+            x = self.inverse(y)
+        parameters = tuple(self.parameters())
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            grads = backpropagate(self(x), (x, *trained(parameters)), (grad_y, grad_log_det, grad_penalty))
+        return x.detach(), _or_zeros(grads[0], x), aligned(parameters, grads[1:])
+
+
+class Coupling(Bijection):
+    """One half of the channels passes unchanged and conditions an invertible map of the other
+    (NICE, arXiv 1410.8516, section 3.2).
+
+    With C channels the first C // 2 condition and the rest are transformed; `mirrored`: the other way round.
+    A subclass writes `condition` (the only expensive call), `transform` and `untransform`.
+    """
+
+    def __init__(self, mirrored: bool = False) -> None:
+        super().__init__()
+        self.mirrored = mirrored
+
+    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        """What the other half is transformed with. `kept`, if given, is used in place of what would be guessed."""
+        raise NotImplementedError
+
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+        """The half b, transformed."""
+        raise NotImplementedError
+
+    def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        """The inverse of `transform`."""
+        raise NotImplementedError
+
+    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The integers among `params`."""
+        return ()
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The half that conditions and the half that is transformed."""
+        channels = x.shape[1]
+        if channels < 2:
+            raise ValueError(f"a coupling needs at least 2 channels, not {channels}")
+        first, second = x.split((channels // 2, channels - channels // 2), dim=1)
+        return (second, first) if self.mirrored else (first, second)
+
+    def whole(self, a: Tensor, b: Tensor) -> Tensor:
+        """The inverse of `halves`."""
+        return torch.cat((b, a) if self.mirrored else (a, b), dim=1)
+
+    def forward(self, x: Tensor) -> Transformed:
+        return self.forward_keeping(x)[0]
+
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+        a, b = self.halves(x)
+        params = self.condition(a)
+        out = self.transform(b, params)
+        return out._replace(y=self.whole(a, out.y)), self.kept_of(params)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        a, b = self.halves(y)
+        return self.whole(a, self.untransform(b, self.condition(a)))
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        """As `Bijection.reverse`, with one run of the conditioner: it serves the inversion and the gradients."""
+        a, b = self.halves(y)
+        grad_a, grad_b = self.halves(grad_y)
+        parameters = tuple(self.parameters())
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            params = self.condition(a, kept)
+        with torch.no_grad():
+            b = self.untransform(b, tuple(p.detach() for p in params))
+        with torch.enable_grad():
+            b = b.detach().requires_grad_()
+            out = self.transform(b, params)
+            grads = backpropagate(out, (a, b, *trained(parameters)), (grad_b, grad_log_det, grad_penalty))
+        grad_a = grad_a if grads[0] is None else grad_a + grads[0]
+        grad_x = self.whole(grad_a, _or_zeros(grads[1], b))
+        return self.whole(a.detach(), b.detach()), grad_x, aligned(parameters, grads[2:])
+
+
+class Chain(Bijection):
+    """Bijections one after the other; log-determinants and penalties add up."""
+
+    def __init__(self, parts: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.kept_count = sum(part.kept_count for part in self)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return cast(Iterator[Bijection], iter(self.parts))
+
+    def forward(self, x: Tensor) -> Transformed:
+        out = Transformed(x, zeros(x), zeros(x))
+        for part in self:
+            out = then(out, part(out.y))
+        return out
+
+    def inverse(self, y: Tensor) -> Tensor:
+        for part in reversed(list(self)):
+            y = part.inverse(y)
+        return y
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = part.initialize(x)
+        return x
+
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+        out = Transformed(x, zeros(x), zeros(x))
+        kept: tuple[Tensor, ...] = ()
+        for part in self:
+            step, ints = part.forward_keeping(out.y)
+            out, kept = then(out, step), (*kept, *ints)
+        return out, kept
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        """As `Bijection.reverse`, part by part from the last, so that only one part's graph is alive at a time."""
+        total: dict[int, Tensor | None] = {}  # by identity: parts may share a parameter
+        for part in reversed(list(self)):
+            first = len(kept) - part.kept_count
+            kept, own = kept[:first], kept[first:]
+            y, grad_y, grads = part.reverse(y, own, grad_y, grad_log_det, grad_penalty)
+            for p, grad in zip(part.parameters(), grads, strict=True):
+                before = total.get(id(p))
+                total[id(p)] = grad if before is None else before if grad is None else before + grad
+        return y, grad_y, tuple(total.get(id(p)) for p in self.parameters())

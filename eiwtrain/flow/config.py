@@ -1,0 +1,86 @@
+"""What a flow is, as plain data: `FlowConfig`, checked where it is made, to JSON and back.
+
+Not for how it is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .checks import check_choice, check_count, check_known
+from .conditioners import ConditionerConfig
+from .reversible import MODES
+from .shuffle import SHUFFLES
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The shape and the precision of an `EIWFlow`. Raises ValueError, naming the field, where it makes no sense."""
+
+    image_shape: tuple[int, int, int]
+    """(C, H, W). H and W must be divisible by 2 ** levels."""
+    levels: int = 3
+    """Each is squeeze, steps, shuffle, split; the last has neither shuffle nor split."""
+    steps: int = 8
+    """Of actnorm, invertible 1x1 convolution and affine coupling, in each level."""
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    """The network in each coupling and in each split prior."""
+    shuffle: str = "soft"
+    """What comes before a split: none, fixed, hard or soft (see `eiwtrain.flow.shuffle`)."""
+    backprop: str = "invertible"
+    """What the backward pass goes by: stored, checkpointed or invertible (see `eiwtrain.flow.reversible`). It
+    changes memory and time, and gradients by rounding only."""
+    conditioner_dtype: str = "float32"
+    """float32, or bfloat16 for the convolutions in conditioners; parameters are float32 in both."""
+    trunk_dtype: str = "float32"
+    """float32 or float64: what flows between couplings, and the log-determinants. float64 makes reconstruction safe
+    for very deep flows at twice the trunk's memory."""
+    anchor_every: int = 0
+    """With invertible backprop, keep the true activation after every n steps (the shuffle counts as one); 0 for
+    none. It bounds how far rounding errors of the reconstruction can grow."""
+    n_bits: int = 8
+    """Bits of a pixel's value, 1 to 8."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image_shape, tuple) or len(self.image_shape) != 3:
+            raise ValueError(f"image_shape: {self.image_shape!r} is not (C, H, W)")
+        for size in self.image_shape:
+            check_count("image_shape", size, least=1)
+        check_count("levels", self.levels, least=1)
+        check_count("steps", self.steps, least=1)
+        check_count("anchor_every", self.anchor_every, least=0)
+        check_count("n_bits", self.n_bits, least=1, most=8)
+        check_choice("shuffle", self.shuffle, SHUFFLES)
+        check_choice("backprop", self.backprop, MODES)
+        check_choice("conditioner_dtype", self.conditioner_dtype, ("float32", "bfloat16"))
+        check_choice("trunk_dtype", self.trunk_dtype, ("float32", "float64"))
+        if not isinstance(self.conditioner, ConditionerConfig):
+            raise ValueError(f"conditioner: {self.conditioner!r} is not a ConditionerConfig")
+        _, height, width = self.image_shape
+        if height % 2**self.levels or width % 2**self.levels:
+            raise ValueError(
+                f"levels: {self.levels} levels halve {height}x{width} images {self.levels} times, "
+                f"and both sides must be divisible by {2**self.levels}"
+            )
+
+    @property
+    def dims(self) -> int:
+        """C * H * W."""
+        channels, height, width = self.image_shape
+        return channels * height * width
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {**asdict(self), "image_shape": list(self.image_shape)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
+        """The inverse of `to_dict`. Raises ValueError for a field that is unknown, missing or wrong."""
+        check_known("flow config", values, tuple(f.name for f in fields(cls)))
+        conditioner = values.get("conditioner", {})
+        check_known("flow config's conditioner", conditioner, tuple(f.name for f in fields(ConditionerConfig)))
+        shape = values.get("image_shape")
+        if not isinstance(shape, (list, tuple)):
+            raise ValueError(f"image_shape: {shape!r} is not [C, H, W]")
+        return cls(**{**values, "image_shape": tuple(shape), "conditioner": ConditionerConfig(**conditioner)})

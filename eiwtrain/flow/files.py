@@ -1,0 +1,85 @@
+"""A flow as files: model.safetensors, which is enough to load it, and config.json, for people to read.
+
+Not for checkpoints of a training run (`eiwtrain.checkpoint`). Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .config import FlowConfig
+from .multiscale import EIWFlow
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_FORMAT = "eiwtrain.flow/1"
+
+
+def save(flow: EIWFlow, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
+    """Write a flow to a local folder, made if need be, as `model.safetensors` and `config.json`.
+
+    The header of `model.safetensors` holds all of `config.json`, so that the file can travel alone.
+
+    Args:
+        metadata: anything JSON can hold; it is kept beside the config.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"format": _FORMAT, "config": flow.config.to_dict(), "metadata": metadata or {}}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in flow.state_dict().items()}
+    save_file(tensors, folder / MODEL_FILE, {"format": "pt", "eiwtrain": json.dumps(described)})
+    (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path) -> EIWFlow:
+    """A flow that `save` wrote, from its folder or its `model.safetensors`: on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no such flow, or lacks or has too many tensors, or has them in other shapes.
+    """
+    path = Path(path)
+    path = path / MODEL_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    config = _config(path, header)
+    with torch.random.fork_rng(devices=[]):  # so that loading leaves the caller's random numbers as they are
+        flow = EIWFlow(config)
+    wanted = flow.state_dict()
+    if missing := sorted(set(wanted) - set(tensors)):
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise ValueError(f"{path}: {len(unknown)} tensors are unknown, the first is {unknown[0]}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, and should be {tuple(wanted[name].shape)}")
+    flow.load_state_dict(tensors, assign=True)  # assign: a flow saved in float64 comes back in float64
+    return flow.eval()
+
+
+def _config(path: Path, header: dict[str, str]) -> FlowConfig:
+    if "eiwtrain" not in header:
+        raise ValueError(f"{path}: not a flow of eiwtrain: its header has no entry 'eiwtrain'")
+    try:
+        described = json.loads(header["eiwtrain"])
+        form, config = described["format"], described.get("config")
+    except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: the entry 'eiwtrain' of its header cannot be read") from error
+    if form != _FORMAT:
+        raise ValueError(f"{path}: format {form!r} is unknown; this version reads {_FORMAT!r}")
+    try:
+        return FlowConfig.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

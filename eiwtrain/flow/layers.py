@@ -1,0 +1,160 @@
+"""The layers of Glow (arXiv 1807.03039): squeeze, actnorm, invertible 1x1 convolution, affine coupling.
+
+Not for the networks inside couplings (`conditioners`) nor for the shuffle before a split (`shuffle`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .bijection import Bijection, Coupling, Reversed, Transformed, aligned, trained, without_autocast, zeros
+
+_LEAST_VARIANCE = 1e-6
+"""Under 8-bit dequantisation a constant channel still has a variance of 1/12/256^2 = 1.3e-6."""
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2). Raises ValueError for odd sides."""
+    b, c, h, w = x.shape
+    if h % 2 or w % 2:
+        raise ValueError(f"squeeze halves the sides, and {h}x{w} has an odd one")
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+
+
+def unsqueeze(y: Tensor) -> Tensor:
+    """Depth to space, the inverse of `squeeze`: (B, 4C, H, W) to (B, C, 2H, 2W)."""
+    b, c, h, w = y.shape
+    if c % 4:
+        raise ValueError(f"unsqueeze needs a multiple of 4 channels, not {c}")
+    return y.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
+
+
+def mix(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix of channels, (C, C) or one a sample (B, C, C), times (B, C, H, W), at every place; never autocast.
+
+    A matrix product and not a convolution: cuDNN's convolutions may round float32 to TF32 by default, which would
+    cost the inverse its accuracy; products don't unless `torch.set_float32_matmul_precision` asks for it.
+    """
+    with without_autocast(x):
+        return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape)
+
+
+class ActNorm(Bijection):
+    """y = (x + bias) * exp(log_scale), per channel; `initialize` gives its output zero mean and unit variance
+    (Glow, section 3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Transformed:
+        log_scale = self.log_scale.to(x.dtype)
+        y = (x + self.bias.to(x.dtype)) * log_scale.exp()
+        log_det = x.shape[2] * x.shape[3] * log_scale.sum()
+        return Transformed(y, log_det.expand(x.shape[0]), zeros(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y * (-self.log_scale.to(y.dtype)).exp() - self.bias.to(y.dtype)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+        self.bias.copy_(-mean[:, None, None])
+        self.log_scale.copy_(-0.5 * var.clamp(min=_LEAST_VARIANCE).log()[:, None, None])
+        return self.forward(x).y
+
+
+class InvertibleConv1x1(Bijection):
+    """y = W x at every place, W = P L (U + diag(sign * exp(log_s))); starts as a random rotation
+    (Glow, section 3.2).
+
+    The log-determinant is H * W * sum(log_s): O(C).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        p, lower, upper = torch.linalg.lu(rotation)
+        s = upper.diagonal()
+        dtype = torch.get_default_dtype()
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.sign: Tensor
+        self.rows: Tensor
+        self.log_s = nn.Parameter(s.abs().log().to(dtype))
+        self.register_buffer("sign", s.sign().to(dtype))
+        self.register_buffer("rows", p.argmax(dim=1))  # P M = M[rows]
+
+    def forward(self, x: Tensor) -> Transformed:
+        log_det = x.shape[2] * x.shape[3] * self.log_s.to(x.dtype).sum()
+        return Transformed(mix(self._weight().to(x.dtype), x), log_det.expand(x.shape[0]), zeros(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return mix(self._inverse_weight().to(y.dtype), y)
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        """As `Bijection.reverse`, without computing y again: the map is linear."""
+        parameters = tuple(self.parameters())
+        with torch.no_grad():
+            x = self.inverse(y)
+            with without_autocast(y):
+                grad_weight = torch.bmm(grad_y.flatten(2), x.flatten(2).mT).sum(0)
+        with torch.enable_grad():
+            weight = self._weight().to(y.dtype)
+            log_det = y.shape[2] * y.shape[3] * self.log_s.to(y.dtype).sum()
+        grad_x = mix(weight.detach().mT, grad_y)
+        pairs = [(weight, grad_weight), (log_det, grad_log_det.sum())]
+        pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
+        if not pairs:
+            return x, grad_x, aligned(parameters, ())
+        outs, grads = zip(*pairs, strict=True)
+        return x, grad_x, aligned(parameters, torch.autograd.grad(outs, trained(parameters), grads, allow_unused=True))
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """L and U in float64, so that W and its inverse are each rounded only once."""
+        lower, upper, log_s = self.lower.double(), self.upper.double(), self.log_s.double()
+        eye = torch.eye(len(log_s), dtype=lower.dtype, device=lower.device)
+        return lower.tril(-1) + eye, upper.triu(1) + torch.diag(self.sign.double() * log_s.exp())
+
+    def _weight(self) -> Tensor:
+        lower, upper = self._factors()
+        return (lower @ upper)[self.rows]
+
+    def _inverse_weight(self) -> Tensor:
+        lower, upper = self._factors()
+        p = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)[self.rows].mT
+        p = torch.linalg.solve_triangular(lower, p, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, p, upper=True)
+
+
+class AffineCoupling(Coupling):
+    """b * exp(log_scale) + shift, both given by the half a (RealNVP, arXiv 1605.08803, section 3.2).
+
+    `log_scale` is `bound * tanh(raw / bound)`: the same slope as raw at zero, and never beyond the bound, so that
+    neither the map nor its inverse can blow up.
+
+    Args:
+        conditioner: (B, C // 2, H, W) to (B, 2 * (C - C // 2), H, W); with `mirrored` the halves change places.
+        bound: of the absolute log-scale, in nats.
+    """
+
+    def __init__(self, conditioner: nn.Module, bound: float = 2.0, mirrored: bool = False) -> None:
+        super().__init__(mirrored)
+        self.conditioner = conditioner
+        self.bound = bound
+
+    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        raw, shift = self.conditioner(a).chunk(2, dim=1)
+        return self.bound * torch.tanh(raw / self.bound), shift
+
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+        log_scale, shift = params
+        return Transformed(b * log_scale.exp() + shift, log_scale.flatten(1).sum(1), zeros(b))
+
+    def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        log_scale, shift = params
+        return (b - shift) * (-log_scale).exp()

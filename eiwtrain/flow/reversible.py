@@ -1,0 +1,89 @@
+"""Backpropagation through a run of bijections: with stored, recomputed or reconstructed activations.
+
+Not for the mathematics of going back through a bijection: that is `Bijection.reverse`.
+
+The three modes give the same gradients. "stored" is ordinary autograd. "checkpointed" keeps the input of every
+bijection and computes the rest again. "invertible" keeps the output of the whole run and nothing else, whatever its
+depth, as RevNet does (arXiv 1707.04585, section 3.2). As a coupling runs its conditioner once on the way back, that
+costs one conditioner forward more than "stored".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .bijection import Bijection, Chain, Transformed, leaves, then, without_autocast, zeros
+
+MODES = ("stored", "checkpointed", "invertible")
+
+
+def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0) -> Transformed:
+    """The bijections one after the other; `mode` says what is kept for the backward pass. Never autocast.
+
+    Args:
+        x: (B, C, H, W).
+        mode: one of `MODES`. Without gradients all three are a plain forward.
+        anchor_every: with "invertible", keep the true output of every n-th bijection, so that the rounding errors
+            of the reconstruction grow over n bijections at most; 0 keeps only the last.
+
+    Raises:
+        ValueError: for an unknown mode.
+        RuntimeError: in the backward pass, if it is the second through the same graph, or if a parameter was
+            changed in place since the forward pass; with "invertible", also if gradients are to be differentiated.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    with without_autocast(x):
+        out = Transformed(x, zeros(x), zeros(x))
+        if mode == "invertible" and torch.is_grad_enabled():
+            size = anchor_every or max(len(bijections), 1)
+            for first in range(0, len(bijections), size):
+                chain = Chain(leaves(bijections[first : first + size]))
+                out = then(out, Transformed(*_Run.apply(chain, out.y, *chain.parameters())))
+        else:
+            for bijection in bijections:
+                if mode == "checkpointed" and torch.is_grad_enabled():
+                    # Bijections are deterministic: no random state to put back.
+                    step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    step = bijection(out.y)
+                out = then(out, step)
+        return out
+
+
+class _Run(torch.autograd.Function):
+    """A chain whose backward reconstructs activations from the output.
+
+    Parameters are explicit inputs and their gradients are returned, not accumulated by a backward inside this one:
+    that is what the hooks of DistributedDataParallel and of ZeRO count on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, kept = chain.forward_keeping(x)
+        ctx.chain = chain
+        ctx.parameters = parameters
+        ctx.versions = [p._version for p in parameters]
+        ctx.save_for_backward(out.y, *kept)
+        return out.y, out.log_det, out.penalty
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
+        y, *kept = ctx.saved_tensors
+        chain: Chain = ctx.chain
+        # Parameters are not saved (ZeRO 3 swaps their storage), so autograd doesn't watch over them for us.
+        if ctx.versions != [p._version for p in ctx.parameters]:
+            raise RuntimeError(
+                "a parameter was modified in place between the forward and the backward pass of an invertible run: "
+                "its activations cannot be reconstructed"
+            )
+        with without_autocast(y):
+            _, grad_x, grads = chain.reverse(y, tuple(kept), grad_y, grad_log_det, grad_penalty)
+        return None, grad_x if ctx.needs_input_grad[1] else None, *grads

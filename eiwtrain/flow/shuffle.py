@@ -1,0 +1,172 @@
+"""The entropy-informed weighting shuffle that comes before a split, in four kinds: none, fixed, hard, soft.
+
+Of EIW-Flow (arXiv 2407.04958) we know the abstract alone: a regularised, feature-dependent Shuffle generates
+channel-wise weights and shuffles latent variables before they are split, towards an increase of entropy, at little
+cost. The paper's body and code were not to be had, so what follows is *our construction* of that, not the authors'
+formula, and no figure of theirs is claimed for it. What guided it:
+
+- It must be a bijection that needs nothing but its output. Sorting channels by weights computed from the same
+  channels is not: it forgets the order. So the weights of one half of the channels come from the other half, then
+  the other way round, as in a coupling.
+- The solver sees pooled descriptors of each channel (mean, max, log-variance: the last is the entropy of a Gaussian
+  up to a constant) and gives bounded log-weights, zero at the start. Weights scale channels, which adds
+  H * W * sum(log-weights) of differential entropy, in nats: exactly the log-determinant.
+- The shuffle proper keeps volume. `soft` rotates the channels of each sample by Householder reflections with
+  predicted vectors: smooth, and the identity at the start. One reflection can exchange two channels, so a product
+  of enough of them is any permutation; we take four a half. `hard` sorts channels by weight: no gradient passes the
+  sort, and in a small trial it cost density. `fixed` permutes once and for all, by a permutation drawn at first.
+
+Not for the split itself nor its prior (`multiscale`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros
+from .layers import mix
+
+SHUFFLES = ("none", "fixed", "hard", "soft")
+
+_SOLVER_HIDDEN = 32
+_PAIRS = 2  # of reflections a half: four in all
+_LEAST_VARIANCE = 1e-6  # keeps the logarithm finite on a constant channel
+
+
+def make_shuffle(kind: str, channels: int) -> Bijection | None:
+    """The shuffle of one of the kinds `SHUFFLES`; None for "none"."""
+    if kind == "none":
+        return None
+    if kind == "fixed":
+        return FixedShuffle(channels)
+    half = {"hard": HardHalf, "soft": SoftHalf}[kind]
+    return Chain([half(channels), half(channels, mirrored=True)])
+
+
+def describe(a: Tensor) -> Tensor:
+    """Mean, maximum and log-variance of every channel: (B, C, H, W) to (B, 3C)."""
+    flat = a.flatten(2)
+    var, mean = torch.var_mean(flat, dim=2, correction=0)
+    return torch.cat((mean, flat.amax(2), (var + _LEAST_VARIANCE).log()), dim=1)
+
+
+def rotation(vectors: Tensor) -> Tensor:
+    """The product of Householder reflections, the last applied first: (B, K, C) vectors to (B, C, C) matrices.
+
+    Composing the small matrix and applying it once costs one pass over the activations instead of K. For an even K
+    its determinant is 1. A vector of zeros reflects nothing.
+    """
+    unit = F.normalize(vectors, dim=2)
+    eye = torch.eye(vectors.shape[2], dtype=vectors.dtype, device=vectors.device)
+    product = eye.expand(len(vectors), -1, -1)
+    with without_autocast(vectors):
+        for u in unit.unbind(1):
+            product = torch.baddbmm(product, product @ u.unsqueeze(2), u.unsqueeze(1), alpha=-2)
+    return product
+
+
+def weigh(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-determinant and penalty of scaling the channels of `b` by exp(log_weights), (B, C)."""
+    return b.shape[2] * b.shape[3] * log_weights.sum(1), log_weights.square().mean(1)
+
+
+class Solver(nn.Module):
+    """The weight solver: what pooled descriptors of one half say about the other. Its last layer starts at zero."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * inputs, _SOLVER_HIDDEN)
+        self.last = nn.Linear(_SOLVER_HIDDEN, outputs)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, a: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs), in the dtype of `a`; computed in the parameters', never autocast."""
+        with without_autocast(a):
+            out = self.last(F.relu(self.first(describe(a).to(self.first.weight.dtype))))
+        return out.to(a.dtype)
+
+
+class FixedShuffle(Bijection):
+    """A random permutation of the channels, drawn once."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.order: Tensor
+        self.register_buffer("order", torch.randperm(channels))
+
+    def forward(self, x: Tensor) -> Transformed:
+        return Transformed(x[:, self.order], zeros(x), zeros(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y[:, self.order.argsort()]
+
+
+class HardHalf(Coupling):
+    """Scales the channels of one half by weights from the other, then sorts them by weight, for each sample.
+
+    Backward keeps the order: to sort reconstructed weights again could exchange two that are nearly equal.
+    `inverse` has to sort again, from a half that may differ in the last bit.
+    """
+
+    kept_count = 1
+
+    def __init__(self, channels: int, mirrored: bool = False) -> None:
+        super().__init__(mirrored)
+        sizes = (channels // 2, channels - channels // 2)
+        self.solver = Solver(*(reversed(sizes) if mirrored else sizes))
+
+    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        log_weights = torch.tanh(self.solver(a))
+        # Stable: equal weights, as at the start, leave the channels where they are.
+        return log_weights, kept[0] if kept else log_weights.detach().argsort(dim=1, stable=True)
+
+    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return params[1:]
+
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+        log_weights, order = params
+        scaled = b * log_weights.exp()[:, :, None, None]
+        return Transformed(scaled.gather(1, _over(order, b)), *weigh(b, log_weights))
+
+    def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        log_weights, order = params
+        return b.gather(1, _over(order.argsort(dim=1), b)) * (-log_weights).exp()[:, :, None, None]
+
+
+class SoftHalf(Coupling):
+    """Rotates the channels of one half, then scales them, by a rotation and weights from the other half.
+
+    The reflections come in pairs, one along a learned vector and one along the same vector plus a predicted offset,
+    so that an offset of zero, as at the start, is the identity.
+    """
+
+    def __init__(self, channels: int, mirrored: bool = False) -> None:
+        super().__init__(mirrored)
+        sizes = (channels // 2, channels - channels // 2)
+        inputs, size = reversed(sizes) if mirrored else sizes
+        self.size = size
+        self.solver = Solver(inputs, (1 + _PAIRS) * self.size)
+        self.vectors = nn.Parameter(F.normalize(torch.randn(_PAIRS, self.size), dim=1))
+
+    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        raw, offsets = self.solver(a).split((self.size, _PAIRS * self.size), dim=1)
+        offsets = offsets.view(-1, _PAIRS, self.size)
+        learned = self.vectors.to(a.dtype).expand_as(offsets)
+        pairs = torch.stack((learned + offsets, learned), dim=2)
+        return torch.tanh(raw), rotation(pairs.flatten(1, 2))
+
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+        log_weights, turn = params
+        return Transformed(mix(log_weights.exp().unsqueeze(2) * turn, b), *weigh(b, log_weights))
+
+    def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        log_weights, turn = params
+        return mix(turn.mT * (-log_weights).exp().unsqueeze(1), b)
+
+
+def _over(order: Tensor, b: Tensor) -> Tensor:
+    """An order of channels (B, C) as indices of (B, C, H, W)."""
+    return order[:, :, None, None].expand_as(b)

@@ -1,0 +1,74 @@
+"""What the driver and the workers say to each other: a tiny Ray actor that lives with the driver.
+
+Downwards one thing, "stop"; upwards lines to print, and the end of the run. A worker asks from a background thread,
+so that the training loop reads a plain flag and never waits for Ray.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+POLL_SECONDS = 0.3
+
+
+@ray.remote(num_cpus=0, max_concurrency=8)
+class Mailbox:
+    """Holds messages; every method returns at once."""
+
+    def __init__(self) -> None:
+        self._stop: str | None = None
+        self._messages: list[tuple[str, Any]] = []
+        self._lock = threading.Lock()
+
+    def stop(self, reason: str) -> None:
+        """Ask the workers to checkpoint and end."""
+        self._stop = reason
+
+    def stopped(self) -> str | None:
+        """Why the workers should stop, or None."""
+        return self._stop
+
+    def put(self, kind: str, content: Any) -> None:
+        """Leave a message for the driver."""
+        with self._lock:
+            self._messages.append((kind, content))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """All messages that the driver has not seen yet, oldest first."""
+        with self._lock:
+            messages, self._messages = self._messages, []
+        return messages
+
+
+class WorkerEnd:
+    """A worker's end of the mailbox: `say` upwards, `reason` downwards."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._reason: str | None = None
+        threading.Thread(target=self._poll, daemon=True, name="mailbox").start()
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, as of less than a second ago; None while there is no reason."""
+        return self._reason
+
+    def say(self, kind: str, content: Any) -> None:
+        """Send the driver a message; does not wait."""
+        self._mailbox.put.remote(kind, content)
+
+    def finish(self, kind: str, content: Any) -> None:
+        """Send the last message and wait until it has arrived."""
+        ray.get(self._mailbox.put.remote(kind, content))
+
+    def _poll(self) -> None:
+        while self._reason is None:
+            try:
+                self._reason = ray.get(self._mailbox.stopped.remote())
+            except ray.exceptions.RayError:
+                return  # the driver is gone, and Ray ends this worker
+            time.sleep(POLL_SECONDS)

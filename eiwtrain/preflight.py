@@ -1,0 +1,74 @@
+"""Looks at the world before anything starts: GPUs, data, storage, the checkpoint to go on from.
+
+Every problem is a `ConfigError` of one line that names the field. Nothing here starts Ray or imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from eiwtrain import checkpoint, storage
+from eiwtrain.config import Config, ConfigError
+from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
+
+
+def check_gpus(config: Config, joins_cluster: bool) -> None:
+    """On this machine (not on a cluster, whose GPUs may be elsewhere) there must be a GPU for each worker."""
+    needed = config.workers.min * config.workers.gpus
+    if not needed or joins_cluster or (found := gpus_here()) >= needed:
+        return
+    raise ConfigError(
+        f"workers.gpus: {config.workers.gpus} for each of {config.workers.min} workers, but this machine has {found}; "
+        "use workers.gpus=0 for CPU, fewer workers, or submit to a cluster with GPUs"
+    )
+
+
+def gpus_here() -> int:
+    """NVIDIA GPUs that CUDA would show to this process (CUDA_VISIBLE_DEVICES counts)."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def check_storage(config: Config) -> None:
+    """`run.storage` takes a file and gives it back."""
+    try:
+        storage.check_writable(config.root)
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
+
+
+def find_data(config: Config) -> Manifest | None:
+    """The data set at `data.path`; None when it is absent but `data.prepare` says how to make it."""
+    d = config.data
+    try:
+        if d.prepare and not storage.exists(storage.join(d.path, MANIFEST_NAME)):
+            return None
+        manifest = load_manifest(d.path)
+    except (DataError, storage.StorageError) as e:
+        raise ConfigError(f"data.path: {e}; write one with `python -m data_prep`") from None
+    if manifest.resolution != d.resolution:
+        raise ConfigError(
+            f"data.resolution: {d.resolution}, but the images at {d.path} are {manifest.resolution} pixels wide; "
+            f"use data.resolution={manifest.resolution} or another data.path"
+        )
+    for field, split in (("train_split", d.train_split), ("eval_split", d.eval_split)):
+        if split not in manifest.splits or not manifest.splits[split].samples:
+            raise ConfigError(f"data.{field}: {split!r} is no split of {d.path}; it has {', '.join(manifest.splits)}")
+    return manifest
+
+
+def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
+    found = checkpoint.committed(config.root)
+    if not found:
+        return None
+    problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)
+    if problems:
+        raise ConfigError("\n".join(problems[:4]))
+    return found[0]

@@ -1,0 +1,103 @@
+"""Images from a flow: samples at a temperature, reconstructions, and the grid that shows them.
+
+python -m eiwtrain.sample runs/quickstart/model --n 64 --temperature 0.7 --seed 0 --output grid.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from eiwtrain import flow
+
+_COLUMNS = 8
+_TILE = 64  # pixels an image is enlarged to at least, so that small ones can be seen
+_GAP = 2
+_TITLE = 18
+
+
+def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor:
+    """n images, uint8 (n, C, H, W); the same for the same seed on the same device."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    with torch.no_grad():
+        return model.to_images(model.sample(n, temperature=temperature, generator=generator)).cpu()
+
+
+def reconstruct(model: flow.EIWFlow, images: Tensor, noise: Tensor) -> Tensor:
+    """uint8 images through the flow and back, uint8 (n, C, H, W)."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        latents, _ = model.encode(flow.dequantize(images.to(device), noise.to(device), model.config.n_bits))
+        return model.to_images(model.decode(latents)).cpu()
+
+
+def overview(
+    model: flow.EIWFlow, images: Tensor, noise: Tensor, n: int, temperatures: Sequence[float], seed: int
+) -> Image.Image:
+    """One picture: n samples at each temperature, then held-out images and their reconstructions."""
+    panels = [(f"samples, temperature {t:g}", sample(model, n, t, seed)) for t in temperatures]
+    shift = 8 - model.config.n_bits
+    panels.append(("held-out images", (images >> shift) << shift))
+    panels.append(("their reconstructions", reconstruct(model, images, noise)))
+    return grid(panels)
+
+
+def grid(panels: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Titled panels of uint8 images (n, C, H, W), eight a row, one above the other."""
+    rows = [(title, _tiles(images)) for title, images in panels]
+    width = max(tiles.width for _, tiles in rows)
+    height = sum(_TITLE + tiles.height for _, tiles in rows)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(picture), 0
+    for title, tiles in rows:
+        draw.text((_GAP + 2, y + 3), title, fill="black")
+        picture.paste(tiles, (0, y + _TITLE))
+        y += _TITLE + tiles.height
+    return picture
+
+
+def _tiles(images: Tensor) -> Image.Image:
+    n, _, height, width = images.shape
+    scale = max(1, _TILE // max(height, width))
+    columns = min(_COLUMNS, n)
+    step_x, step_y = width * scale + _GAP, height * scale + _GAP
+    tiles = Image.new("RGB", (columns * step_x + _GAP, -(-n // columns) * step_y + _GAP), "white")
+    for i, image in enumerate(images.numpy()):
+        tile = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+        tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        tiles.paste(tile, (_GAP + (i % columns) * step_x, _GAP + (i // columns) * step_y))
+    return tiles
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eiwtrain.sample", description="Draw a grid of samples.")
+    parser.add_argument("model", help="folder of an exported model")
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="grid.png", help="PNG file to write")
+    args = parser.parse_args(argv)
+    if args.n < 1 or args.temperature <= 0:
+        print(f"error: --n {args.n} --temperature {args.temperature}: both must be above zero", file=sys.stderr)
+        return 2
+    try:
+        model = flow.load(args.model)
+        images = sample(model, args.n, args.temperature, args.seed)
+        grid([(f"samples, temperature {args.temperature:g}", images)]).save(args.output)
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
