@@ -99,13 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model = flow.load(args.model)
-        reader = data.ShardReader(args.data, args.split)
-        batches = data.eval_batches(
-            reader, images=args.images, seed=args.seed, micro_batch=args.batch, rank=0, world_size=1
-        )
+        reader = data.ShardReader(args.data, data.load_manifest(args.data), args.split)
+        batches = data.eval_batches(reader, images=args.images, seed=args.seed, micro_batch=args.batch)
         result = score(model, batches)
         assert result is not None
-        png = png_bits_per_dim((reader.image(i) for i in range(result.images)), model.config.n_bits)
+        png = png_bits_per_dim((reader[i] for i in range(result.images)), model.config.n_bits)
     except (ValueError, OSError, storage.StorageError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -15,9 +15,8 @@ import ray
 POLL_SECONDS = 0.3
 
 
-@ray.remote(num_cpus=0, max_concurrency=8)
 class Mailbox:
-    """Holds messages; every method returns at once."""
+    """Holds messages; every method returns at once. `start_mailbox` makes it an actor."""
 
     def __init__(self) -> None:
         self._stop: str | None = None
@@ -42,6 +41,11 @@ class Mailbox:
         with self._lock:
             messages, self._messages = self._messages, []
         return messages
+
+
+def start_mailbox() -> Any:
+    """A mailbox as a Ray actor; its handle may be sent to workers."""
+    return ray.remote(num_cpus=0, max_concurrency=8)(Mailbox).remote()
 
 
 class WorkerEnd:

@@ -145,7 +145,7 @@ def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int
     import yaml
 
     from eiwtrain import flow, tracking
-    from eiwtrain.worker import flow_config
+    from eiwtrain.state import flow_config
 
     console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
     with torch.device("meta"):
@@ -206,7 +206,7 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    from eiwtrain.mailbox import Mailbox
+    from eiwtrain.mailbox import start_mailbox
     from eiwtrain.worker import Job
 
     needed = config.max_workers * config.workers.cpus
@@ -222,7 +222,7 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
             logging_level="ERROR",
         )
     try:
-        mailbox = Mailbox.remote()
+        mailbox = start_mailbox()
         environment = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED)}
         job = Job(config, tracked, mailbox, environment, began)
         console.note(f"starting {config.max_workers} workers ({duration(time.time() - began)} since the start)")
@@ -254,7 +254,7 @@ class Fit(threading.Thread):
         try:
             TorchTrainer(
                 train,
-                train_loop_config=self._job,
+                train_loop_config={"job": self._job},
                 torch_config=TorchConfig(backend="nccl" if w.gpus else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=w.min if self._config.max_workers == w.min else (w.min, self._config.max_workers),
@@ -283,8 +283,8 @@ def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop
             if kind == "training":
                 started, stop.raises = True, False
                 console.note(
-                    f"training from step {content['step']:,} to {content['max_steps']:,} "
-                    f"on {content['world_size']} workers; Ctrl-C writes a checkpoint and stops"
+                    f"training from step {content['step']:,} to {content['of']:,} "
+                    f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
                 )
             elif kind == "progress":
                 console.progress(content)
@@ -324,7 +324,7 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, began
         f"  held-out     {s['test_bits_per_dim']:.3f} ± {s['test_standard_error']:.3f} bits/dim "
         f"on {s['test_images']:,} images (PNG needs {s['png_bits_per_dim']:.3f} for the same)"
     )
-    console.note(f"  throughput   {s['images_per_second']:,.1f} images/s on {s['world_size']} workers")
+    console.note(f"  throughput   {s['images_per_second']:,.1f} images/s on {s['workers']} workers")
     console.note(f"  goodput      {s['goodput']:.0%} of the wall time went into training steps")
     console.note(f"  drift        {s['drift']:.1e} relative error of images through the flow and back")
     console.note(f"  samples      {s['samples']}")

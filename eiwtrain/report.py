@@ -1,0 +1,83 @@
+"""What rank 0 measures while it trains, as a line for people and as curves for MLflow."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+
+class Meter:
+    """Means over the steps since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._steps = self._images = 0
+        self._bits = self._penalty = self._waited = 0.0
+
+    def add(self, images: int, bits_per_dim: float, penalty: float, waited: float) -> None:
+        """Count one step that waited `waited` seconds for its data."""
+        self._steps += 1
+        self._images += images
+        self._bits += bits_per_dim
+        self._penalty += penalty
+        self._waited += waited
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since this meter was made."""
+        return time.perf_counter() - self._began
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the steps."""
+        return self._bits / max(1, self._steps)
+
+    @property
+    def penalty(self) -> float:
+        """The shuffle's regulariser, mean over the steps."""
+        return self._penalty / max(1, self._steps)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks."""
+        return max(1, self._images) / max(1e-9, self.seconds)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time that was spent waiting for data, 0..1."""
+        return self._waited / max(1e-9, self.seconds)
+
+
+def curves(meter: Meter, norm: float, lr: float, goodput: float, entropy: Tensor) -> dict[str, float]:
+    """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
+
+    Args:
+        entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
+    """
+    values = {
+        "train/bits_per_dim": meter.bits_per_dim,
+        "train/grad_norm": norm,
+        "train/lr": lr,
+        "flow/shuffle_penalty": meter.penalty,
+        "time/images_per_second": meter.images_per_second,
+        "time/data_wait": meter.data_wait,
+        "time/goodput": goodput,
+    }
+    for level, (leaves, stays) in enumerate(entropy.tolist()):
+        values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}
+    return {k: v for k, v in values.items() if v == v}  # NaN: no such point
+
+
+def progress(meter: Meter, step: int, max_steps: int, global_batch: int) -> dict[str, Any]:
+    """What `eiwtrain.console.training_line` prints."""
+    return {
+        "step": step,
+        "max_steps": max_steps,
+        "images": step * global_batch,
+        "bits_per_dim": meter.bits_per_dim,
+        "images_per_second": meter.images_per_second,
+        "data_wait": meter.data_wait,
+        "eta": (max_steps - step) * global_batch / meter.images_per_second,
+    }

@@ -1,0 +1,158 @@
+"""What training changes, and nothing that it does not: weights, their average, the optimizer, the step, the clock.
+
+Made anew or from a checkpoint; knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoint` knows how
+they are stored). Every rank holds one; methods that are collective say so.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eiwtrain import checkpoint, flow
+from eiwtrain.config import Config
+from eiwtrain.engine import Engine
+from eiwtrain.evaluate import Score
+from eiwtrain.goodput import Clock
+
+
+def flow_config(config: Config, channels: int) -> flow.FlowConfig:
+    """The model that a config asks for, on square images of `channels` channels."""
+    m = config.model
+    return flow.FlowConfig(
+        image_shape=(channels, config.data.resolution, config.data.resolution),
+        levels=m.levels,
+        steps=m.steps,
+        conditioner=flow.ConditionerConfig(hidden=m.conditioner.hidden, depth=m.conditioner.depth),
+        shuffle=m.shuffle,
+        backprop=m.backprop,
+        conditioner_dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+        trunk_dtype=m.trunk_dtype,
+        anchor_every=m.anchor_every,
+        n_bits=m.n_bits,
+    )
+
+
+class TrainState:
+    """The state of training on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        channels: int,
+        fingerprint: str,
+        device: torch.device,
+        batching: tuple[int, int],
+        began: float,
+        first_images: Callable[[], Tensor],
+        note: Callable[[str], None],
+    ) -> None:
+        """Restore the newest intact checkpoint, or begin anew. Collective.
+
+        Args:
+            channels: of the images.
+            fingerprint: of the data set.
+            batching: rows of a micro-batch, micro-batches of a step.
+            began: Unix time at which this attempt's driver started.
+            first_images: dequantized training images, (n, C, H, W), the same on every rank: they initialise actnorm
+                and give a restored optimizer its first, empty step.
+            note: says something to the user.
+        """
+        self.config, self.fingerprint, self.device = config, fingerprint, device
+        torch.manual_seed(config.train.seed)
+        self.flow = flow.EIWFlow(flow_config(config, channels)).to(device)
+        saved, tensors = _newest_intact(config.root, device, note)
+        if saved is None:
+            self.flow.initialize(first_images())
+        else:
+            self.flow.load_state_dict(checkpoint.section(tensors, "weights"))
+        self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
+        self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
+        self.step = 0
+        self.score: tuple[int, Score] | None = None
+        """Step of the last evaluation, and what it gave."""
+        self.newest = saved
+        """The last checkpoint that was committed or restored."""
+        if saved is not None:
+            self.step = saved.step
+            self.averaged.load_state_dict(checkpoint.section(tensors, "ema"))
+            x = first_images()[: batching[0]]
+            self.engine.load_moments(
+                checkpoint.section(tensors, "moments"), self.step, lambda module: module(x).log_prob.sum()
+            )
+        self.clock = Clock.resumed(saved.state["clock"] if saved else None, began)
+
+    @property
+    def samples_seen(self) -> int:
+        """Position in the sample stream."""
+        return self.step * self.config.train.global_batch
+
+    def advance(self, losses: list[Callable[[nn.Module], Tensor]], lr: float) -> float:
+        """One optimizer step and the average after it; returns the gradient norm. Collective."""
+        norm = self.engine.step(losses, lr)
+        # a horizon that grows with the steps made, so that the average forgets the initial weights
+        decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step)) if self.config.train.ema else 0.0
+        averaged: list[Tensor] = list(self.averaged.parameters())
+        torch._foreach_lerp_(averaged, [p.detach() for p in self.flow.parameters()], 1.0 - decay)
+        self.step += 1
+        return norm
+
+    def save(self, mlflow_run_id: str) -> bool:
+        """Commit a checkpoint of this step and sweep old ones; False if there is one already. Collective."""
+        if self.newest is not None and self.newest.step == self.step:
+            return False
+        scored_now = self.score is not None and self.score[0] == self.step
+        state: dict[str, Any] = {
+            "config": self.config.model_dump(mode="json"),
+            "flow": self.flow.config.to_dict(),
+            "data_fingerprint": self.fingerprint,
+            "eval_bits_per_dim": self.score[1].bits_per_dim if self.score and scored_now else None,
+            "world_size": dist.get_world_size(),
+            "mlflow_run_id": mlflow_run_id,
+            "clock": self.clock.to_json(),
+            "saved_at": time.time(),
+        }
+        self.newest = checkpoint.save(self.config.root, self.step, self.samples_seen, self._tensors(), state)
+        if dist.get_rank() == 0:
+            checkpoint.sweep(self.config.root, self.config.checkpoint.keep_last)
+        return True
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"weights/{name}", t) for name, t in self.flow.state_dict().items())
+        yield from ((f"ema/{name}", t) for name, t in self.averaged.state_dict().items())
+        yield from ((f"moments/{name}", t) for name, t in self.engine.moments())
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. Collective."""
+    return sum_over_ranks([float(flag)], device)[0] > 0
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over ranks, in float64. Collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return [float(v) for v in tensor.tolist()]
+
+
+def _newest_intact(
+    root: str, device: torch.device, note: Callable[[str], None]
+) -> tuple[checkpoint.Checkpoint | None, dict[str, Tensor]]:
+    """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run."""
+    candidates: list[Any] = [checkpoint.committed(root) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(candidates, src=0)
+    for saved in candidates[0]:
+        try:
+            tensors, damage = checkpoint.load(saved), None
+        except checkpoint.DamagedCheckpoint as e:
+            tensors, damage = {}, str(e)
+        if not any_rank(damage is not None, device):
+            return saved, tensors
+        note(f"damaged checkpoint passed over: {damage or saved.url}")
+    return None, {}
