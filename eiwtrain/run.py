@@ -91,9 +91,13 @@ class Stop:
         self.raises = True
 
     def __enter__(self) -> Stop:
+        self.listen()
+        return self
+
+    def listen(self) -> None:
+        """Take the signals; again after `ray.init`, which takes SIGTERM for itself."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
-        return self
 
     def __exit__(self, *exc: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -221,6 +225,7 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
             log_to_driver=False,
             logging_level="ERROR",
         )
+    stop.listen()
     try:
         mailbox = start_mailbox()
         environment = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED)}

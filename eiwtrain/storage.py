@@ -163,13 +163,10 @@ def check_writable(url: str) -> None:
         StorageError: one of the three failed, with the cause in one line.
     """
     probe = join(url, f".probe-{uuid.uuid4().hex}")
-    try:
-        write_bytes(probe, b"eiwtrain")
-        if read_bytes(probe) != b"eiwtrain":
-            raise StorageError(f"{url}: what was written could not be read back")
-        delete(probe)
-    except (OSError, ValueError) as e:
-        raise StorageError(f"{url}: {type(e).__name__}: {e}") from e
+    write_bytes(probe, b"eiwtrain")
+    if read_bytes(probe) != b"eiwtrain":
+        raise StorageError(f"{url}: what was written could not be read back")
+    delete(probe)
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -194,12 +191,17 @@ def _copy(source: Path, target: Path) -> None:
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a sibling temporary file, flush it to disk and rename it onto `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         write(temp)
         with open(temp, "rb+") as f:
             os.fsync(f.fileno())
         temp.replace(target)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
     finally:
-        temp.unlink(missing_ok=True)
+        if temp.parent.is_dir():
+            temp.unlink(missing_ok=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
@@ -236,22 +238,39 @@ class _Numbers:
 
 def _load(dataset: Dataset[Any], numbers: Any, workers: int) -> Iterator[Batch]:
     """The micro-batches of those numbers, in order, made here or by worker processes."""
-    items: Iterator[Any]
     if workers == 0:
-        items = (dataset[n] for n in numbers)
-    else:
-        loader: DataLoader[Any] = DataLoader(
-            dataset,
-            sampler=numbers,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            prefetch_factor=_PREFETCH,
-            multiprocessing_context="spawn",  # remote file systems and threads do not survive a fork
-            worker_init_fn=_init_worker,
-            generator=torch.Generator(),  # or starting workers would advance torch's global generator
-        )
-        items = _start_workers(loader)
+        return _raising(dataset[number] for number in numbers)
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=_PREFETCH,
+        multiprocessing_context="spawn",  # remote file systems and threads do not survive a fork
+        worker_init_fn=_init_worker,
+        generator=torch.Generator(),  # or starting workers would advance torch's global generator
+    )
+    held = [_start_workers(loader)]  # the only reference: workers go when it is cleared
+    batches = _raising(_drain(held))
+    # Also at exit, before multiprocessing would send SIGTERM, which they ignore, and wait for them for ever.
+    weakref.finalize(batches, held.clear)
+    return batches
+
+
+def _drain(held: list[Iterator[Any]]) -> Iterator[Any]:
+    while held:
+        try:
+            item = next(held[0])
+        except StopIteration:
+            held.clear()
+            return
+        if isinstance(item, Exception):
+            held.clear()
+        yield item
+
+
+def _raising(items: Iterator[Any]) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, Exception):
             raise item
@@ -278,15 +297,24 @@ def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _init_worker(worker: int) -> None:
-    """The trainer decides when to stop and checkpoints first; its loader workers go when it lets them go.
+    """The trainer decides when to stop and checkpoints first; its loader workers go when it lets them go, or is
+    killed.
 
     They go without finalizing the interpreter, as forked ones do: that can end the thread that sends batches in the
     midst of C++, which aborts the process, and DataLoader then raises in the trainer.
     """
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     atexit.register(os._exit, 0)
-    if threading.current_thread() is threading.main_thread():
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_go_with_parent, daemon=True).start()
+
+
+def _go_with_parent() -> None:
+    """DataLoader's own watch on the trainer misses one that was killed before the worker had started."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _as_it_is(item: Any) -> Any:

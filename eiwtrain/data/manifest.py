@@ -78,9 +78,7 @@ class Manifest:
             DataError: there is none, or it holds no samples.
         """
         if name not in self.splits:
-            raise DataError(
-                f"data set '{self.name}' has no split '{name}'; it has {', '.join(self.splits) or 'none'}"
-            )
+            raise DataError(f"data set '{self.name}' has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
         if self.splits[name].samples == 0:
             raise DataError(f"split '{name}' of data set '{self.name}' has no samples")
         return self.splits[name]
@@ -317,7 +315,5 @@ class _Fields:
         values = self._take(name, list, "a list")
         for i, value in enumerate(values):
             if not isinstance(value, kind):
-                raise DataError(
-                    f"{self.where}: field '{self.prefix}{name}[{i}]' is {value!r:.60}, not {kind.__name__}"
-                )
+                raise DataError(f"{self.where}: field '{self.prefix}{name}[{i}]' is {value!r:.60}, not {kind.__name__}")
         return list(values)

@@ -69,30 +69,25 @@ class SampleOrder:
         return SampleOrder, (self._sizes.tolist(), self.fingerprint, self.seed, self.lanes, self.block)
 
     def at(self, positions: npt.ArrayLike) -> tuple[Ints, Ints]:
-        """Epochs and sample indices within the split (unshuffled) of the positions; all of the shape of
-        `positions`.
-        """
+        """Epochs and sample indices within the split (unshuffled) of the positions, in the shape of `positions`."""
         epochs, local = self._locate(positions)
+        shape, epochs, local = epochs.shape, epochs.reshape(-1), local.reshape(-1)
         lanes, turns = local % self.lanes, local // self.lanes
-        blocks = turns // self.block
-        slots = (
-            self._lane_starts[lanes] + turns
-        )  # place in the epoch's shuffled concatenation, before block shuffling
-        groups = np.stack([epochs, lanes, blocks]).reshape(3, -1)
-        unique, members = np.unique(groups, axis=1, return_inverse=True)
+        blocks, inside = np.divmod(turns, self.block)
+        slots = self._lane_starts[lanes] + turns - inside  # where the block starts in the epoch's concatenation
+        groups, members = np.unique(np.stack([epochs, lanes, blocks]), axis=1, return_inverse=True)
         members = members.reshape(-1)
-        bounds = np.searchsorted(members, np.arange(unique.shape[1] + 1), sorter=(by_group := np.argsort(members)))
-        flat = slots.reshape(-1)
-        inside = turns.reshape(-1) % self.block
-        for g, (epoch, lane, block) in enumerate(unique.T.tolist()):
+        by_group = np.argsort(members, kind="stable")
+        bounds = np.searchsorted(members[by_group], np.arange(groups.shape[1] + 1))
+        for g, (epoch, lane, block) in enumerate(groups.T.tolist()):
             rows = by_group[bounds[g] : bounds[g + 1]]
-            flat[rows] += self._block_of(epoch, lane, block)[inside[rows]] - inside[rows]
-        indices = np.empty_like(flat)
+            slots[rows] += self._block_of(epoch, lane, block)[inside[rows]]
+        indices = np.empty_like(slots)
         for epoch in np.unique(epochs).tolist():
-            rows = np.flatnonzero(epochs.reshape(-1) == epoch)
+            rows = np.flatnonzero(epochs == epoch)
             ends, shift = self._shards_of(epoch)
-            indices[rows] = flat[rows] + shift[np.searchsorted(ends, flat[rows], side="right")]
-        return epochs, indices.reshape(epochs.shape)
+            indices[rows] = slots[rows] + shift[np.searchsorted(ends, slots[rows], side="right")]
+        return epochs.reshape(shape), indices.reshape(shape)
 
     def lanes_of(self, positions: npt.ArrayLike) -> Ints:
         """The lane of each position."""

@@ -63,7 +63,7 @@ class ConvConditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H, W), in the dtype of `x`."""
-        # No cache: a weight cast under no_grad would come back in the backward pass without its gradient.
+        # No cache: each weight is used once, and a copy cast in forward's no_grad must not serve the backward pass.
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
             # Contiguous, so that forward and reverse give the convolution the same strides, hence the same kernel.
             h = self.activation(self.first(x.to(self.first.weight.dtype).contiguous()))

@@ -51,7 +51,9 @@ def load(path: str | Path) -> EIWFlow:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            # Cloned, as the file's own packing is not aligned and matrix products may round by alignment: a loaded flow
+            # is to give the same bits as the one that was saved.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
     config = _config(path, header)

@@ -112,7 +112,7 @@ class EIWFlow(nn.Module):
     far it is the paper's, `eiwtrain.flow.shuffle` says), on Glow's steps (arXiv 1807.03039, figure 2).
 
     It models `dequantize`d images: x in [-1/2, 1/2), (B, C, H, W). Whatever the dtype of x, it computes in
-    `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast around `forward` changes nothing.
+    `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast around its methods changes nothing.
 
     Raises (all methods that take images): ValueError for uint8 or images of another shape.
     """

@@ -1,0 +1,196 @@
+"""The main job through real Ray, DeepSpeed and MLflow, in real processes that are stopped by real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import tiny_config, write_shards
+from mlflow import MlflowClient
+
+from eiwtrain import checkpoint, flow
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 40
+SUMMARY = {
+    "steps", "images", "test_bits_per_dim", "png_bits_per_dim", "images_per_second", "goodput", "drift", "samples",
+    "exported_model", "mlflow_run_id",
+}  # fmt: skip
+
+
+class Job:
+    """`python -m eiwtrain.run` in a process group of its own, its output in a file."""
+
+    def __init__(self, folder: Path, *overrides: str, name: str = "tiny") -> None:
+        self.folder, self.log = folder, folder / f"{name}-{time.time_ns()}.log"
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "eiwtrain.run", str(folder / "tiny.yaml"), f"run.name={name}", *overrides],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Until the job has printed `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.log.read_text():
+            assert self.process.poll() is None, f"ended without {text!r}:\n{self.log.read_text()}"
+            assert time.monotonic() < end, f"no {text!r} within {seconds} s:\n{self.log.read_text()}"
+            time.sleep(0.05)
+
+    def wait(self, seconds: float = 180) -> tuple[int, str]:
+        """The exit code and all that was printed."""
+        try:
+            return self.process.wait(seconds), self.log.read_text()
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    write_shards(folder / "data", n=100)
+    config = tiny_config(folder, train={"max_steps": STEPS}, checkpoint={"every": 15}, eval={"every": 20})
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    code, output = Job(folder, name="whole").wait()
+    assert code == 0, output
+    return output
+
+
+def final_weights(folder, name):
+    newest = checkpoint.committed(str(folder / "runs" / name))[0]
+    assert (newest.step, newest.samples_seen) == (STEPS, STEPS * 8)
+    return checkpoint.load(newest)
+
+
+def curve(folder, name, key):
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    summary = json.loads((folder / "runs" / name / "summary.json").read_text())
+    return {m.step: m.value for m in client.get_metric_history(summary["mlflow_run_id"], key)}, [
+        m.step for m in client.get_metric_history(summary["mlflow_run_id"], key)
+    ]
+
+
+def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
+    root = folder / "runs" / "whole"
+    last_line = uninterrupted.strip().splitlines()[-1]
+    assert last_line == str(root / "summary.json")
+    summary = json.loads(Path(last_line).read_text())
+    assert summary.keys() >= SUMMARY
+    assert (summary["steps"], summary["images"]) == (STEPS, STEPS * 8)
+    assert f"step {STEPS:>6,}/{STEPS}" in uninterrupted
+    assert "\r" not in uninterrupted
+    assert Path(summary["samples"]).read_bytes()[1:4] == b"PNG"
+    model = flow.load(summary["exported_model"])
+    saved = checkpoint.section(final_weights(folder, "whole"), "ema")
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    run = client.get_run(summary["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/bits_per_dim"] == pytest.approx(summary["test_bits_per_dim"])
+    assert run.data.metrics["eval/png_bits_per_dim"] == pytest.approx(summary["png_bits_per_dim"])
+    values, steps = curve(folder, "whole", "train/bits_per_dim")
+    assert steps == list(range(1, STEPS + 1))
+    assert values[STEPS] < values[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, uninterrupted, number, code):
+    name = f"stopped-{number}"
+    first = Job(folder, name=name)
+    first.wait_for("training from step 0")
+    first.wait_for("bits/dim")
+    # as a terminal does it: the whole process group gets Ctrl-C
+    os.killpg(first.process.pid, number) if number == signal.SIGINT else first.process.send_signal(number)
+    exit_code, output = first.wait()
+    assert exit_code == code, output
+    stopped_at = checkpoint.committed(str(folder / "runs" / name))[0].step
+    assert 0 < stopped_at < STEPS
+    assert f"stopped at step {stopped_at} of {STEPS} by {signal.Signals(number).name}" in output
+    assert f"-m eiwtrain.run {folder / 'tiny.yaml'} run.name={name}" in output
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    (stopped,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
+    assert stopped.info.status == "KILLED"
+
+    exit_code, output = Job(folder, name=name).wait()
+    assert exit_code == 0, output
+    assert f"going on from step {stopped_at}" in output
+    (finished,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
+    assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
+    # every step once, and each with the loss of the uninterrupted run: the same samples, noise and weights
+    values, steps = curve(folder, name, "flow/entropy_leaves_level0")
+    assert steps == list(range(1, STEPS + 1))
+    assert values == curve(folder, "whole", "flow/entropy_leaves_level0")[0]
+    ours, theirs = final_weights(folder, name), final_weights(folder, "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_killed_worker_is_started_again_and_the_result_is_the_same(folder, uninterrupted):
+    import psutil
+
+    job = Job(folder, name="killed")
+    job.wait_for("checkpoint at step 15")
+    workers = [
+        p for p in psutil.Process(job.process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[0].kill()
+    exit_code, output = job.wait(240)
+    assert exit_code == 0, output
+    assert output.count("training from step") == 2
+    ours, theirs = final_weights(folder, "killed"), final_weights(folder, "whole")
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert curve(folder, "killed", "train/lr")[1] == list(range(1, STEPS + 1))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(folder, uninterrupted):
+    newest, before = checkpoint.committed(str(folder / "runs" / "whole"))[:2]
+    part = Path(newest.url, newest.parts[1].name)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    exit_code, output = Job(folder, name="whole").wait()
+    assert exit_code == 0, output
+    assert f"damaged checkpoint passed over: {part}" in output or f"passed over: {newest.url}" in output
+    assert f"training from step {before.step} to {STEPS}" in output
+
+
+def test_another_model_on_the_same_run_is_refused_before_anything_starts(folder, uninterrupted):
+    exit_code, output = Job(folder, "model.steps=3", name="whole").wait()
+    assert exit_code == 2
+    assert output.strip() == (
+        "error: model.steps: 3 here, but the run began with 2; set it back or use another run.name"
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_samples_and_the_last_good_checkpoint(folder):
+    exit_code, output = Job(folder, "train.lr=1.0e+30", "train.warmup_steps=0", "train.clip=0", name="infinite").wait()
+    assert exit_code == 1, output
+    assert "is not finite; samples of train: [" in output
+    assert "last good checkpoint: " in output
+    assert "Traceback" not in output
+
+
+def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder):
+    exit_code, output = Job(folder, "--dry-run", name="dry").wait()
+    assert exit_code == 0, output
+    for line in ("max_steps: 40", "parameters", " train, ", " test images", "a new run", "can be written", "answers"):
+        assert line in output, output
+    assert not (folder / "runs" / "dry" / "checkpoints").exists()

@@ -1,0 +1,267 @@
+"""Backpropagation without stored activations: the same gradients, the promised memory, the promised work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from flow_helpers import at_random_parameters, images, make_flow
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from eiwtrain.flow import (
+    AffineCoupling,
+    Chain,
+    ConditionerConfig,
+    ConvConditioner,
+    EIWFlow,
+    FlowOutput,
+    HardHalf,
+    InvertibleConv1x1,
+    run,
+)
+from eiwtrain.flow.reversible import MODES
+from eiwtrain.flow.shuffle import SHUFFLES
+
+
+def whole_loss(out: FlowOutput) -> Tensor:
+    # Uneven weights, so that gradients of one sample in place of another's would show.
+    weights = torch.arange(1, len(out.log_prob) + 1, dtype=out.log_prob.dtype)
+    return ((-out.log_prob + 10 * out.penalty) * weights).mean()
+
+
+def gradients(flow: EIWFlow, x: Tensor, loss: Callable[[FlowOutput], Tensor] = whole_loss) -> Tensor:
+    """Of the input and of all parameters, as one float64 vector; zero where there is none."""
+    flow.zero_grad()
+    x = x.clone().requires_grad_()
+    loss(flow(x)).backward()
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, *flow.parameters())]
+    return torch.cat([g.flatten().double() for g in grads])
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("anchor_every", [0, 2])
+@pytest.mark.parametrize("mode", ["checkpointed", "invertible"])
+def test_gradients_in_float64_are_those_of_autograd(shuffle: str, anchor_every: int, mode: str) -> None:
+    x = images(3)
+    stored = gradients(make_flow(shuffle=shuffle, steps=3), x)
+    other = gradients(make_flow(shuffle=shuffle, steps=3, backprop=mode, anchor_every=anchor_every), x)
+    assert stored.norm() > 1
+    assert relative_error(other, stored) <= 1e-9
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("mode", ["checkpointed", "invertible"])
+def test_gradients_in_float32_are_those_of_autograd_up_to_rounding(shuffle: str, mode: str) -> None:
+    x = images(3, dtype=torch.float32)
+    stored = gradients(make_flow(dtype=torch.float32, shuffle=shuffle), x)
+    other = gradients(make_flow(dtype=torch.float32, shuffle=shuffle, backprop=mode), x)
+    assert relative_error(other, stored) <= 1e-4
+
+
+def test_bfloat16_conditioners_cost_invertible_gradients_no_more_than_stored_ones() -> None:
+    x = images(4, dtype=torch.float32)
+    exact = gradients(make_flow(dtype=torch.float32, steps=4), x)
+    low = {mode: make_flow(dtype=torch.float32, steps=4, backprop=mode, conditioner_dtype="bfloat16") for mode in MODES}
+    error = {mode: relative_error(gradients(flow, x), exact) for mode, flow in low.items()}
+    assert 1e-4 < error["stored"] < 0.1
+    assert error["checkpointed"] == error["stored"]
+    assert error["invertible"] <= 1.5 * error["stored"]
+
+
+@pytest.mark.parametrize("shuffle", ["hard", "soft"])
+@pytest.mark.parametrize("unused", ["log_prob", "penalty"])
+def test_a_loss_may_leave_outputs_unused(shuffle: str, unused: str) -> None:
+    def loss(out: FlowOutput) -> Tensor:
+        return out.penalty.sum() if unused == "log_prob" else out.log_prob.sum()
+
+    x = images(2)
+    stored = gradients(make_flow(shuffle=shuffle), x, loss)
+    assert relative_error(gradients(make_flow(shuffle=shuffle, backprop="invertible"), x, loss), stored) <= 1e-9
+
+
+def test_frozen_parameters_get_no_gradient_and_spoil_none() -> None:
+    grads = {}
+    for mode in MODES:
+        flow = make_flow(backprop=mode)
+        for p in list(flow.parameters())[::3]:
+            p.requires_grad_(False)
+        grads[mode] = gradients(flow, images(2))
+        assert [p.grad is not None for p in flow.parameters()] == [p.requires_grad for p in flow.parameters()]
+    assert relative_error(grads["invertible"], grads["stored"]) <= 1e-9
+
+
+def test_a_conditioner_shared_by_two_couplings_gets_both_gradients() -> None:
+    shared = ConvConditioner(2, 4, ConditionerConfig(hidden=4)).double()
+    chain = [AffineCoupling(shared), InvertibleConv1x1(4).double(), AffineCoupling(shared, mirrored=True)]
+    at_random_parameters(Chain(chain))
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    grads = []
+    for mode in MODES:
+        out = run(chain, x, mode)
+        loss = out.y.square().sum() - out.log_det.sum()
+        grads.append(torch.autograd.grad(loss, list(shared.parameters())))
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], rtol=1e-9, atol=1e-9)
+
+
+@contextmanager
+def conditioner_calls(flow: EIWFlow) -> Iterator[Counter[str]]:
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, _o, name=name: calls.update([name]))
+        for name, module in flow.named_modules()
+        if isinstance(module, ConvConditioner)
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("mode", "times"), [("stored", 1), ("checkpointed", 2), ("invertible", 2)])
+@pytest.mark.parametrize("anchor_every", [0, 1])
+def test_each_conditioner_runs_so_often_in_a_forward_and_a_backward(mode: str, times: int, anchor_every: int) -> None:
+    flow = make_flow(backprop=mode, steps=3, anchor_every=anchor_every)
+    with conditioner_calls(flow) as calls:
+        gradients(flow, images(2))
+    assert len(calls) == 2 * 3 + 1  # and the split prior's
+    assert set(calls.values()) == {times}
+
+
+def bytes_saved(flow: EIWFlow, x: Tensor) -> int:
+    """What autograd keeps from forward to backward: each storage once, without the parameters."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in flow.parameters()}
+    alive = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(t)  # so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        flow(x)
+    return sum(kept.values())
+
+
+def bytes_held(flow: EIWFlow, x: Tensor) -> int:
+    """What is allocated and not freed again while the output of a forward pass is alive, whoever holds it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = flow(x)
+    assert out.log_prob.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("measure", [bytes_saved, bytes_held])
+def test_memory_does_not_grow_with_depth_when_invertible(
+    shuffle: str, measure: Callable[[EIWFlow, Tensor], int]
+) -> None:
+    x = images(2, dtype=torch.float32)
+    kept = {
+        (mode, steps): measure(make_flow(dtype=torch.float32, backprop=mode, steps=steps, shuffle=shuffle), x)
+        for mode in ("stored", "invertible")
+        for steps in (2, 8)
+    }
+    assert 0 < kept["invertible", 2] == kept["invertible", 8]
+    assert kept["stored", 8] > 2.5 * kept["stored", 2] > 5 * kept["invertible", 2]
+
+
+def test_each_anchor_saves_one_activation_more() -> None:
+    x = images(2, dtype=torch.float32)
+
+    def saved(anchor_every: int) -> int:
+        flow = make_flow(dtype=torch.float32, backprop="invertible", steps=4, shuffle="none", anchor_every=anchor_every)
+        assert bytes_held(flow, x) - bytes_saved(flow, x) < 200  # the rest is the output and the log-determinants
+        return bytes_saved(flow, x)
+
+    level_outputs = x.nbytes + x.nbytes // 2  # the second level sees half of the first
+    assert saved(2) - saved(0) == level_outputs
+    assert saved(1) - saved(0) == 3 * level_outputs
+
+
+def test_anchors_bound_the_error_of_the_reconstruction() -> None:
+    x = images(2, dtype=torch.float32)
+
+    def deep(dtype: torch.dtype, backprop: str, anchor_every: int = 0) -> Tensor:
+        return gradients(make_flow(dtype=dtype, backprop=backprop, levels=1, steps=12, anchor_every=anchor_every), x)
+
+    exact = deep(torch.float64, "stored")
+    error = {n: relative_error(deep(torch.float32, "invertible", n), exact) for n in (0, 1)}
+    assert error[1] < 0.8 * error[0]
+
+
+def test_the_order_of_a_hard_shuffle_is_kept_not_guessed() -> None:
+    half = HardHalf(8).double()  # as it starts, all weights are equal: sorting again would give another order
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    a, b = half.halves(x)
+    order = torch.tensor([[3, 1, 0, 2], [1, 2, 3, 0]])
+    y = half.whole(a, half.transform(b, half.condition(a, (order,))).y)
+    back, _, _ = half.reverse(y, (order,), torch.ones_like(y), torch.ones(2).double(), torch.ones(2).double())
+    assert torch.equal(back, x)
+    assert not torch.allclose(half.inverse(y), x)
+
+
+def test_a_second_backward_is_refused() -> None:
+    out = make_flow(backprop="invertible").log_prob(images(1)).sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward()
+
+
+def test_gradients_of_gradients_are_refused_when_invertible() -> None:
+    x = images(1).requires_grad_()
+    flow = make_flow(backprop="invertible")
+    (grad,) = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["stored", "invertible"])
+def test_a_parameter_changed_before_backward_is_refused(mode: str) -> None:
+    flow = make_flow(backprop=mode)
+    loss = flow.log_prob(images(1)).sum()
+    with torch.no_grad():
+        flow.get_parameter("levels.0.bijections.1.parts.2.conditioner.last.weight").add_(1.0)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_gradients_there_is_only_a_forward(mode: str) -> None:
+    flow = make_flow(backprop=mode)
+    with conditioner_calls(flow) as calls, torch.no_grad():
+        out = flow(images(1))
+    assert set(calls.values()) == {1}
+    assert not out.log_prob.requires_grad
+    assert torch.equal(out.log_prob, flow(images(1)).log_prob)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="reversible"):
+        run([], torch.zeros(1, 2, 2, 2), "reversible")
+
+
+def test_distributed_data_parallel_sees_every_gradient_once() -> None:
+    x = images(2)
+    expected = gradients(make_flow(backprop="stored"), x)[x.numel() :]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        flow = make_flow(backprop="invertible")
+        # find_unused_parameters is what a nested backward breaks: it would mark a parameter ready twice.
+        wrapped = DistributedDataParallel(flow, find_unused_parameters=True)
+        whole_loss(wrapped(x)).backward()
+    finally:
+        dist.destroy_process_group()
+    ours = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
+    assert relative_error(ours, expected) <= 1e-9

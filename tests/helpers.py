@@ -1,0 +1,76 @@
+"""What several tests need: processes with a gloo group, small data sets, small configs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
+    """`work(*args)` in `world_size` fresh processes that share a gloo group; raises when one fails."""
+    mp.start_processes(_rank, args=(work, world_size, free_port(), args), nprocs=world_size, start_method="spawn")
+
+
+def _rank(rank: int, work: Callable[..., None], world_size: int, port: int, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        work(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def write_images(folder: Path, n: int, resolution: int = 8, seed: int = 0) -> None:
+    """n smooth random PNGs, in two class folders."""
+    generator = np.random.default_rng(seed)
+    for i in range(n):
+        coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((resolution, resolution), Image.Resampling.BILINEAR)
+        path = folder / f"class{i % 2}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+
+
+def write_shards(output: Path, n: int = 60, resolution: int = 8) -> None:
+    """A small data set with splits train and test."""
+    import data_prep
+
+    images = output.with_name(output.name + "-images")
+    write_images(images, n, resolution)
+    data_prep.prepare("folder", str(output), resolution, path=str(images), eval_fraction=0.2, shard_size=16)
+
+
+def tiny_config(folder: Path, **overrides: Any) -> dict[str, Any]:
+    """A config that trains in a second, as YAML would give it; `overrides` are whole sections, merged."""
+    raw: dict[str, Any] = {
+        "run": {"name": "tiny", "storage": str(folder / "runs")},
+        "data": {"path": str(folder / "data"), "resolution": 8, "lanes": 4, "shuffle_block": 16},
+        "model": {"levels": 2, "steps": 2, "conditioner": {"hidden": 8}},
+        "train": {"global_batch": 8, "micro_batch": 4, "max_steps": 12, "warmup_steps": 2, "log_every_seconds": 0.2},
+        "workers": {"min": 2},
+        "checkpoint": {"every": 5},
+        "tracking": {"log_every": 1},
+        "eval": {"every": 6, "images": 8, "samples": 4},
+    }
+    for section, fields in overrides.items():
+        raw[section] = raw[section] | fields
+    return raw

@@ -1,0 +1,152 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_config
+
+from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, describe_fields, flatten, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    return str(file)
+
+
+def error(path, *overrides):
+    with pytest.raises(ConfigError) as e:
+        load_config(path, list(overrides))
+    message = str(e.value)
+    assert len(message.splitlines()) <= MAX_ERROR_LINES
+    return message
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid(config, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    load_config(str(config))
+
+
+def test_overrides_reach_every_field(path):
+    plain = load_config(path)
+    values = {"run.name": "other", "model.conditioner.hidden": 5, "train.lr": 0.5, "eval.temperatures": [0.1, 0.2]}
+    values |= {"data.prepare": "photos", "train.precision": "fp32", "data.flip": False, "train.max_hours": 2.0}
+    changed = load_config(
+        path, [f"{k}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}" for k, v in values.items()]
+    )
+    flat, before = flatten(changed.model_dump(mode="json")), flatten(plain.model_dump(mode="json"))
+    assert {k: flat[k] for k in values} == values
+    assert {k: v for k, v in flat.items() if k not in values} == {k: v for k, v in before.items() if k not in values}
+
+
+def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
+    raw = tiny_config(tmp_path)
+    del raw["model"]
+    Path(path).write_text(yaml.safe_dump(raw))
+    assert load_config(path, ["model.conditioner.hidden=7", "model.levels=1"]).model.conditioner.hidden == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lrr=1", ["train.lrr", "did you mean train.lr?"]),
+        ("trian.lr=1", ["trian", "did you mean train?"]),
+        ("lr=1", ["did you mean train.lr?"]),
+        ("model.conditioner.hiden=1", ["did you mean model.conditioner.hidden?"]),
+        ("train.max_steps=ten", ["train.max_steps", "'ten'", "integer"]),
+        ("train.max_steps=0", ["train.max_steps", "greater than 0"]),
+        ("model.shuffle=sof", ["model.shuffle", "'soft'"]),
+        ("model.levels=4", ["model.levels", "2^4 = 16", "data.resolution is 8", "at most 3"]),
+        ("data.resolution=7", ["data.resolution is 7", "multiple of 4"]),
+        ("train.micro_batch=9", ["train.micro_batch", "global_batch = 8", "at most 8"]),
+        ("workers.max=1", ["workers.max", "workers.min = 2"]),
+        ("workers.max=9", ["workers.max", "global_batch = 8"]),
+        ("run.storage=s3://bucket/x", ["tracking.uri", "must be set"]),
+        ("model.anchor_every=2 model.backprop=stored", ["model.anchor_every"]),
+        ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
+        ("run.name=a/b", ["run.name"]),
+        ("eval.temperatures=[1]", ["eval.temperatures"]),
+        ("train=3", ["train"]),
+        ("nonsense", ["'nonsense'", "section.field=value"]),
+        ("train.lr=[", ["train.lr", "not valid YAML"]),
+    ],
+)
+def test_a_bad_value_is_one_line_with_field_and_remedy(path, override, words):
+    message = error(path, *override.split(" "))
+    assert len(message.splitlines()) == 1
+    assert [w for w in words if w not in message] == []
+
+
+def test_many_errors_are_cut_to_four_lines(path):
+    message = error(path, *[f"train.nope{i}=1" for i in range(9)])
+    assert len(message.splitlines()) == MAX_ERROR_LINES
+    assert message.splitlines()[-1] == "... and 6 more"
+
+
+def test_a_missing_required_field_is_named(path, tmp_path):
+    raw = tiny_config(tmp_path)
+    del raw["data"]["path"]
+    Path(path).write_text(yaml.safe_dump(raw))
+    assert "data.path: is missing" in error(path)
+
+
+def test_a_missing_file_names_the_nearest(path):
+    assert "did you mean" in error(path.replace("tiny", "tinny"))
+
+
+def test_a_file_that_is_no_mapping_or_no_yaml_is_refused(path):
+    for text in ("- 1\n", "a: [\n"):
+        Path(path).write_text(text)
+        assert path in error(path)
+
+
+def test_environment_variables_stand_in_values(path, monkeypatch):
+    monkeypatch.setenv("WHERE", "/some/where")
+    assert load_config(path, ["run.storage=${WHERE}/runs"]).run.storage == "/some/where/runs"
+    assert load_config(path, ["run.storage=${NOT_SET_ANYWHERE:-/default}"]).run.storage == "/default"
+
+
+def test_relative_paths_become_absolute(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path, ["run.storage=here"]).run.storage == str(tmp_path / "here")
+
+
+def test_inside_a_ray_job_relative_paths_are_under_home(path, monkeypatch, tmp_path):
+    job = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    assert load_config(path, ["run.storage=here"]).run.storage == str(Path.home() / "eiwtrain" / "here")
+
+
+def test_every_field_has_a_meaning():
+    text = describe_fields()
+    lines = text.splitlines()
+    assert len(lines) > 60
+    assert all(meaning.strip() for meaning in lines[1::2])
+
+
+def test_config_survives_json():
+    raw = tiny_config(Path("/x"))
+    config = Config.model_validate(raw)
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_typo_ends_with_code_2_before_ray_or_torch_are_imported(path):
+    script = (
+        "import sys; from eiwtrain.run import main; code = main(sys.argv[1:]);"
+        "print([m for m in ('ray', 'torch', 'mlflow', 'deepspeed') if m in sys.modules]); sys.exit(code)"
+    )
+    began = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", script, path, "train.lrr=1"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert result.stdout.strip() == "[]"
+    assert result.stderr.strip() == "error: train.lrr: no such field; did you mean train.lr?"
+    assert time.perf_counter() - began < 30  # a hang, not a speed: that is a benchmark's

@@ -1,0 +1,77 @@
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks
+from torch import nn
+
+from eiwtrain.config import Train
+from eiwtrain.engine import Engine
+
+STEPS, ACCUMULATION, MICRO_BATCH, LR, CLIP = 6, 2, 2, 1e-2, 0.5
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def inputs(world_size):
+    return torch.randn(STEPS, world_size, ACCUMULATION, MICRO_BATCH, 7, generator=torch.Generator().manual_seed(1))
+
+
+def plain_training(x):
+    """The same steps by torch alone, in one process; parameters and gradient norms."""
+    reference = model()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.0)
+    norms = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        reference(x[step].flatten(0, 2)).square().sum().backward()
+        norms.append(float(nn.utils.clip_grad_norm_(reference.parameters(), CLIP)))
+        optimizer.step()
+    return list(reference.parameters()), norms
+
+
+def losses(x, step):
+    own = x[step, dist.get_rank()]
+    return [lambda module, x=micro_batch: module(x).square().sum() for micro_batch in own]
+
+
+def train_and_resume(stage):
+    x = inputs(2)
+    train = Train(zero_stage=stage, clip=CLIP)
+    module = model()
+    engine = Engine(module, train, MICRO_BATCH, ACCUMULATION, 2)
+    norms = [engine.step(losses(x, s), LR) for s in range(3)]
+    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    moments = {k: v.clone() for k, v in engine.moments()}
+    norms += [engine.step(losses(x, s), LR) for s in range(3, STEPS)]
+
+    expected, expected_norms = plain_training(x)
+    for ours, theirs in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5, atol=1e-6)
+
+    resumed = model()
+    resumed.load_state_dict(weights)
+    again = Engine(resumed, train, MICRO_BATCH, ACCUMULATION, 2)
+    again.load_moments(moments, 3, losses(x, 0)[0])
+    assert all(torch.equal(v, moments[k]) for k, v in again.moments())
+    for s in range(3, STEPS):
+        again.step(losses(x, s), LR)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_ranks_train_as_one_process_and_resume_to_the_bit(stage):
+    run_ranks(train_and_resume, 2, stage)
+
+
+def refuse_another_number_of_micro_batches():
+    engine = Engine(model(), Train(), MICRO_BATCH, ACCUMULATION, 1)
+    with pytest.raises(ValueError, match="1 micro-batches for 2"):
+        engine.step([lambda module: module(torch.zeros(2, 7)).sum()], LR)
+
+
+def test_a_wrong_number_of_micro_batches_is_refused():
+    run_ranks(refuse_another_number_of_micro_batches, 1)

@@ -1,0 +1,130 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_ranks, tiny_config, write_shards
+from PIL import Image
+
+from eiwtrain import data, evaluate, export, flow, sample
+from eiwtrain.config import Config
+from eiwtrain.state import flow_config
+
+
+def tiny_model(**model):
+    torch.manual_seed(0)
+    built = flow.EIWFlow(flow_config(Config.model_validate(tiny_config(Path("/x"), model=model)), 3))
+    built.initialize(torch.rand(32, 3, 8, 8) - 0.5)
+    with torch.no_grad():
+        for p in built.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return built.eval()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "data"
+    write_shards(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    export.export(tiny_model(), str(folder), {"step": 3})
+    return folder
+
+
+def reader(folder):
+    return data.ShardReader(str(folder), data.load_manifest(str(folder)), "test")
+
+
+def score(folder, **kwargs):
+    return evaluate.score(tiny_model(), data.eval_batches(reader(folder), images=100, seed=0, **kwargs))
+
+
+def test_the_score_is_the_mean_over_images_with_its_standard_error(shards):
+    model, images = tiny_model(), reader(shards)
+    (batch,) = data.eval_batches(images, images=100, seed=0, micro_batch=len(images))
+    bits = model.bits_per_dim(flow.dequantize(batch.images, batch.noise, 8)).detach().double()
+    result = score(shards, micro_batch=5)
+    assert result.images == len(images)
+    assert result.bits_per_dim == pytest.approx(float(bits.mean()), rel=1e-5)
+    assert result.standard_error == pytest.approx(float(bits.std() / len(images) ** 0.5), rel=1e-3)
+
+
+def same_on_every_rank(folder, expected):
+    import torch.distributed as dist
+
+    result = score(folder, micro_batch=4, rank=dist.get_rank(), world_size=dist.get_world_size())
+    assert result.images == expected.images
+    assert result.bits_per_dim == pytest.approx(expected.bits_per_dim, rel=1e-5)
+
+
+def test_the_score_is_the_same_at_another_world_size(shards):
+    run_ranks(same_on_every_rank, 3, shards, score(shards, micro_batch=4))
+
+
+def test_an_evaluation_stops_when_asked(shards):
+    batches = data.eval_batches(reader(shards), images=100, seed=0, micro_batch=2)
+    answers = iter([False, True])
+    assert evaluate.score(tiny_model(), batches, lambda: next(answers)) is None
+
+
+def test_png_yardstick_counts_whole_files():
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG", optimize=True)
+    assert evaluate.png_bits_per_dim([image, image]) == pytest.approx(8 * file.tell() / image.size)
+    assert evaluate.png_bits_per_dim([image]) > 8  # noise cannot be compressed, and a header comes on top
+    assert evaluate.png_bits_per_dim([np.zeros((3, 32, 32), np.uint8)]) < 1
+    assert evaluate.png_bits_per_dim([image], n_bits=3) < 4
+
+
+def test_reconstructions_are_exact_and_samples_repeat(shards):
+    model = tiny_model()
+    images = data.first_images(reader(shards), 4)
+    middle = torch.full(images.shape, 0.5)  # of each quantum: what rounds must not lie at its edge
+    assert torch.equal(sample.reconstruct(model, images, middle), images)
+    first, again, other = (sample.sample(model, 3, 0.8, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.uint8
+
+
+def test_the_overview_shows_two_temperatures_and_reconstructions(shards):
+    images = data.first_images(reader(shards), 4)
+    picture = sample.overview(tiny_model(), images, torch.full(images.shape, 0.5), 4, (0.7, 1.0), 0)
+    tile, title, gap = 64, 18, 2
+    assert picture.size == (4 * (tile + gap) + gap, 4 * (title + tile + 2 * gap))
+    pixels = np.asarray(picture)
+    row = title + tile + 2 * gap
+    held_out, reconstructed = pixels[2 * row + title : 3 * row], pixels[3 * row + title :]
+    assert (held_out == reconstructed).all()
+    assert held_out[gap + 1, gap + 1].tolist() == images[0, :, 0, 0].tolist()
+
+
+def test_the_commands_work_on_an_exported_model(shards, model_folder, tmp_path, capsys):
+    assert evaluate.main([str(model_folder), "--data", str(shards)]) == 0
+    assert f"on {len(reader(shards))} images" in capsys.readouterr().out
+    assert sample.main([str(model_folder), "--n", "9", "--output", str(tmp_path / "g.png")]) == 0
+    assert Image.open(tmp_path / "g.png").width > 8 * 64
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (lambda m, s: evaluate.main(["/nowhere", "--data", str(s)]), "/nowhere"),
+        (lambda m, s: evaluate.main([str(m), "--data", "/nowhere"]), "/nowhere"),
+        (lambda m, s: evaluate.main([str(m), "--data", str(s), "--split", "val"]), "'val'"),
+        (lambda m, s: sample.main([str(m), "--n", "0"]), "--n 0"),
+        (lambda m, s: sample.main(["/nowhere"]), "/nowhere"),
+        (lambda m, s: export.main(["best", "--run", "/nowhere", "--output", "/tmp/x"]), "no checkpoint 'best'"),
+    ],
+)
+def test_a_command_that_cannot_work_says_why_in_one_line(command, words, shards, model_folder, capsys):
+    assert command(model_folder, shards) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line

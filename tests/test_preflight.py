@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+from helpers import tiny_config, write_shards
+
+from eiwtrain import preflight
+from eiwtrain.config import Config, ConfigError
+
+
+def config(folder, **sections):
+    return Config.model_validate(tiny_config(folder, **sections))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preflight")
+    write_shards(folder / "data")
+    return folder
+
+
+def test_a_good_data_set_is_found(folder):
+    manifest = preflight.find_data(config(folder))
+    assert manifest is not None
+    assert manifest.resolution == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"path": "/nowhere"}, ["data.path", "/nowhere", "data_prep"]),
+        ({"resolution": 16}, ["data.resolution", "8 pixels", "data.resolution=8"]),
+        ({"eval_split": "val"}, ["data.eval_split", "'val'", "test", "train"]),
+        ({"train_split": "tain"}, ["data.train_split", "'tain'"]),
+    ],
+)
+def test_data_that_does_not_fit_is_one_line(folder, data, words):
+    with pytest.raises(ConfigError) as e:
+        preflight.find_data(config(folder, data=data))
+    assert len(str(e.value).splitlines()) == 1
+    assert [w for w in words if w not in str(e.value)] == []
+
+
+def test_absent_data_that_can_be_prepared_is_no_error(folder):
+    assert preflight.find_data(config(folder, data={"path": "/nowhere", "prepare": "photos"})) is None
+
+
+def test_gpus_asked_for_and_absent_are_refused_here_but_not_on_a_cluster(folder, monkeypatch):
+    monkeypatch.setattr(preflight, "gpus_here", lambda: 1)
+    with pytest.raises(ConfigError, match=r"workers.gpus: 1 for each of 2 workers, but this machine has 1; use"):
+        preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=False)
+    preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=True)
+    preflight.check_gpus(config(folder, workers={"gpus": 1, "min": 1}), joins_cluster=False)
+    preflight.check_gpus(config(folder), joins_cluster=False)
+
+
+def test_gpus_hidden_from_this_process_do_not_count(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert preflight.gpus_here() == 0
+
+
+def test_storage_that_cannot_be_written_is_one_line(folder, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"run.storage: .*file") as e:
+        preflight.check_storage(config(folder, run={"storage": str(tmp_path / "file")}))
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_run_without_checkpoints_is_new(folder, tmp_path):
+    assert preflight.find_checkpoint(config(folder, run={"storage": str(tmp_path)}), None) is None
+    assert list(Path(tmp_path).iterdir()) == []

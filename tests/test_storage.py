@@ -1,0 +1,116 @@
+import os
+
+import pytest
+
+from eiwtrain import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request, tmp_path):
+    return str(tmp_path / "store") if request.param == "local" else f"memory://{tmp_path.name}"
+
+
+def test_what_is_written_is_read_back(root):
+    url = storage.join(root, "a", "b.bin")
+    storage.write_bytes(url, b"one")
+    storage.write_bytes(url, b"two")
+    assert storage.read_bytes(url) == b"two"
+    assert storage.exists(url)
+    assert storage.size(url) == 3
+
+
+def test_files_are_copied_both_ways(root, tmp_path):
+    (tmp_path / "in").write_bytes(b"x" * 3_000_000)
+    storage.put_file(tmp_path / "in", storage.join(root, "f"))
+    storage.get_file(storage.join(root, "f"), tmp_path / "sub" / "out")
+    assert (tmp_path / "sub" / "out").read_bytes() == b"x" * 3_000_000
+
+
+def test_listing_gives_names_and_nothing_for_what_is_absent(root):
+    for name in ("b/x", "a/x", "c"):
+        storage.write_bytes(storage.join(root, name), b"1")
+    assert storage.listdir(root) == ["a", "b", "c"]
+    assert storage.listdir(storage.join(root, "absent")) == []
+
+
+def test_deleting_what_is_absent_is_fine(root):
+    storage.write_bytes(storage.join(root, "d", "x"), b"1")
+    storage.delete(storage.join(root, "d"))
+    storage.delete(storage.join(root, "d"))
+    assert storage.listdir(storage.join(root, "d")) == []
+
+
+def test_absent_is_told_from_broken(root):
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(root, "absent"))
+    with pytest.raises(FileNotFoundError):
+        storage.size(storage.join(root, "absent"))
+
+
+def test_a_write_that_fails_leaves_the_old_bytes_and_no_temporary_file(tmp_path, monkeypatch):
+    url = str(tmp_path / "f")
+    storage.write_bytes(url, b"old")
+
+    def fail(fd):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(storage.StorageError, match="f: OSError: disk full"):
+        storage.write_bytes(url, b"new")
+    assert storage.read_bytes(url) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_transient_failures_are_tried_again_and_final_ones_named(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda s: None)
+    calls = []
+
+    def flaky():
+        calls.append(1)
+        if len(calls) < 3:
+            raise ConnectionResetError("reset")
+        return "ok"
+
+    assert storage.retrying("s3://b/x", flaky) == "ok"
+    for error in (PermissionError("denied"), ValueError("wrong key")):
+        calls.clear()
+
+        def final(error=error):
+            calls.append(1)
+            raise error
+
+        with pytest.raises(storage.StorageError, match=f"s3://b/x: {type(error).__name__}"):
+            storage.retrying("s3://b/x", final)
+        assert len(calls) == 1
+
+
+def test_giving_up_names_the_cause(monkeypatch):
+    monkeypatch.setattr(storage.time, "sleep", lambda s: None)
+
+    def broken():
+        raise TimeoutError("no answer")
+
+    with pytest.raises(storage.StorageError, match="s3://b/x: TimeoutError: no answer"):
+        storage.retrying("s3://b/x", broken)
+
+
+def test_check_writable_leaves_nothing(root):
+    storage.check_writable(root)
+    assert storage.listdir(root) == []
+
+
+def test_check_writable_names_what_is_wrong(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(storage.StorageError, match="file/below"):
+        storage.check_writable(str(tmp_path / "file" / "below"))
+
+
+def test_an_unknown_scheme_is_one_line():
+    with pytest.raises(storage.StorageError, match="nosuch://x"):
+        storage.exists("nosuch://x")
+
+
+def test_absolute_and_join():
+    assert storage.absolute("s3://b/x/") == "s3://b/x"
+    assert storage.absolute("x").startswith("/")
+    assert storage.join("s3://b/", "/x/", "y") == "s3://b/x/y"
