@@ -23,9 +23,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 DEFAULT_LANES = 64  # as many nodes can each own shards of their own
-DEFAULT_BLOCK = (
-    1024  # about one shard: lanes * block samples are mixed at any time, and a resume reads at most these again
-)
+DEFAULT_BLOCK = 1024  # about one shard; lanes * block samples are mixed at any time
 _KEPT_EPOCHS = 4  # shard permutations kept; a batch straddles two epochs
 
 

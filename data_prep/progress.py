@@ -1,0 +1,72 @@
+"""How far the writing is: a bar on a terminal, a line every few seconds anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_LINE_EVERY = 5.0  # seconds between two lines in a log
+
+
+class Progress:
+    """Counts images out of `total`. Use as a context manager; `quiet` counts and shows nothing."""
+
+    def __init__(self, total: int, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self.total, self.made, self.skipped = total, 0, 0
+        self._stream = stream if stream is not None else sys.stderr
+        self._start = self._said = time.monotonic()
+        self._quiet = quiet
+        self._bar: Any = None
+        if not quiet and self._stream.isatty():
+            self._bar = tqdm(total=total, unit=" images", file=self._stream, smoothing=0.05, dynamic_ncols=True)
+
+    def update(self, n: int) -> None:
+        """`n` more images were made."""
+        self.made += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif not self._quiet and time.monotonic() - self._said >= _LINE_EVERY:
+            self._line()
+
+    def skip(self, n: int) -> None:
+        """`n` images were there already: done, but not part of the rate."""
+        self.skipped += n
+        if self._bar is not None:
+            self._bar.initial += n
+            self._bar.update(n)
+
+    @property
+    def rate(self) -> float:
+        """Images made a second so far."""
+        return self.made / max(time.monotonic() - self._start, 1e-9)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        done = self.made + self.skipped
+        left = (self.total - done) / max(self.rate, 1e-9)
+        print(
+            f"{done:,} of {self.total:,} images, {self.rate:,.0f} images/s, {_duration(left)} left",
+            file=self._stream,
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

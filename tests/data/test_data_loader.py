@@ -1,0 +1,278 @@
+"""Batches: every sample with weight one exactly once, equal on replay, at any world size, with any workers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eiwtrain.data import Batch, ShardReader, eval_batches, first_images, load_manifest, train_batches
+from eiwtrain.data.manifest import DataError
+
+Sample = tuple[int, int, bytes, bytes]
+
+
+def _reader(data_set: Path, split: str, cache: Path) -> ShardReader:
+    return ShardReader(str(data_set), load_manifest(str(data_set)), split, cache)
+
+
+def _train(reader: ShardReader, steps: int, **options: Any) -> list[list[Batch]]:
+    given = {"seed": 5, "start_step": 0, "global_batch": 12, "micro_batch": 4, "lanes": 4, "block": 8} | options
+    return list(itertools.islice(train_batches(reader, **given), steps))
+
+
+def _samples(batches: list[Batch]) -> Counter[tuple[int, bytes, bytes]]:
+    """The rows that count, as (index, image, noise)."""
+    return Counter(
+        (int(b.indices[i]), b.images[i].numpy().tobytes(), b.noise[i].numpy().tobytes())
+        for b in batches
+        for i in range(len(b.weight))
+        if b.weight[i] == 1
+    )
+
+
+def _equal(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
+    pairs = zip(itertools.chain(*a), itertools.chain(*b), strict=True)
+    return all(torch.equal(x, y) for p, q in pairs for x, y in zip(p, q, strict=True))
+
+
+def test_a_batch_has_the_shapes_and_types_that_it_says(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+    batch = _train(_reader(data_set, "train", tmp_path), 1)[0][0]
+    assert [(t.dtype, tuple(t.shape)) for t in batch] == [
+        (torch.uint8, (4, 3, 8, 8)),
+        (torch.float32, (4, 3, 8, 8)),
+        (torch.float32, (4,)),
+        (torch.int64, (4,)),
+    ]
+    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        assert np.array_equal(image.numpy(), image_of("train", index).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch"), [(12, 4), (7, 3), (50, 16), (64, 64), (1, 2)])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 9])
+def test_a_step_is_the_same_at_any_world_size_and_padding_weighs_nothing(
+    data_set: Path, tmp_path: Path, global_batch: int, micro_batch: int, world: int
+) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    options = {"global_batch": global_batch, "micro_batch": micro_batch, "flip": True}
+    alone = _train(reader, 3, **options)
+    ranks = [_train(reader, 3, rank=r, world_size=world, **options) for r in range(world)]
+    for step in range(3):
+        parts = [ranks[r][step] for r in range(world)]
+        assert {len(p) for p in parts} == {-(-global_batch // (world * micro_batch))}
+        batches = list(itertools.chain(*parts))
+        assert all(len(t) == micro_batch for b in batches for t in b)
+        assert sum(float(b.weight.sum()) for b in batches) == global_batch
+        assert all(bool(((b.indices == -1) == (b.weight == 0)).all()) for b in batches)
+        assert _samples(batches) == _samples(alone[step])
+
+
+def test_a_resume_gives_what_would_have_come(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    whole = _train(reader, 14, flip=True)
+    for start in (1, 4, 9):  # steps 4 and 8 straddle two epochs: 50 samples, 12 a step
+        assert _equal(whole[start:], _train(reader, 14 - start, start_step=start, flip=True))
+
+
+def test_each_epoch_has_each_sample_once_with_new_noise(data_set: Path, tmp_path: Path) -> None:
+    steps = _train(_reader(data_set, "train", tmp_path), 20, global_batch=10, micro_batch=10)
+    indices = torch.cat([b.indices for s in steps for b in s]).reshape(4, 50)
+    assert all(sorted(epoch.tolist()) == list(range(50)) for epoch in indices)
+    noises = {(b.noise[i].numpy().tobytes()) for s in steps for b in s for i in range(10)}
+    assert len(noises) == 200
+
+
+def test_workers_change_nothing(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    options = {"flip": True, "rank": 1, "world_size": 2}
+    state = torch.get_rng_state()
+    assert _equal(_train(reader, 9, **options), _train(reader, 9, workers=2, **options))
+    assert torch.equal(state, torch.get_rng_state())  # starting them draws nothing from the global generator
+
+
+def test_noise_is_uniform_and_flips_are_half(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+    steps = _train(_reader(data_set, "train", tmp_path), 100, global_batch=10, micro_batch=10, flip=True)
+    noise = torch.cat([b.noise for s in steps for b in s])
+    assert float(noise.min()) >= 0
+    assert float(noise.max()) < 1
+    histogram = torch.histc(noise, 16, 0, 1) / noise.numel()
+    assert float((histogram - 1 / 16).abs().max()) < 0.003  # 192,000 draws: five standard deviations
+    flipped = []
+    for batch in itertools.chain(*steps):
+        for image, index in zip(batch.images.numpy(), batch.indices.tolist(), strict=True):
+            true = image_of("train", index).transpose(2, 0, 1)
+            flipped.append(np.array_equal(image, true[:, :, ::-1]))
+            assert flipped[-1] or np.array_equal(image, true)
+    assert 0.42 < np.mean(flipped) < 0.58  # 1,000 tosses: five standard deviations
+
+
+def test_another_seed_gives_other_noise_and_order(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    a, b = (_train(reader, 1, seed=s, global_batch=50, micro_batch=50)[0][0] for s in (1, 2))
+    assert not torch.equal(a.indices, b.indices)
+    rows = a.indices.argsort(), b.indices.argsort()
+    assert not torch.equal(a.noise[rows[0]], b.noise[rows[1]])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize(("images", "expected"), [(1000, 23), (10, 10), (1, 1)])
+def test_evaluation_sees_each_image_once_in_batches_of_equal_number(
+    data_set: Path, tmp_path: Path, world: int, images: int, expected: int
+) -> None:
+    reader = _reader(data_set, "test", tmp_path)
+    ranks = [
+        list(eval_batches(reader, images=images, seed=3, micro_batch=4, rank=r, world_size=world)) for r in range(world)
+    ]
+    assert len({len(r) for r in ranks}) == 1
+    seen = _samples(list(itertools.chain(*ranks)))
+    assert sorted(index for index, _, _ in seen.elements()) == list(range(expected))
+    assert seen == _samples(list(eval_batches(reader, images=images, seed=3, micro_batch=4)))
+
+
+def test_evaluation_noise_is_not_that_of_training(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    train = _samples(_train(reader, 1, global_batch=50, micro_batch=50)[0])
+    evaluation = _samples(list(eval_batches(reader, images=50, seed=5, micro_batch=50)))
+    assert {s[:2] for s in train} == {s[:2] for s in evaluation}
+    assert not {s[2] for s in train} & {s[2] for s in evaluation}
+
+
+def test_first_images_are_the_first(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+    images = first_images(_reader(data_set, "test", tmp_path), 3)
+    assert [np.array_equal(i, image_of("test", n).transpose(2, 0, 1)) for n, i in enumerate(images.numpy())] == [
+        True
+    ] * 3
+    assert len(first_images(_reader(data_set, "test", tmp_path), 99)) == 23
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_is_one_line_also_from_a_worker(data_set: Path, tmp_path: Path, workers: int) -> None:
+    copy = shutil.copytree(data_set, tmp_path / "copy")
+    (copy / "train-000002.tar").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        _train(_reader(copy, "train", tmp_path / "cache"), 5, workers=workers)
+    assert str(caught.value).startswith("shard train-000002.tar is damaged")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"global_batch": 0}, {"micro_batch": 0}, {"rank": 1}, {"world_size": 0}, {"start_step": -1}]
+)
+def test_sizes_out_of_range_are_refused_at_once(data_set: Path, tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"must be at least 1|out of range"):
+        train_batches(
+            _reader(data_set, "train", tmp_path),
+            **({"seed": 0, "start_step": 0, "global_batch": 4, "micro_batch": 2} | wrong),
+        )
+
+
+STARTS = """
+import multiprocessing, signal, sys, time
+from eiwtrain.data import ShardReader, load_manifest, train_batches
+
+def start():
+    global batches
+    reader = ShardReader(sys.argv[1], load_manifest(sys.argv[1]), "train", sys.argv[2])
+    batches = train_batches(reader, seed=0, start_step=0, global_batch=4, micro_batch=4, workers=2)
+    print("starting", flush=True)
+    next(batches)
+    print("started", *(p.pid for p in multiprocessing.active_children()), flush=True)
+"""
+STOPPED = """
+if __name__ == "__main__":
+    stopped = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.append(1))
+    start()
+    while not stopped:
+        time.sleep(0.05)
+    print(sum(len(next(batches)) for _ in range(40)), "steps after the stop", flush=True)
+"""
+ERROR = """
+if __name__ == "__main__":
+    start()
+    kept = batches
+    raise SystemExit("an error elsewhere, with the stream still open")
+"""
+WAITING = """
+if __name__ == "__main__":
+    start()
+    time.sleep(600)
+"""
+
+
+def _start(script: str, data_set: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    path = tmp_path / "script.py"
+    path.write_text(STARTS + script)
+    return subprocess.Popen(
+        [sys.executable, str(path), str(data_set), str(tmp_path / "cache")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for(process: subprocess.Popen[str], word: str) -> list[int]:
+    """The numbers after `word` in the line that starts with it."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        first, *rest = line.split()
+        if first == word:
+            return [int(n) for n in rest]
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"), [("starting", signal.SIGINT), ("starting", signal.SIGTERM), ("started", signal.SIGINT)]
+)
+def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
+    data_set: Path, tmp_path: Path, moment: str, number: signal.Signals
+) -> None:
+    process = _start(STOPPED, data_set, tmp_path)
+    _wait_for(process, moment)
+    if moment == "starting":
+        time.sleep(1.0)  # the workers are importing
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "40 steps after the stop" in out
+    assert err == ""
+
+
+def test_a_program_that_ends_with_the_stream_open_ends(data_set: Path, tmp_path: Path) -> None:
+    process = _start(ERROR, data_set, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err == "an error elsewhere, with the stream still open\n"
+
+
+def test_workers_of_a_killed_trainer_go(data_set: Path, tmp_path: Path) -> None:
+    process = _start(WAITING, data_set, tmp_path)
+    workers = _wait_for(process, "started")
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30  # one of them may still be importing torch
+    while alive := [pid for pid in workers if _alive(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.2)
+
+
+def _alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,109 @@
+"""The manifest: what is written is read, what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eiwtrain.data
+from eiwtrain.data.manifest import (
+    DataError,
+    fingerprint,
+    load_manifest,
+    load_sidecar,
+    manifest_from_json,
+    manifest_to_json,
+    sidecar_from_json,
+    sidecar_to_json,
+)
+
+
+def test_manifest_and_sidecar_survive_json(data_set: Path) -> None:
+    manifest = load_manifest(str(data_set))
+    assert manifest_from_json(manifest_to_json(manifest), "x") == manifest
+    sidecar = load_sidecar(str(data_set), "train-000000.tar")
+    assert sidecar_from_json(sidecar_to_json(sidecar), "x") == sidecar
+    assert manifest.splits["train"].samples == 50
+
+
+def test_a_folder_without_manifest_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data set at .*: manifest\.json is not there"):
+        load_manifest(str(tmp_path))
+    with pytest.raises(DataError, match="no data set"):
+        load_manifest(str(tmp_path / "nowhere"))
+
+
+def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        if value is None:
+            del content[path[-1]]
+        else:
+            content[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set(["format"], "other-9"), "format is 'other-9', this version reads 'eiwtrain-data-1'"),
+        (_set(["resolution"], None), "field 'resolution' is missing"),
+        (_set(["resolution"], "32"), "field 'resolution' is '32', not a whole number"),
+        (_set(["channels"], True), "field 'channels' is True"),
+        (_set(["splits", "train", "shards", 2, "sha256"], None), r"field 'splits.train.shards\[2\].sha256' is missing"),
+        (
+            _set(["splits", "train", "shards", 0, "samples"], -1),
+            r"field 'splits.train.shards\[0\].samples' is negative",
+        ),
+        (_set(["splits", "test", "samples"], 7), "field 'splits.test.samples' is not the sum"),
+        (_set(["splits", "test"], []), "field 'splits.test' is .*, not an object"),
+        (_set(["classes"], [1]), r"field 'classes\[0\]' is 1, not str"),
+        (_set(["preprocessing", "version"], None), "field 'preprocessing.version' is missing"),
+        (_set(["preprocessing", "version"], 2), "field 'fingerprint' does not match"),
+    ],
+)
+def test_a_wrong_field_is_named_in_one_line(
+    data_set: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    content = json.loads((data_set / "manifest.json").read_text())
+    change(content)
+    with pytest.raises(DataError, match=message) as caught:
+        manifest_from_json(json.dumps(content).encode(), "here/manifest.json")
+    assert "here/manifest.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_what_is_not_json_is_refused(text: bytes) -> None:
+    with pytest.raises(DataError, match="not "):
+        manifest_from_json(text, "x")
+
+
+def test_fingerprint_follows_bytes_and_preprocessing_only(data_set: Path, tmp_path: Path, new_data_set: Any) -> None:
+    manifest = load_manifest(str(data_set))
+    elsewhere = new_data_set(str(tmp_path / "other-name"), {"train": [20, 0, 13, 17], "test": [10, 13]})
+    assert elsewhere.fingerprint == manifest.fingerprint
+    assert new_data_set(str(tmp_path / "x"), {"train": [20], "test": [10]}).fingerprint != manifest.fingerprint
+    other = {**manifest.preprocessing, "version": 2}
+    assert fingerprint(manifest.splits, other) != manifest.fingerprint
+
+
+def test_an_absent_or_empty_split_is_refused_with_those_there_are(tmp_path: Path, new_data_set: Any) -> None:
+    manifest = new_data_set(str(tmp_path), {"train": [3], "test": [0]})
+    with pytest.raises(DataError, match="no split 'val'; it has train, test"):
+        manifest.split("val")
+    with pytest.raises(DataError, match=r"'test' .* has no samples"):
+        manifest.split("test")
+
+
+def test_the_package_offers_its_names() -> None:
+    for name in eiwtrain.data.__all__:
+        assert getattr(eiwtrain.data, name).__name__ == name
+    with pytest.raises(AttributeError):
+        eiwtrain.data.nothing  # noqa: B018

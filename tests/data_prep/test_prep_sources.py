@@ -1,0 +1,155 @@
+"""Sources: which images, which split, which label; photographs whose regions share no pixel."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.items import Patch, Source, photograph
+from data_prep.sources import read_source
+from eiwtrain.data.manifest import DataError
+
+
+def _png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _folder(root: Path, names: list[str]) -> Path:
+    for n, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png(n))
+    return root
+
+
+def _tar(path: Path, names: list[str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for n, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = len(data := _png(n))
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def _read(path: Path, eval_fraction: float = 0.0) -> Source:
+    return read_source("folder", 4, str(path), eval_fraction)
+
+
+def _names(source: Source) -> dict[str, list[tuple[str, int]]]:
+    return {split: [(i.source, i.label) for i in items] for split, items in source.splits.items()}
+
+
+NAMES = ["dog/b.png", "cat/a.png", "dog/a.jpeg", "cat/deep/er/c.PNG", "cat/notes.txt", "dog/.hidden.png"]
+EXPECTED = {"train": [("cat/a.png", 0), ("cat/deep/er/c.PNG", 0), ("dog/a.jpeg", 1), ("dog/b.png", 1)]}
+
+
+def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for path in (_folder(tmp_path / "folder", NAMES), _tar(tmp_path / "a.tar", NAMES)):
+        source = _read(path)
+        assert _names(source) == EXPECTED
+        assert source.classes == ("cat", "dog")
+
+
+def test_a_tar_is_read_by_offset_and_its_single_top_folder_is_looked_into(tmp_path: Path) -> None:
+    source = pickle.loads(pickle.dumps(_read(_tar(tmp_path / "a.tar", [f"./pets/{n}" for n in NAMES]))))
+    assert _names(source) == EXPECTED
+    reds = [item.load().getpixel((0, 0))[0] for item in source.splits["train"]]
+    assert reds == [NAMES.index(name) for name, _ in EXPECTED["train"]]
+
+
+def test_flat_images_have_no_label(tmp_path: Path) -> None:
+    source = _read(_folder(tmp_path, ["b.png", "a.png"]))
+    assert _names(source) == {"train": [("a.png", -1), ("b.png", -1)]}
+    assert source.classes == ()
+
+
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation", "eval", "Test"])
+def test_split_folders_are_the_splits(tmp_path: Path, name: str) -> None:
+    for path in (
+        _folder(tmp_path / "folder", ["train/cat/1.png", f"{name}/cat/2.png", f"{name}/eel/3.png"]),
+        _tar(tmp_path / "a.tar", ["train/cat/1.png", f"{name}/cat/2.png", f"{name}/eel/3.png"]),
+    ):
+        source = _read(path, eval_fraction=0.5)
+        assert _names(source) == {"train": [("cat/1.png", 0)], "test": [("cat/2.png", 0), ("eel/3.png", 1)]}
+
+
+def test_several_evaluation_folders_keep_their_names(tmp_path: Path) -> None:
+    source = _read(_folder(tmp_path, ["train/1.png", "val/2.png", "test/3.png"]))
+    assert {split: len(items) for split, items in source.splits.items()} == {"train": 1, "test": 1, "val": 1}
+
+
+def test_a_class_called_train_among_others_is_a_class(tmp_path: Path) -> None:
+    source = _read(_folder(tmp_path, ["train/1.png", "plane/2.png", "test/3.png"]))
+    assert source.classes == ("plane", "test", "train")
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_without_split_folders_a_hash_of_the_name_chooses(tmp_path: Path, top: str) -> None:
+    names = [f"{top}c{n % 3}/{n}.png" for n in range(600)]
+    source = _read(_tar(tmp_path / "a.tar", names), eval_fraction=0.2)
+    test = {i.source for i in source.splits["test"]}
+    assert 80 < len(test) < 160  # four standard deviations about 120
+    assert not test & {i.source for i in source.splits["train"]}
+    fewer = _read(_tar(tmp_path / "b.tar", names[:300]), eval_fraction=0.2)
+    assert {i.source for i in fewer.splits["test"]} == test & {n.removeprefix(top) for n in names[:300]}
+
+
+def test_sources_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text("no tar")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
+        pass
+    _folder(tmp_path / "one", ["1.png"])
+    for arguments, message in [
+        (("folder", 4, str(tmp_path / "nowhere")), "no such folder or tar"),
+        (("folder", 4, str(tmp_path / "empty")), "no images in it"),
+        (("folder", 4, str(tmp_path / "text")), "neither a folder nor an uncompressed tar"),
+        (("folder", 4, str(tmp_path / "a.tar.gz")), "neither a folder nor an uncompressed tar"),
+        (("folder", 4, "s3://bucket/images"), "not a URL"),
+        (("folder", 4, None), "needs the path"),
+        (("folder", 4, str(tmp_path / "one"), 1.5), "eval fraction"),
+        (("folder", 4, str(tmp_path / "one"), 0.999999), "none of 1 images is left"),
+        (("folder", 0, str(tmp_path / "one")), "resolution must be"),
+        (("photos", 8, "x"), "takes no path"),
+        (("photos", 512, None), "too small"),
+        (("fotos", 8, None), "no source called 'fotos'; there are folder, photos"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            read_source(*arguments)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("resolution", [20, 32, 64])
+def test_photographs_give_train_and_test_regions_without_a_shared_pixel(resolution: int) -> None:
+    source = read_source("photos", resolution)
+    used: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
+    for split, items in source.splits.items():
+        for item in items:
+            patch = item.load
+            assert isinstance(patch, Patch)
+            size = photograph(patch.path, patch.halve).size
+            maps = used.setdefault((patch.path, patch.halve), {s: np.zeros(size[::-1], int) for s in source.splits})
+            assert 0 <= patch.left <= size[0] - resolution
+            assert 0 <= patch.top <= size[1] - resolution
+            maps[split][patch.top : patch.top + resolution, patch.left : patch.left + resolution] += 1
+    assert len(used) == len(source.classes) == len({path for path, _ in used})  # no photograph at two sizes
+    for maps in used.values():
+        assert not (maps["train"].astype(bool) & maps["test"].astype(bool)).any()
+        assert maps["test"].max() == 1  # test patches do not overlap each other
+        assert maps["train"].mean() > 1  # overlapping
+    assert all(item.load().size == (resolution, resolution) for item in source.splits["test"][:10])
+
+
+def test_photographs_are_enough_for_a_quick_start() -> None:
+    source = read_source("photos", 32)
+    assert 3000 <= len(source.splits["train"]) <= 6000
+    assert len(source.splits["test"]) >= 256
+    assert len({i.source for i in source.splits["train"]}) == len(source.splits["train"])
