@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -208,22 +209,26 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not _joins_cluster():
+        # A token for this cluster alone. Left to itself Ray keeps one in ~/.ray, which the next `ray start` then asks
+        # for, and `ray job submit` does not give.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     from eiwtrain.mailbox import start_mailbox
     from eiwtrain.worker import Job
 
-    needed = config.max_workers * config.workers.cpus
     if _joins_cluster():
         ray.init(log_to_driver=False, logging_level="ERROR")
     else:
-        # logical cores: two workers also fit on a machine with one
         ray.init(
             address="local",
-            num_cpus=max(needed, os.cpu_count() or 1),
+            num_cpus=max(config.max_workers * config.workers.cpus, os.cpu_count() or 1),  # logical: also on one core
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
+            _node_ip_address="127.0.0.1",  # nothing listens beyond this machine
         )
     stop.listen()
     try:
