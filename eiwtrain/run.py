@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + e.number
 
 
-class Stopped(Exception):
-    """A stop signal came where there was nothing to save."""
+class Stopped(BaseException):
+    """A stop signal came where there was nothing to save; like KeyboardInterrupt, no library should catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -136,10 +136,18 @@ def _joins_cluster() -> bool:
 
 def _prepare(config: Config, console: Console) -> Manifest:
     import data_prep
+    from eiwtrain import storage
+    from eiwtrain.data import DataError
 
-    assert config.data.prepare is not None
-    console.note(f"no data set at {config.data.path} yet: writing {config.data.prepare}")
-    data_prep.prepare(config.data.prepare, config.data.path, config.data.resolution)
+    d = config.data
+    assert d.prepare is not None
+    console.note(f"no data set at {d.path} yet: writing {d.prepare}")
+    try:
+        written = data_prep.prepare(d.prepare, d.path, d.resolution, quiet=False)
+    except (DataError, storage.StorageError) as e:
+        raise ConfigError(f"data.prepare: {e}") from None
+    for split in written.splits.values():
+        console.note(f"  {split.name}: {split.samples:,} images in {len(split.shards)} shards")
     manifest = preflight.find_data(config)
     assert manifest is not None
     return manifest
@@ -210,8 +218,8 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not _joins_cluster():
-        # A token for this cluster alone. Left to itself Ray keeps one in ~/.ray, which the next `ray start` then asks
-        # for, and `ray job submit` does not give.
+        # Ray's servers listen on every interface, so this cluster asks for a token, of its own: left to itself Ray
+        # would keep one in ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
@@ -228,7 +236,7 @@ def _train(config: Config, tracked: TrackedRun, began: float, console: Console, 
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
-            _node_ip_address="127.0.0.1",  # nothing listens beyond this machine
+            _node_ip_address="127.0.0.1",
         )
     stop.listen()
     try:

@@ -150,7 +150,7 @@ class Tracker:
         self._queue.put(("tags", dict(values)))
 
     def close(self) -> None:
-        """Wait until what was queued is logged, at most `_DRAIN_SECONDS`."""
+        """Wait until what was queued is logged, at most `_DRAIN_SECONDS`; closing twice is fine."""
         self._queue.put(None)
         self._thread.join(_DRAIN_SECONDS)
         if self._thread.is_alive():

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from eiwtrain import data, evaluate, export, flow, report, sample, storage
+from eiwtrain import data, evaluate, export, flow, report, sample, storage, tracking
 from eiwtrain.config import Config, Train
 from eiwtrain.mailbox import WorkerEnd
 from eiwtrain.state import TrainState, any_rank, sum_over_ranks
@@ -160,6 +160,11 @@ class Worker:
 
     def _stopped(self) -> dict[str, Any]:
         reason = self.driver.reason or "its time limit (train.max_hours)"
+        if self.tracker is not None:
+            self.tracker.close()
+            tracking.end(
+                self.job.tracked, "KILLED"
+            )  # the driver does it too, unless it is killed before it comes to it
         newest = self.state.newest
         return {"stopped": reason, "step": self.state.step, "checkpoint": newest.url if newest else None}
 
