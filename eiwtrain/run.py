@@ -187,7 +187,8 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
     from eiwtrain import tracking
 
     try:
-        tracked = tracking.begin(config, {"git_revision": _git_revision(), "command": _command(argv)})
+        tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
+        tracked = tracking.begin(config, tags)
     except tracking.TrackingError as e:
         raise ConfigError(str(e)) from None
     status: tracking.Status = "FAILED"

@@ -5,6 +5,7 @@ The driver begins and ends the run; rank 0 logs into it. Checkpoints and models 
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its end, goes on with the same command
 
 _UID_TAG = "eiwtrain.uid"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training, not on GenAI
 _RETRY_SECONDS = 5.0
 _DRAIN_SECONDS = 60.0  # how long a closing tracker waits for a server that is away
 
@@ -78,7 +80,7 @@ def check(config: Config) -> None:
 
 
 def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
-    """Find the run of this config's name, or create it, and mark it RUNNING.
+    """Find the run of this config's name, or create it, mark it RUNNING and set `tags`.
 
     Its identity is a random id in `run.json` under the run's root, so a run whose folder was deleted begins anew and
     two storages never share one. Params are logged at creation and never again (MLflow has them immutable).
@@ -94,7 +96,9 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         if experiment is None:
             artifacts = None if uri.startswith("http") else Path(config.run.storage, "mlartifacts").as_uri()
-            experiment_id = client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+            experiment_id = client.create_experiment(
+                config.tracking.experiment, artifact_location=artifacts, tags=_EXPERIMENT_TAGS
+            )
         else:
             experiment_id = experiment.experiment_id
         found = client.search_runs([experiment_id], f"tags.`{_UID_TAG}` = '{uid}'", max_results=1)
@@ -102,12 +106,13 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
             run_id = found[0].info.run_id
             client.update_run(run_id, status="RUNNING")
         else:
-            run = client.create_run(experiment_id, run_name=config.run.name, tags={_UID_TAG: uid})
+            origin = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "eiwtrain.run"}
+            run = client.create_run(experiment_id, run_name=config.run.name, tags=origin | {_UID_TAG: uid})
             run_id = run.info.run_id
             for name, value in flatten(config.model_dump(mode="json")).items():
                 client.log_param(run_id, name, value, synchronous=True)
         for key, value in tags.items():
-            client.set_tag(run_id, f"eiwtrain.{key}", value)
+            client.set_tag(run_id, key, value)
         client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
     except Exception as e:
         raise TrackingError(f"tracking.uri: {uri} cannot be used: {_one_line(e)}") from None

@@ -24,17 +24,17 @@ def status(run):
 
 
 def test_a_run_is_found_again_with_its_params_once(config):
-    first = tracking.begin(config, {"git_revision": "abc"})
+    first = tracking.begin(config, {"mlflow.source.git.commit": "abc"})
     tracking.end(first, "KILLED")
     assert status(first) == "KILLED"
     changed = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 99})})
-    second = tracking.begin(changed, {"git_revision": "def"})
+    second = tracking.begin(changed, {"mlflow.source.git.commit": "def"})
     assert second == first
     assert status(first) == "RUNNING"
     run = MlflowClient(first.uri).get_run(first.run_id)
     assert run.info.run_name == "tiny"
     assert run.data.params["train.max_steps"] == "12"
-    assert run.data.tags["eiwtrain.git_revision"] == "def"
+    assert run.data.tags["mlflow.source.git.commit"] == "def"
     assert len(MlflowClient(first.uri).search_runs([first.experiment_id])) == 1
 
 
