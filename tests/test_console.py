@@ -42,7 +42,7 @@ def test_a_terminal_line_is_overwritten_and_notes_stay(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7384, "2:03:04"), (273_900, "3d 04:05"), (-3, "0:00")]
+    ("seconds", "text"), [(0, "0:00"), (65, "1:05"), (7384, "2:03:04"), (2_073_900, "24d 00:05"), (-3, "0:00")]
 )
 def test_durations(seconds, text):
     assert console.duration(seconds) == text

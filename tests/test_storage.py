@@ -19,6 +19,15 @@ def test_what_is_written_is_read_back(root):
     assert storage.size(url) == 3
 
 
+def test_a_reader_of_the_old_bytes_never_sees_the_new_ones(tmp_path):
+    url = str(tmp_path / "f")
+    storage.write_bytes(url, b"old")
+    with open(url, "rb") as reader:
+        storage.write_bytes(url, b"new")
+        assert reader.read() == b"old"
+    assert storage.read_bytes(url) == b"new"
+
+
 def test_files_are_copied_both_ways(root, tmp_path):
     (tmp_path / "in").write_bytes(b"x" * 3_000_000)
     storage.put_file(tmp_path / "in", storage.join(root, "f"))
