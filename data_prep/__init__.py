@@ -1,6 +1,7 @@
 """Images to shards: sources (where the images are), one writer (the shards), and a command line.
 
-Not for reading shards: that is `eiwtrain.data`, which shares the manifest with this package and nothing else.
+Not for reading shards: that is `eiwtrain.data`, which shares the manifest with this package.
+Both stand on `eiwtrain.storage`.
 """
 
 from __future__ import annotations

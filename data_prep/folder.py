@@ -58,7 +58,13 @@ def _split(entries: Sequence[Entry], eval_fraction: float) -> dict[str, list[Ent
     kinds = {top: top.lower() for top in tops}
     trains = [top for top in tops if kinds[top] in TRAIN_FOLDERS]
     evals = sorted(top for top in tops if kinds[top] in EVAL_FOLDERS)
-    if len(trains) == 1 and len(tops) == 1 + len(evals):
+    strays = sorted(tops - set(trains) - set(evals))
+    if trains and evals and strays:
+        raise DataError(
+            f"'{trains[0]}' and '{evals[0]}' look like splits, but there are also images in "
+            f"{', '.join(repr(s or '.') for s in strays[:3])}; move them away, or the test images would be trained on"
+        )
+    if len(trains) == 1 and not strays:
         names = {trains[0]: "train"} | ({evals[0]: "test"} if len(evals) == 1 else {top: top for top in evals})
         splits: dict[str, list[Entry]] = {name: [] for name in names.values()}
         for parts, size, load in entries:

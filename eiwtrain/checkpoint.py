@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00001200-<attempt>` of safetensors parts, one a rank, and a `manifest.json` that is
 written last and names every part with its size and SHA-256: no manifest, no checkpoint. Tensors are whole and keyed
 by name (`weights/...`, `ema/...`, `moments/...`), so a checkpoint loads at any world size and ZeRO stage.
-Not for what the tensors mean: that is the business of `eiwtrain.worker`.
+Not for what the tensors mean: that is the business of `eiwtrain.state`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 FORMAT = "eiwtrain-checkpoint/1"
 MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"step-(\d{8})-[0-9a-f]{8}$")
+DAMAGED_MANIFEST = "manifest.damaged.json"  # what a manifest becomes when its parts are not as it says
+_FOLDER = re.compile(r"step-(\d{8,})-[0-9a-f]{8}$")
 
-# What shapes the weights or the sample order: another value is another run.
+# What shapes the weights or the sample order: another value is another run. How backward gets its activations is not.
+FREE = ("model.backprop", "model.anchor_every")
 FIXED = (
     "model",
     "data.resolution",
@@ -153,20 +155,38 @@ def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(name + "/")}
 
 
-def sweep(root: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best by held-out bits/dim.
+def condemn(checkpoint: Checkpoint) -> None:
+    """Take a damaged checkpoint out of `committed`, and leave its bytes for whoever wants to look."""
+    manifest = storage.join(checkpoint.url, MANIFEST)
+    storage.write_bytes(storage.join(checkpoint.url, DAMAGED_MANIFEST), storage.read_bytes(manifest))
+    storage.delete(manifest)
 
-    The manifest goes first, so that what is half deleted is no checkpoint any more.
+
+def best(found: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest held-out bits/dim; None if none was evaluated."""
+    scored = [c for c in found if c.state.get("eval_bits_per_dim") is not None]
+    return min(scored, key=lambda c: c.state["eval_bits_per_dim"], default=None)
+
+
+def sweep(root: str, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best, and what dead attempts left half written.
+
+    Call it only after a commit, when no other is under way. The manifest goes first, so that what is half deleted is
+    no checkpoint any more.
     """
     found = committed(root)
+    if not found:
+        return
     keep = {c.url for c in found[:keep_last]}
-    scored = [c for c in found if c.state.get("eval_bits_per_dim") is not None]
-    if scored:
-        keep.add(min(scored, key=lambda c: c.state["eval_bits_per_dim"]).url)
-    for old in found:
-        if old.url not in keep:
-            storage.delete(storage.join(old.url, MANIFEST))
-            storage.delete(old.url)
+    if (b := best(found)) is not None:
+        keep.add(b.url)
+    for name in storage.listdir(folder(root)):
+        url = storage.join(folder(root), name)
+        match = _FOLDER.match(name)
+        if match is None or url in keep or int(match[1]) > found[0].step:
+            continue
+        storage.delete(storage.join(url, MANIFEST))
+        storage.delete(url)
 
 
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None) -> list[str]:
@@ -174,7 +194,7 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     lines = []
     then, now = flatten(checkpoint.state["config"]), flatten(config.model_dump(mode="json"))
     for name in now:
-        fixed = any(name == f or name.startswith(f + ".") for f in FIXED)
+        fixed = name not in FREE and any(name == f or name.startswith(f + ".") for f in FIXED)
         if fixed and name in then and then[name] != now[name]:
             lines.append(
                 f"{name}: {now[name]!r} here, but the run began with {then[name]!r}; "

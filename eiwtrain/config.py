@@ -7,14 +7,23 @@ Imports pydantic and yaml only, so that a typo is reported in well under a secon
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic import ValidationError as PydanticError
 
 MAX_ERROR_LINES = 4
@@ -24,41 +33,53 @@ class ConfigError(ValueError):
     """The config cannot be used; the message is at most `MAX_ERROR_LINES` lines, each naming a field and the remedy."""
 
 
+Text = Annotated[str, Field(min_length=1)]
+
+
 class Section(BaseModel):
     """Base of every section: unknown fields are refused, the docstring under a field is its meaning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a number or a word is wanted here, not true or false")
+        return value
 
 
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run: its folder under `storage`, its MLflow run; the same name goes on where it stopped."""
-    storage: str = "runs"
+    storage: Text = "runs"
     """Folder or fsspec URL (s3://...) under which checkpoints, samples and the exported model of each run live."""
     max_failures: NonNegativeInt = 3
     """How often Ray may restart the workers after a crash before the run counts as failed."""
 
 
 class Data(Section):
-    path: str
+    path: Text
     """Folder or fsspec URL that holds the data set's manifest.json (written by `python -m data_prep`)."""
     resolution: PositiveInt
     """Side of the square images, pixels; must be the data set's."""
     prepare: Literal["photos"] | None = None
     """Source that `data_prep` writes to `path` first when no data set is there; null: the data set must exist."""
-    train_split: str = "train"
+    train_split: Text = "train"
     """Name of the split to train on."""
-    eval_split: str = "test"
+    eval_split: Text = "test"
     """Name of the held-out split."""
     flip: bool = True
     """Mirror each training image left-right with probability 1/2."""
-    lanes: PositiveInt = 16
+    lanes: PositiveInt = 64
     """Slices of an epoch that are read side by side; part of the sample order, so fixed for a run."""
-    shuffle_block: PositiveInt = 4096
+    shuffle_block: PositiveInt = 1024
     """Samples that are shuffled together inside a lane; part of the sample order, so fixed for a run."""
-    cache_dir: str | None = None
+    cache_dir: Text | None = None
     """Local folder for shards fetched from remote storage; null: a folder of the system's temporary directory."""
-    cache_bytes: PositiveInt = 20_000_000_000
+    cache_bytes: PositiveInt = 64 << 30
     """Upper bound of that cache on each node, bytes."""
     loader_workers: NonNegativeInt = 0
     """Processes per training worker that read and decode; 0: in the training process itself."""
@@ -117,7 +138,7 @@ class Train(Section):
     """Arithmetic of the conditioners; the trunk has its own (`model.trunk_dtype`), parameters stay float32."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also shards gradients."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initial weights, sample order, dequantisation noise and flips."""
     log_every_seconds: PositiveFloat = 5.0
     """Time between two training lines, seconds."""
@@ -136,15 +157,15 @@ class Workers(Section):
 
 class Checkpoint(Section):
     every: PositiveInt = 500
-    """Steps between two checkpoints; one is also written on a stop and at the end."""
+    """Steps between two checkpoints; one is also written after each evaluation, on a stop and at the end."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; the best by held-out bits/dim is kept besides."""
 
 
 class Tracking(Section):
-    uri: str | None = None
+    uri: Text | None = None
     """MLflow tracking URI; null: sqlite in a local `run.storage`."""
-    experiment: str = "eiwtrain"
+    experiment: Text = "eiwtrain"
     """MLflow experiment of the run."""
     log_every: PositiveInt = 10
     """Steps between two points of the training curves."""
@@ -228,7 +249,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1, 0.4)
         hint = f"; did you mean {file.parent / near[0]}?" if near else "; give the path of a YAML file"
-        raise ConfigError(f"{path}: no such config file{hint}")
+        what = "is a folder" if file.is_dir() else "no such config file"
+        raise ConfigError(f"{path}: {what}{hint}")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -323,13 +345,17 @@ def _impossible(c: Config) -> list[str]:
         problems.append(
             f"model.anchor_every: {c.model.anchor_every} has no meaning with model.backprop = {c.model.backprop}; use 0"
         )
-    if c.tracking.uri is None and "://" in c.run.storage:
+    if c.tracking.uri is None and _is_remote(c.run.storage):
         problems.append(
             f"tracking.uri: must be set when run.storage is remote ({c.run.storage}); "
             "use your MLflow server, e.g. http://host:5000"
         )
-    if not math.isfinite(c.train.lr):
-        problems.append(f"train.lr: {c.train.lr} is not finite; 0.001 is a good start")
+    for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
+        if url and re.match(r"\w+://[^/]*@", url):
+            problems.append(
+                f"{name}: a password in a URL would be logged; give it in the environment "
+                "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
     return problems
 
 
@@ -338,11 +364,15 @@ def _absolute_paths(c: Config) -> Config:
     base = Path.home() / "eiwtrain" if job else Path.cwd()
 
     def absolute(url: str | None) -> str | None:
-        return url if url is None or "://" in url else str(base / Path(url).expanduser())
+        return url if url is None or _is_remote(url) else str(base / Path(url.removeprefix("file://")).expanduser())
 
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})
     return c.model_copy(update={"data": data, "run": run})
+
+
+def _is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith("file://")
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -90,7 +90,7 @@ def png_bits_per_dim(images: Iterable[np.ndarray], n_bits: int = 8) -> float:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.evaluate", description="Held-out bits per dimension.")
-    parser.add_argument("model", help="folder of an exported model")
+    parser.add_argument("model", help="folder or URL of an exported model")
     parser.add_argument("--data", required=True, help="folder or URL of a data set written by data_prep")
     parser.add_argument("--split", default="test")
     parser.add_argument("--images", type=int, default=10_000, help="at most so many, the first of the split")
@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the dequantisation noise")
     args = parser.parse_args(argv)
     try:
-        model = flow.load(args.model)
+        with storage.local_folder(args.model) as folder:
+            model = flow.load(folder)
         reader = data.ShardReader(args.data, data.load_manifest(args.data), args.split)
         batches = data.eval_batches(reader, images=args.images, seed=args.seed, micro_batch=args.batch)
         result = score(model, batches)

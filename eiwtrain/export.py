@@ -30,10 +30,7 @@ def choose(which: str, root: str) -> checkpoint.Checkpoint:
     """
     found = checkpoint.committed(root)
     if which == "best":
-        found = sorted(
-            (c for c in found if c.state.get("eval_bits_per_dim") is not None),
-            key=lambda c: c.state["eval_bits_per_dim"],
-        )
+        found = [b] if (b := checkpoint.best(found)) else []
     elif which != "last":
         found = [c for c in found if str(c.step) == which]
     if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -11,7 +11,8 @@ from typing import Any
 class Clock:
     """Where the time of a run goes. Seconds; `began` is a Unix time.
 
-    Steps that a crash undid never reach a checkpoint, so their time stays in the wall time alone.
+    Workers that are restarted under the same driver lose the time since the last checkpoint: it stays in the wall time
+    alone. What a driver did after its last checkpoint, before it was killed itself, is in neither.
     """
 
     began: float
@@ -22,8 +23,6 @@ class Clock:
     """Time in training steps that led to the present weights, waiting for data excepted."""
     data_wait: float = 0.0
     """Time those steps waited for data."""
-    steps_timed: int = field(default=0)
-    """Training steps in `productive`."""
 
     @property
     def wall(self) -> float:
@@ -43,7 +42,6 @@ class Clock:
             "wall": self.wall,
             "productive": self.productive,
             "data_wait": self.data_wait,
-            "steps_timed": self.steps_timed,
         }
 
     @classmethod
@@ -53,4 +51,4 @@ class Clock:
             return cls(began)
         same_attempt = saved["began"] == began  # workers restarted under the same driver
         wall_before = saved["wall_before"] if same_attempt else saved["wall"]
-        return cls(began, wall_before, saved["productive"], saved["data_wait"], saved["steps_timed"])
+        return cls(began, wall_before, saved["productive"], saved["data_wait"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from eiwtrain import checkpoint
 from eiwtrain.config import Config
 from eiwtrain.console import Console, duration
 from eiwtrain.signals import Stop
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
 
 _POLL_SECONDS = 0.25
+_HEAR_SECONDS = 10.0  # within which a living worker hears of a stop, whatever it does
+_END_SECONDS = 30.0
 _WAITING_SECONDS = 60.0  # after which a job whose workers have not started says what it waits for
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
@@ -70,7 +74,6 @@ def train(config: Config, tracked: TrackedRun, began: float, console: Console, s
         fit = Fit(config, job)
         return _listen(config, fit, mailbox, console, stop)
     finally:
-        stop.raises = False
         ray.shutdown()
 
 
@@ -117,12 +120,12 @@ def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop
     """Print what the workers say and pass a stop on, until they have ended."""
     import ray
 
-    asked, started, waiting_since = False, False, time.time()
+    started, heard, asked_at, said_at = False, False, 0.0, time.time()
     while True:
         ended = not fit.is_alive()  # before the mail is read: nothing comes after it
         for kind, content in ray.get(mailbox.take.remote()):
             if kind == "training":
-                started, stop.raises = True, False
+                started, stop.training = True, True
                 console.note(
                     f"training from step {content['step']:,} to {content['of']:,} "
                     f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
@@ -131,26 +134,39 @@ def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop
                 console.progress(content)
             elif kind == "note":
                 console.note(content)
+            elif kind == "heard":
+                heard = True
             elif kind == "end":
                 if "failed" not in content:
-                    fit.join(timeout=30)  # let the workers return, so that nothing is cut off
+                    fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
                 return dict(content)
         if ended:
-            return {"failed": f"the workers ended without a result: {_cause(fit.error)}"}
-        if stop.number and not asked:
+            return {"failed": _cause(fit.error, config)}
+        if stop.number and not asked_at:
             ray.get(mailbox.stop.remote(signal.Signals(stop.number).name))
-            asked = True
-        if not started and time.time() - waiting_since > _WAITING_SECONDS:
-            waiting_since = time.time()
-            w = config.workers
+            asked_at = time.time()
+        if asked_at and not heard and time.time() - asked_at > _HEAR_SECONDS:  # they died, and are not yet back
+            newest = next(iter(checkpoint.committed(config.root)), None)
+            step, url = (newest.step, newest.url) if newest else (0, None)
+            return {"stopped": signal.Signals(stop.number or 0).name, "step": step, "checkpoint": url}
+        if not started and time.time() - said_at > _WAITING_SECONDS:
+            said_at = time.time()
+            w, there = config.workers, ray.cluster_resources()
             console.note(
                 f"waiting for {w.min} workers of {w.cpus} CPU and {w.gpus} GPU each; the cluster has "
-                f"{ray.cluster_resources().get('CPU', 0):g} CPU and {ray.cluster_resources().get('GPU', 0):g} GPU"
+                f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU"
             )
         time.sleep(_POLL_SECONDS)
 
 
-def _cause(error: BaseException | None) -> str:
-    """The last lines of a worker's traceback, which say what happened."""
-    text = str(error or "no error").strip().splitlines()
-    return f"{type(error).__name__}: " + "\n  ".join(["", *text[-12:]])
+def _cause(error: BaseException | None, config: Config) -> str:
+    """What Ray gave up on, the last good checkpoint and where more is written."""
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
+    newest = next(iter(checkpoint.committed(config.root)), None)
+    return (
+        f"the workers failed more than run.max_failures = {config.run.max_failures} times, the last time by "
+        f"{(cause or (lines[0] if lines else type(error).__name__))[:300]}\n"
+        f"last good checkpoint: {newest.url if newest else 'none'}; the same command goes on from it\n"
+        "worker logs: /tmp/ray/session_latest/logs (on a cluster: its session folder)"
+    )

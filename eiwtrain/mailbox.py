@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.3
 
@@ -21,7 +22,6 @@ class Mailbox:
     def __init__(self) -> None:
         self._stop: str | None = None
         self._messages: list[tuple[str, Any]] = []
-        self._lock = threading.Lock()
 
     def stop(self, reason: str) -> None:
         """Ask the workers to checkpoint and end."""
@@ -33,19 +33,18 @@ class Mailbox:
 
     def put(self, kind: str, content: Any) -> None:
         """Leave a message for the driver."""
-        with self._lock:
-            self._messages.append((kind, content))
+        self._messages.append((kind, content))
 
     def take(self) -> list[tuple[str, Any]]:
         """All messages that the driver has not seen yet, oldest first."""
-        with self._lock:
-            messages, self._messages = self._messages, []
+        messages, self._messages = self._messages, []
         return messages
 
 
 def start_mailbox() -> Any:
-    """A mailbox as a Ray actor; its handle may be sent to workers."""
-    return ray.remote(num_cpus=0, max_concurrency=8)(Mailbox).remote()
+    """A mailbox as a Ray actor on this node; its handle may be sent to workers."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
 
 
 class WorkerEnd:
@@ -72,7 +71,9 @@ class WorkerEnd:
     def _poll(self) -> None:
         while self._reason is None:
             try:
-                self._reason = ray.get(self._mailbox.stopped.remote())
+                if (reason := ray.get(self._mailbox.stopped.remote())) is not None:
+                    self.say("heard", None)  # so that the driver knows that somebody will stop
+                    self._reason = reason
             except ray.exceptions.RayError:
                 return  # the driver is gone, and Ray ends this worker
             time.sleep(POLL_SECONDS)

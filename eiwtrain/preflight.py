@@ -1,15 +1,19 @@
 """Looks at the world before anything starts: GPUs, data, storage, the checkpoint to go on from.
 
-Every problem is a `ConfigError` of one line that names the field. Nothing here starts Ray or imports torch.
+Every problem is a `ConfigError`, a line each, that names the field. Nothing here starts Ray or imports torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import socket
 
 from eiwtrain import checkpoint, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
+
+_CONNECT_SECONDS = 5.0
 
 
 def check_gpus(config: Config, joins_cluster: bool) -> None:
@@ -35,6 +39,20 @@ def gpus_here() -> int:
     return count.value
 
 
+def check_cluster() -> None:
+    """If `RAY_ADDRESS` names a cluster, something must answer there: `ray.init` would wait long, deaf to signals."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
+    if not port.isdigit():
+        return  # none, or a word like "auto", which Ray looks up by itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as e:
+        raise ConfigError(
+            f"RAY_ADDRESS: nothing answers at {address} ({e}); start the cluster, or unset it to run on this machine"
+        ) from None
+
+
 def check_storage(config: Config) -> None:
     """`run.storage` takes a file and gives it back."""
     try:
@@ -58,14 +76,19 @@ def find_data(config: Config) -> Manifest | None:
             f"use data.resolution={manifest.resolution} or another data.path"
         )
     for field, split in (("train_split", d.train_split), ("eval_split", d.eval_split)):
-        if split not in manifest.splits or not manifest.splits[split].samples:
+        if split not in manifest.splits:
             raise ConfigError(f"data.{field}: {split!r} is no split of {d.path}; it has {', '.join(manifest.splits)}")
+        if not manifest.splits[split].samples:
+            raise ConfigError(f"data.{field}: {split!r} of {d.path} has no images; write the data set again")
     return manifest
 
 
 def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
     """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
-    found = checkpoint.committed(config.root)
+    try:
+        found = checkpoint.committed(config.root)
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
     if not found:
         return None
     problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)

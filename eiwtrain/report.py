@@ -14,15 +14,15 @@ class Meter:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._steps = self._images = 0
-        self._bits = self._penalty = self._waited = 0.0
+        self._bits = self._waited = self._worked = 0.0
 
-    def add(self, images: int, bits_per_dim: float, penalty: float, waited: float) -> None:
-        """Count one step that waited `waited` seconds for its data."""
+    def add(self, images: int, bits_per_dim: float, waited: float, worked: float) -> None:
+        """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds."""
         self._steps += 1
         self._images += images
         self._bits += bits_per_dim
-        self._penalty += penalty
         self._waited += waited
+        self._worked += worked
 
     @property
     def seconds(self) -> float:
@@ -35,32 +35,31 @@ class Meter:
         return self._bits / max(1, self._steps)
 
     @property
-    def penalty(self) -> float:
-        """The shuffle's regulariser, mean over the steps."""
-        return self._penalty / max(1, self._steps)
-
-    @property
     def images_per_second(self) -> float:
-        """Over all ranks."""
-        return max(1, self._images) / max(1e-9, self.seconds)
+        """Over all ranks, in the time of the steps: what lies between them, evaluation say, does not count."""
+        return max(1, self._images) / max(1e-9, self._waited + self._worked)
 
     @property
     def data_wait(self) -> float:
-        """Share of the time that was spent waiting for data, 0..1."""
-        return self._waited / max(1e-9, self.seconds)
+        """Share of the time of the steps that was spent waiting for data, 0..1."""
+        return self._waited / max(1e-9, self._waited + self._worked)
 
 
-def curves(meter: Meter, norm: float, lr: float, goodput: float, entropy: Tensor) -> dict[str, float]:
+def curves(
+    meter: Meter, bits_per_dim: float, penalty: float, norm: float, lr: float, goodput: float, entropy: Tensor
+) -> dict[str, float]:
     """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
+
+    All but the times are of the step itself, so a step that is made again after a resume gives the same point.
 
     Args:
         entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
     """
     values = {
-        "train/bits_per_dim": meter.bits_per_dim,
+        "train/bits_per_dim": bits_per_dim,
         "train/grad_norm": norm,
         "train/lr": lr,
-        "flow/shuffle_penalty": meter.penalty,
+        "flow/shuffle_penalty": penalty,
         "time/images_per_second": meter.images_per_second,
         "time/data_wait": meter.data_wait,
         "time/goodput": goodput,

@@ -39,17 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     console = Console()
     try:
-        config = load_config(args.config, args.overrides)
-        preflight.check_gpus(config, launch.joins_cluster())
-        manifest = preflight.find_data(config)
-        if args.dry_run:
-            return _dry_run(config, manifest, console)
-        preflight.check_storage(config)
         with Stop(console) as stop:
+            config = load_config(args.config, args.overrides)
+            preflight.check_gpus(config, launch.joins_cluster())
+            preflight.check_cluster()
+            manifest = preflight.find_data(config)
+            if args.dry_run:
+                return _dry_run(config, manifest, console)
+            preflight.check_storage(config)
             manifest = manifest or _prepare(config, console)
-            found = preflight.find_checkpoint(config, manifest)
-            if found:
-                console.note(f"going on from step {found.step:,}: {found.url}")
+            preflight.find_checkpoint(config, manifest)
             return _run(config, began, argv, console, stop)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -123,13 +122,16 @@ def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int
 
 def _run(config: Config, began: float, argv: list[str], console: Console, stop: Stop) -> int:
     """Everything between a config that can work and the summary."""
-    from eiwtrain import tracking
+    from eiwtrain import storage, tracking
 
     try:
         tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
-        tracked = tracking.begin(config, tags)
+        with stop.held():  # or a run would stay RUNNING
+            tracked = tracking.begin(config, tags)
     except tracking.TrackingError as e:
         raise ConfigError(str(e)) from None
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
     status: tracking.Status = "FAILED"
     try:
         outcome = launch.train(config, tracked, began, console, stop)
@@ -156,7 +158,7 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, began
     from eiwtrain import storage
 
     console.note()
-    console.note(f"{config.run.name}: {s['steps']:,} steps, {s['images']:,} images, {duration(time.time() - began)}")
+    console.note(f"{config.run.name}: {s['steps']:,} steps, {s['images']:,} images, {duration(s['wall_seconds'])}")
     console.note(
         f"  held-out     {s['test_bits_per_dim']:.3f} ± {s['test_standard_error']:.3f} bits/dim "
         f"on {s['test_images']:,} images (PNG needs {s['png_bits_per_dim']:.3f} for the same)"
@@ -188,14 +190,11 @@ def _shortest(path: str) -> str:
 
 def _git_revision() -> str:
     here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=10,
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git, as in most containers
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

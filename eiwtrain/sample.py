@@ -6,6 +6,7 @@ python -m eiwtrain.sample runs/quickstart/model --n 64 --temperature 0.7 --seed 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eiwtrain import flow
+from eiwtrain import flow, storage
 
 _COLUMNS = 8
 _TILE = 64  # pixels an image is enlarged to at least, so that small ones can be seen
@@ -79,20 +80,21 @@ def _tiles(images: Tensor) -> Image.Image:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.sample", description="Draw a grid of samples.")
-    parser.add_argument("model", help="folder of an exported model")
+    parser.add_argument("model", help="folder or URL of an exported model")
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="grid.png", help="PNG file to write")
     args = parser.parse_args(argv)
-    if args.n < 1 or args.temperature <= 0:
-        print(f"error: --n {args.n} --temperature {args.temperature}: both must be above zero", file=sys.stderr)
+    if args.n < 1 or not 0 < args.temperature < math.inf:
+        print(f"error: --n {args.n} --temperature {args.temperature}: both must be numbers above 0", file=sys.stderr)
         return 2
     try:
-        model = flow.load(args.model)
+        with storage.local_folder(args.model) as folder:
+            model = flow.load(folder)
         images = sample(model, args.n, args.temperature, args.seed)
         grid([(f"samples, temperature {args.temperature:g}", images)]).save(args.output)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, storage.StorageError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     print(args.output)

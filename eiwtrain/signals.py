@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from eiwtrain.console import Console
+
+_SIGNALS_TO_END = 3
 
 
 class Stopped(BaseException):
@@ -18,16 +22,19 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """The first SIGINT or SIGTERM asks for a checkpoint; the third ends the process at once.
+    """The first SIGINT or SIGTERM stops the job in good order, the third ends the process at once.
 
-    While `raises` is set, that is while nothing is being trained, the first one ends the job by `Stopped`.
+    In good order means: while `training` is set, by a checkpoint that the workers are asked for; in `held` blocks,
+    after the block; else at once, by `Stopped`.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._count = 0
+        self._held = False
         self.number: int | None = None
-        self.raises = True
+        """The signal that came; None while none has."""
+        self.training = False
 
     def __enter__(self) -> Stop:
         self.listen()
@@ -42,13 +49,26 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the block finish before a stop takes effect."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self.number is not None:
+            raise Stopped(self.number)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         self.number = self.number or number
-        if self._count >= 3:
+        if self._count >= _SIGNALS_TO_END:
             os._exit(128 + number)
-        if self.raises and self._count == 1:
+        name = signal.Signals(number).name
+        if self._count > 1:
+            self._console.note(f"{name}: once more to end at once")
+        elif self.training:
+            self._console.note(f"{name}: a checkpoint first, then the end ({_SIGNALS_TO_END - 1} times more: at once)")
+        elif not self._held:
             raise Stopped(number)
-        if self._count == 1:
-            name = signal.Signals(number).name
-            self._console.note(f"{name}: finishing the step and writing a checkpoint (twice more to end without)")

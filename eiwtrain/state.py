@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -75,12 +76,13 @@ class TrainState:
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
         self.step = 0
-        self.score: tuple[int, Score] | None = None
-        """Step of the last evaluation, and what it gave."""
+        self.score: Score | None = None
+        """What the evaluation at this very step gave; None if there was none."""
         self.newest = saved
         """The last checkpoint that was committed or restored."""
         if saved is not None:
             self.step = saved.step
+            self.score = Score(**saved.state["score"]) if saved.state["score"] else None
             self.averaged.load_state_dict(checkpoint.section(tensors, "ema"))
             x = first_images()[: batching[0]]
             self.engine.load_moments(
@@ -101,18 +103,19 @@ class TrainState:
         averaged: list[Tensor] = list(self.averaged.parameters())
         torch._foreach_lerp_(averaged, [p.detach() for p in self.flow.parameters()], 1.0 - decay)
         self.step += 1
+        self.score = None
         return norm
 
     def save(self, mlflow_run_id: str) -> bool:
-        """Commit a checkpoint of this step and sweep old ones; False if there is one already. Collective."""
-        if self.newest is not None and self.newest.step == self.step:
+        """Commit a checkpoint of this step and sweep old ones; False if it has one that knows as much. Collective."""
+        if self.newest is not None and self.newest.step == self.step and (self.newest.state["score"] or not self.score):
             return False
-        scored_now = self.score is not None and self.score[0] == self.step
         state: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
             "flow": self.flow.config.to_dict(),
             "data_fingerprint": self.fingerprint,
-            "eval_bits_per_dim": self.score[1].bits_per_dim if self.score and scored_now else None,
+            "score": asdict(self.score) if self.score else None,
+            "eval_bits_per_dim": self.score.bits_per_dim if self.score else None,
             "world_size": dist.get_world_size(),
             "mlflow_run_id": mlflow_run_id,
             "clock": self.clock.to_json(),
@@ -144,7 +147,11 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 def _newest_intact(
     root: str, device: torch.device, note: Callable[[str], None]
 ) -> tuple[checkpoint.Checkpoint | None, dict[str, Tensor]]:
-    """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run."""
+    """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
+
+    Raises:
+        checkpoint.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
+    """
     candidates: list[Any] = [checkpoint.committed(root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(candidates, src=0)
     for saved in candidates[0]:
@@ -153,6 +160,14 @@ def _newest_intact(
         except checkpoint.DamagedCheckpoint as e:
             tensors, damage = {}, str(e)
         if not any_rank(damage is not None, device):
+            note(f"going on from step {saved.step:,}: {saved.url}")
             return saved, tensors
         note(f"damaged checkpoint passed over: {damage or saved.url}")
+        if len(candidates[0]) > 1 and dist.get_rank() == 0:
+            checkpoint.condemn(saved)  # or it would count as the newest, and sweep would keep it before good ones
+    if candidates[0]:
+        raise checkpoint.DamagedCheckpoint(
+            f"{checkpoint.folder(root)}: no checkpoint is intact, the last is {candidates[0][-1].url}; "
+            "delete the folder to begin anew"
+        )
     return None, {}

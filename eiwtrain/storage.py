@@ -6,12 +6,14 @@ A URL without a scheme is a local path.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,16 +159,40 @@ def delete(url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Write, read back and delete a small file under `url`.
+    """Write, read back and delete a small file under `url`; a local folder that was not there is not left.
 
     Raises:
         StorageError: one of the three failed, with the cause in one line.
     """
+    folder = Path(filesystem(url)[1])
+    made = [p for p in (folder, *folder.parents) if is_local(url) and not p.exists()]
     probe = join(url, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"eiwtrain")
     if read_bytes(probe) != b"eiwtrain":
         raise StorageError(f"{url}: what was written could not be read back")
     delete(probe)
+    with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
+        for path in made:
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def local_folder(url: str) -> Iterator[str]:
+    """The folder at `url` as a local path: itself, or for the time of the context a copy of the files in it.
+
+    Raises:
+        StorageError: there is nothing, or it cannot be read.
+    """
+    if is_local(url):
+        yield absolute(url)
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        names = listdir(url)
+        if not names:
+            raise StorageError(f"{url}: no such folder")
+        for name in names:
+            get_file(join(url, name), Path(copy, name))
+        yield copy
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -191,9 +217,12 @@ def _copy(source: Path, target: Path) -> None:
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a sibling temporary file, flush it to disk and rename it onto `target`."""
-    temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
+    temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
         write(temp)
         with open(temp, "rb+") as f:
             os.fsync(f.fileno())
@@ -203,5 +232,4 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     except OSError as e:
         raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
     finally:
-        if temp.parent.is_dir():
-            temp.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,11 +67,14 @@ def tracking_uri(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """See that the tracking store answers.
+    """See that the tracking store answers. A local database that is not there yet is not made.
 
     Raises:
         TrackingError: it does not.
     """
+    uri = tracking_uri(config)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return
     client = _client(tracking_uri(config))
     try:
         client.search_experiments(max_results=1)
@@ -87,7 +90,10 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
 
     Raises:
         TrackingError: the store cannot be used.
+        storage.StorageError: `run.storage` cannot be used.
     """
+    from mlflow.entities import Param
+
     uri, uid = tracking_uri(config), _uid(config.root)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,7 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
     try:
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         if experiment is None:
-            artifacts = None if uri.startswith("http") else Path(config.run.storage, "mlartifacts").as_uri()
+            artifacts = None if uri.startswith("http") else _artifacts(config)
             experiment_id = client.create_experiment(
                 config.tracking.experiment, artifact_location=artifacts, tags=_EXPERIMENT_TAGS
             )
@@ -105,12 +111,14 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
         if found:
             run_id = found[0].info.run_id
             client.update_run(run_id, status="RUNNING")
+            has_params = bool(found[0].data.params)
         else:
-            origin = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "eiwtrain.run"}
+            origin = {"mlflow.user": _user(), "mlflow.source.name": "eiwtrain.run"}
             run = client.create_run(experiment_id, run_name=config.run.name, tags=origin | {_UID_TAG: uid})
-            run_id = run.info.run_id
-            for name, value in flatten(config.model_dump(mode="json")).items():
-                client.log_param(run_id, name, value, synchronous=True)
+            run_id, has_params = run.info.run_id, False
+        if not has_params:
+            params = [Param(name, str(value)) for name, value in flatten(config.model_dump(mode="json")).items()]
+            client.log_batch(run_id, params=params)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
         client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
@@ -134,8 +142,9 @@ class Tracker:
     is back; training never waits for it.
     """
 
-    def __init__(self, run: TrackedRun) -> None:
-        self._run = run
+    def __init__(self, run: TrackedRun, warn: Callable[[str], None] = print) -> None:
+        self._run, self._warn = run, warn
+        self._closed = False
         self._client = _client(run.uri)
         self._queue: queue.Queue[Any] = queue.Queue()
         self._logged: dict[str, int] = {}  # series -> last step that an earlier attempt logged
@@ -156,10 +165,13 @@ class Tracker:
 
     def close(self) -> None:
         """Wait until what was queued is logged, at most `_DRAIN_SECONDS`; closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
         self._queue.put(None)
         self._thread.join(_DRAIN_SECONDS)
         if self._thread.is_alive():
-            print(f"MLflow at {self._run.uri} did not take {self._queue.qsize()} records", file=sys.stderr)
+            self._warn(f"MLflow at {self._run.uri} did not take {self._queue.qsize()} records")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -170,10 +182,7 @@ class Tracker:
                     break
                 except Exception as e:
                     if not said:
-                        print(
-                            f"MLflow at {self._run.uri} is away ({_one_line(e)}); will go on trying",
-                            file=sys.stderr,
-                        )
+                        self._warn(f"MLflow at {self._run.uri} is away ({_one_line(e)}); will go on trying")
                         said = True
                     time.sleep(_RETRY_SECONDS)
 
@@ -226,6 +235,25 @@ def _uid(root: str) -> str:
         uid = uuid.uuid4().hex
         storage.write_bytes(url, json.dumps({"uid": uid}).encode())
         return uid
+    except (ValueError, KeyError, TypeError):
+        raise TrackingError(
+            f"run.storage: {url} is not the run's identity; delete it to begin a new MLflow run"
+        ) from None
+
+
+def _artifacts(config: Config) -> str:
+    """Where images of runs go when MLflow is a database without a server."""
+    local = storage.is_local(config.run.storage)
+    return (
+        Path(config.run.storage, "mlartifacts").as_uri() if local else storage.join(config.run.storage, "mlartifacts")
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
 
 
 def _one_line(e: BaseException) -> str:

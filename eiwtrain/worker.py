@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from eiwtrain import data, evaluate, export, flow, report, sample, storage, tracking
+from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.config import Config, Train
 from eiwtrain.mailbox import WorkerEnd
 from eiwtrain.state import TrainState, any_rank, sum_over_ranks
@@ -38,7 +39,7 @@ class Job:
     config: Config
     tracked: TrackedRun
     mailbox: Any
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)  # Ray may show what a job was given
     """Credentials and settings of the driver's environment that workers need."""
     began: float
     """Unix time at which the driver started."""
@@ -55,7 +56,7 @@ def train(settings: dict[str, Job]) -> None:
     driver = WorkerEnd(job.mailbox)
     try:
         outcome = Worker(job, driver).run()
-    except (Fatal, data.DataError, storage.StorageError) as e:
+    except (Fatal, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
         # not raised: Ray would start the workers again, to fail in the same way. The driver ends the other ranks.
         driver.finish("end", {"failed": str(e)})
     else:
@@ -85,21 +86,22 @@ class Worker:
             first_images=lambda: self._dequantized(*self._first(self.train_set, _INITIALIZE_IMAGES)),
             note=self.note,
         )
-        self.tracker = Tracker(job.tracked) if self.rank == 0 else None
+        self.tracker = Tracker(job.tracked, warn=self.note) if self.rank == 0 else None
         self.meter = report.Meter()
 
     def run(self) -> dict[str, Any]:
         """The loop. Returns `{"finished": summary}` or `{"stopped": reason, ...}`; raises `Fatal`."""
         c, state = self.config, self.state
-        if self.rank == 0:
-            self.driver.say("training", {"step": state.step, "of": c.train.max_steps, "workers": self.world_size})
+        self.say("training", {"step": state.step, "of": c.train.max_steps, "workers": self.world_size})
         batches = self._train_batches()
         try:
+            stop = False
             while state.step < c.train.max_steps:
-                stop = self._train_step(batches)
-                if not stop and state.step % c.eval.every == 0:
+                if self._evaluation_due():  # before a step, as a stop may have cut it short in the last attempt
                     stop = self._evaluate() is None
-                if stop or state.step % c.checkpoint.every == 0:
+                    self._save()  # with the score
+                stop = stop or self._train_step(batches)
+                if stop or (state.step % c.checkpoint.every == 0 and not self._evaluation_due()):
                     self._save()
                 if stop:
                     return self._stopped()
@@ -107,7 +109,7 @@ class Worker:
             self._save()
             if score is None or any_rank(self._wants_stop(), self.device):
                 return self._stopped()
-            return {"finished": self._finish(score) if self.rank == 0 else {}}
+            return self._finish(score) if self.rank == 0 else {}
         finally:
             if self.tracker is not None:
                 self.tracker.close()
@@ -126,20 +128,22 @@ class Worker:
         bits, penalty, stop = sum_over_ranks(measured, self.device)
         if not (math.isfinite(bits) and math.isfinite(norm)):
             self._fail_on_non_finite(own, bits / images, norm)
-        state.clock.productive += time.perf_counter() - started - waited
+        worked = time.perf_counter() - started - waited
+        state.clock.productive += worked
         state.clock.data_wait += waited
-        self.meter.add(images, bits / images, penalty / images, waited)
-        if self.rank == 0:
-            self._report(norm, lr, micro_batches[-1].entropy)
+        self.meter.add(images, bits / images, waited, worked)
+        if self.tracker is not None and state.step % self.config.tracking.log_every == 0:
+            entropy, goodput = micro_batches[-1].entropy, state.clock.goodput
+            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, goodput, entropy)
+            self.tracker.metrics(state.step, curves)
+        self._progress()
         return stop > 0
 
-    def _report(self, norm: float, lr: float, entropy: Tensor) -> None:
-        """The curves every few steps, the training line every few seconds."""
+    def _progress(self) -> None:
+        """The training line, every few seconds."""
         t, step = self.config.train, self.state.step
-        if self.tracker is not None and step % self.config.tracking.log_every == 0:
-            self.tracker.metrics(step, report.curves(self.meter, norm, lr, self.state.clock.goodput, entropy))
         if self.meter.seconds >= t.log_every_seconds or step == t.max_steps:
-            self.driver.say("progress", report.progress(self.meter, step, t.max_steps, t.global_batch))
+            self.say("progress", report.progress(self.meter, step, t.max_steps, t.global_batch))
             self.meter = report.Meter()
 
     def _fail_on_non_finite(self, batches: list[data.Batch], bits_per_dim: float, norm: float) -> None:
@@ -176,11 +180,15 @@ class Worker:
             self.tracker.tags({"checkpoint": self.state.newest.url, "step": str(self.state.step)})
         self.note(f"checkpoint at step {self.state.step:,}: {self.state.newest.url}")
 
+    def _evaluation_due(self) -> bool:
+        step = self.state.step
+        return step > 0 and (step % self.config.eval.every == 0 or step == self.config.train.max_steps)
+
     def _evaluate(self) -> evaluate.Score | None:
         """Held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
         state = self.state
-        if state.score is not None and state.score[0] == state.step:
-            return state.score[1]
+        if state.score is not None:
+            return state.score
         batches = data.eval_batches(
             self.eval_set,
             images=self.config.eval.images,
@@ -192,7 +200,7 @@ class Worker:
         score = evaluate.score(state.averaged, batches, lambda: any_rank(self._wants_stop(), self.device))
         if score is None:
             return None
-        state.score = (state.step, score)
+        state.score = score
         self.note(
             f"step {state.step:,}: held-out {score.bits_per_dim:.4f} ± {score.standard_error:.4f} bits/dim "
             f"on {score.images:,} images"
@@ -203,12 +211,16 @@ class Worker:
         return score
 
     def _finish(self, score: evaluate.Score) -> dict[str, Any]:
-        """Draw, export and sum up; rank 0 alone."""
+        """Draw, export and sum up, looking between for a stop; rank 0 alone."""
         c, state, root = self.config, self.state, self.config.root
         assert state.newest is not None
         png = evaluate.png_bits_per_dim((self.eval_set[i] for i in range(score.images)), c.model.n_bits)
         samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
+        if self._wants_stop():
+            return self._stopped()
         storage.write_bytes(samples, _png(self._overview()))
+        if self._wants_stop():
+            return self._stopped()
         export.export(state.averaged, model, export.metadata_of(state.newest))
         clock = state.clock
         summary = {
@@ -220,6 +232,7 @@ class Worker:
             "png_bits_per_dim": png,
             "images_per_second": state.samples_seen / max(1e-9, clock.productive + clock.data_wait),
             "goodput": clock.goodput,
+            "wall_seconds": clock.wall,
             "drift": self._drift(),
             "workers": self.world_size,
             "samples": samples,
@@ -231,7 +244,7 @@ class Worker:
         if self.tracker is not None:
             self.tracker.metrics(state.step, {"eval/png_bits_per_dim": png})
             self.tracker.tags({"exported_model": model})
-        return summary
+        return {"finished": summary}
 
     def _train_batches(self) -> Iterator[list[data.Batch]]:
         c = self.config
@@ -267,8 +280,12 @@ class Worker:
 
     def note(self, text: str) -> None:
         """Have the driver print a line; from rank 0 only."""
+        self.say("note", text)
+
+    def say(self, kind: str, content: Any) -> None:
+        """Tell the driver; from rank 0 only."""
         if self.rank == 0:
-            self.driver.say("note", text)
+            self.driver.say(kind, content)
 
 
 class MicroBatch:

@@ -82,6 +82,28 @@ def test_the_newest_come_first_and_sweep_keeps_them_and_the_best(tmp_path):
     checkpoint.sweep(root, keep_last=2)
     assert [c.step for c in checkpoint.committed(root)] == [5, 4, 2]
     assert len(storage.listdir(checkpoint.folder(root))) == 3
+    checkpoint.sweep(root, keep_last=1)
+    assert [c.step for c in checkpoint.committed(root)] == [5, 2]
+
+
+def test_sweep_removes_what_dead_attempts_left_but_nothing_newer_than_the_newest(tmp_path):
+    root = str(tmp_path)
+    for name in ("step-00000003-deadbeef", "step-00000009-deadbeef", "notes"):
+        storage.write_bytes(storage.join(checkpoint.folder(root), name, "part"), b"half")
+    checkpoint.sweep(root, keep_last=1)
+    assert len(storage.listdir(checkpoint.folder(root))) == 3  # there is no checkpoint yet: all may be under way
+    save(root, 5)
+    checkpoint.sweep(root, keep_last=1)
+    names = [n.rsplit("-", 1)[0] for n in storage.listdir(checkpoint.folder(root))]
+    assert names == ["notes", "step-00000005", "step-00000009"]
+
+
+def test_a_condemned_checkpoint_is_none_any_more_and_keeps_its_bytes(tmp_path):
+    saved = save(str(tmp_path), 3)
+    before = set(storage.listdir(saved.url))
+    checkpoint.condemn(saved)
+    assert checkpoint.committed(str(tmp_path)) == []
+    assert set(storage.listdir(saved.url)) == before - {"manifest.json"} | {"manifest.damaged.json"}
 
 
 def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
@@ -94,6 +116,7 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
     assert problems() == []
     assert problems(train={"max_steps": 99, "lr": 0.5, "micro_batch": 2}, workers={"min": 1}) == []
     assert problems(None) == []
+    assert problems(model={"backprop": "stored", "anchor_every": 0}) == []  # another way to the same gradients
     for field, sections in {
         "model.steps": {"model": {"steps": 3}},
         "model.conditioner.hidden": {"model": {"conditioner": {"hidden": 9}}},

@@ -8,6 +8,8 @@ import yaml
 from helpers import tiny_config
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, describe_fields, flatten, load_config
+from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
+from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -71,6 +73,13 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("model.anchor_every=2 model.backprop=stored", ["model.anchor_every"]),
         ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
         ("run.name=a/b", ["run.name"]),
+        ("run.storage=''", ["run.storage", "at least 1 character"]),
+        ("train.max_steps=true", ["train.max_steps", "not true or false"]),
+        ("train.lr=.inf", ["train.lr", "finite"]),
+        ("eval.temperatures=[.nan,1]", ["eval.temperatures", "finite"]),
+        ("train.seed=99999999999999999999", ["train.seed", "less than"]),
+        ("tracking.uri=http://user:pw@host", ["tracking.uri", "MLFLOW_TRACKING_PASSWORD"]),
+        ("tracking.uri=http://x run.storage=s3://key:secret@bucket", ["run.storage", "AWS_SECRET_ACCESS_KEY"]),
         ("eval.temperatures=[1]", ["eval.temperatures"]),
         ("train=3", ["train"]),
         ("nonsense", ["'nonsense'", "section.field=value"]),
@@ -98,6 +107,22 @@ def test_a_missing_required_field_is_named(path, tmp_path):
 
 def test_a_missing_file_names_the_nearest(path):
     assert "did you mean" in error(path.replace("tiny", "tinny"))
+
+
+def test_a_password_in_a_url_is_refused_without_repeating_it(path):
+    assert "hunter2" not in error(path, "tracking.uri=http://me:hunter2@host")
+
+
+def test_a_file_url_is_a_local_path(path):
+    assert load_config(path, ["run.storage=file:///x/y"]).run.storage == "/x/y"
+
+
+def test_the_order_defaults_are_those_of_the_stream(path, tmp_path):
+    raw = tiny_config(tmp_path)
+    raw["data"] = {"path": "x", "resolution": 8}
+    Path(path).write_text(yaml.safe_dump(raw))
+    data = load_config(path).data
+    assert (data.lanes, data.shuffle_block, data.cache_bytes) == (DEFAULT_LANES, DEFAULT_BLOCK, DEFAULT_CACHE_BYTES)
 
 
 def test_a_file_that_is_no_mapping_or_no_yaml_is_refused(path):

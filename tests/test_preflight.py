@@ -1,7 +1,9 @@
+import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
-from helpers import tiny_config, write_shards
+from helpers import free_port, tiny_config, write_shards
 
 from eiwtrain import preflight
 from eiwtrain.config import Config, ConfigError
@@ -56,6 +58,31 @@ def test_gpus_asked_for_and_absent_are_refused_here_but_not_on_a_cluster(folder,
 def test_gpus_hidden_from_this_process_do_not_count(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert preflight.gpus_here() == 0
+
+
+def test_a_split_without_images_is_named(folder, monkeypatch):
+    manifest = preflight.load_manifest(str(folder / "data"))
+    empty = dataclasses.replace(manifest.splits["test"], samples=0)
+    monkeypatch.setattr(
+        preflight, "load_manifest", lambda url: dataclasses.replace(manifest, splits=manifest.splits | {"test": empty})
+    )
+    with pytest.raises(ConfigError, match=r"data.eval_split: 'test' of .* has no images"):
+        preflight.find_data(config(folder))
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS: nothing answers at 127.0.0.1:\d+"):
+        preflight.check_cluster()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (
+            f"127.0.0.1:{server.getsockname()[1]}",
+            f"ray://127.0.0.1:{server.getsockname()[1]}",
+            "auto",
+            "",
+        ):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            preflight.check_cluster()
 
 
 def test_storage_that_cannot_be_written_is_one_line(folder, tmp_path):

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -104,14 +105,35 @@ def test_giving_up_names_the_cause(monkeypatch):
 
 
 def test_check_writable_leaves_nothing(root):
-    storage.check_writable(root)
+    storage.check_writable(storage.join(root, "a", "b"))
     assert storage.listdir(root) == []
+    assert not Path(root).exists()
 
 
 def test_check_writable_names_what_is_wrong(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(storage.StorageError, match="file/below"):
         storage.check_writable(str(tmp_path / "file" / "below"))
+
+
+def test_a_write_where_no_folder_can_be_is_a_storage_error():
+    with pytest.raises(storage.StorageError, match="/proc/nowhere"):
+        storage.write_bytes("/proc/nowhere/x", b"")
+
+
+def test_a_remote_folder_can_be_had_as_a_local_one(root):
+    storage.write_bytes(storage.join(root, "m", "config.json"), b"1")
+    storage.write_bytes(storage.join(root, "m", "model.safetensors"), b"2")
+    with storage.local_folder(storage.join(root, "m")) as folder:
+        assert {p.name: p.read_bytes() for p in Path(folder).iterdir()} == {
+            "config.json": b"1",
+            "model.safetensors": b"2",
+        }
+    with (
+        pytest.raises(storage.StorageError, match="absent"),
+        storage.local_folder(f"memory://{Path(root).name}/absent"),
+    ):
+        pass
 
 
 def test_an_unknown_scheme_is_one_line():

@@ -59,10 +59,11 @@ def test_steps_logged_before_a_crash_are_not_logged_again(config):
     assert len([f for f in images if f.path.endswith(".png")]) == 1
 
 
-def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeypatch, capsys):
+def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeypatch):
+    said = []
     monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
-    tracker = tracking.Tracker(run)
+    tracker = tracking.Tracker(run, warn=said.append)
     real, failures = tracker._log, []
 
     def flaky(*what):
@@ -76,7 +77,28 @@ def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeyp
     tracker.metrics(2, {"train/lr": 0.2})
     tracker.close()
     assert history(run, "train/lr") == [(1, 0.1), (2, 0.2)]
-    assert capsys.readouterr().err.count("is away") == 1
+    assert ["is away" in line for line in said] == [True]
+
+
+def test_params_that_an_interrupted_start_left_out_are_logged_by_the_next(config, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("away")))
+        with pytest.raises(tracking.TrackingError, match="away"):
+            tracking.begin(config, {})
+    run = tracking.begin(config, {})
+    assert MlflowClient(run.uri).get_run(run.run_id).data.params["train.max_steps"] == "12"
+    assert len(MlflowClient(run.uri).search_runs([run.experiment_id])) == 1
+
+
+def test_an_identity_that_cannot_be_read_is_one_line(config):
+    storage.write_bytes(storage.join(config.root, "run.json"), b"[]")
+    with pytest.raises(tracking.TrackingError, match=r"run.json is not the run's identity"):
+        tracking.begin(config, {})
+
+
+def test_checking_a_local_store_makes_nothing(config, tmp_path):
+    tracking.check(config)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_cannot_be_used_is_one_line(config):

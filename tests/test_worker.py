@@ -7,7 +7,7 @@ from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eiwtrain import data, flow
+from eiwtrain import flow
 from eiwtrain.config import Config, Train
 from eiwtrain.state import flow_config
 from eiwtrain.worker import MicroBatch, batching, learning_rate
@@ -64,13 +64,13 @@ def model():
 def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model):
     x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
     whole = MicroBatch(x, torch.ones(8, dtype=torch.float64), CONFIG)
-    expected = whole.loss(model)
+    expected = whole.loss(model).detach()
     assert float(expected) == pytest.approx(
-        float(model.bits_per_dim(x).mean() + CONFIG.train.shuffle_penalty * model(x).penalty.mean())
+        float((model.bits_per_dim(x).mean() + CONFIG.train.shuffle_penalty * model(x).penalty.mean()).detach())
     )
     padded = [(x[:3], [1, 1, 1]), (x[3:6], [1, 1, 1]), (torch.cat([x[6:], x[:1]]), [1, 1, 0])]
     parts = [MicroBatch(images, torch.tensor(weight, dtype=torch.float64), CONFIG) for images, weight in padded]
-    assert float(sum(p.loss(model) for p in parts)) == pytest.approx(float(expected), rel=1e-12)
+    assert float(sum(p.loss(model).detach() for p in parts)) == pytest.approx(float(expected), rel=1e-12)
     assert sum(p.bits for p in parts) == pytest.approx(whole.bits, rel=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_a_padded_row_gives_no_gradient(model):
     x = (torch.rand(3, 3, 8, 8, dtype=torch.float64) - 0.5).requires_grad_()
     MicroBatch(x, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), CONFIG).loss(model).backward()
     assert x.grad is not None
-    assert x.grad[:2].abs().amin(dim=(1, 2, 3)).max() > 0 or x.grad[:2].abs().sum() > 0
+    assert x.grad[:2].abs().amax(dim=(1, 2, 3)).min() > 0
     assert float(x.grad[2].abs().max()) == 0.0
 
 
@@ -86,7 +86,3 @@ def test_a_uniform_model_of_8_bit_images_costs_8_bits_per_dim():
     log_prob = torch.zeros(1)  # density 1 on a unit cube
     assert float(flow.bits_per_dim(log_prob, 192, 8)) == 8.0
     assert math.isclose(float(flow.bits_per_dim(torch.tensor([192 * math.log(2)]), 192, 8)), 7.0)
-
-
-def test_batches_name_what_the_worker_reads():
-    assert data.Batch._fields == ("images", "noise", "weight", "indices")

@@ -135,9 +135,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, uninterrupted,
     (finished,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
     assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
     # every step once, and each with the loss of the uninterrupted run: the same samples, noise and weights
-    values, steps = curve(folder, name, "flow/entropy_leaves_level0")
-    assert steps == list(range(1, STEPS + 1))
-    assert values == curve(folder, "whole", "flow/entropy_leaves_level0")[0]
+    for key in ("train/bits_per_dim", "train/grad_norm", "eval/bits_per_dim"):
+        assert curve(folder, name, key) == curve(folder, "whole", key)
+    assert curve(folder, name, "train/bits_per_dim")[1] == list(range(1, STEPS + 1))
+    assert curve(folder, name, "eval/bits_per_dim")[1] == [20, 40]
     ours, theirs = final_weights(folder, name), final_weights(folder, "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -171,6 +172,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(f
     assert exit_code == 0, output
     assert f"damaged checkpoint passed over: {part}" in output or f"passed over: {newest.url}" in output
     assert f"training from step {before.step} to {STEPS}" in output
+    # the damaged one is none any more: what was trained again stands in its place
+    now = checkpoint.committed(str(folder / "runs" / "whole"))
+    assert now[0].step == STEPS
+    assert newest.url not in [c.url for c in now]
+    checkpoint.load(now[0])
 
 
 def test_another_model_on_the_same_run_is_refused_before_anything_starts(folder, uninterrupted):
@@ -194,4 +200,27 @@ def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder):
     assert exit_code == 0, output
     for line in ("max_steps: 40", "parameters", " train, ", " test images", "a new run", "can be written", "answers"):
         assert line in output, output
-    assert not (folder / "runs" / "dry" / "checkpoints").exists()
+    assert not (folder / "runs" / "dry").exists()
+
+
+def test_a_time_limit_checkpoints_and_ends_with_75_on_as_many_workers_as_there_is_room_for(folder):
+    overrides = ["train.max_hours=0.006", "train.max_steps=100000", "workers.min=1", "workers.max=2"]
+    exit_code, output = Job(folder, *overrides, name="limited").wait()
+    assert exit_code == 75, output
+    assert "on 2 workers" in output
+    saved = checkpoint.committed(str(folder / "runs" / "limited"))[0]
+    assert saved.step > 0
+    assert f"stopped at step {saved.step:,} of 100,000 by its time limit (train.max_hours)" in output
+
+
+def test_a_stop_while_ray_starts_leaves_nothing_running(folder):
+    job = Job(folder, name="early")
+    job.wait_for("starting 2 workers")
+    job.process.send_signal(signal.SIGTERM)
+    exit_code, output = job.wait(60)
+    assert exit_code == 143, output
+    assert "stopped by SIGTERM before training began" in output
+    assert "Traceback" not in output
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    (run,) = client.search_runs(["1"], "attributes.run_name = 'early'")
+    assert run.info.status == "KILLED"

@@ -87,8 +87,14 @@ def test_several_evaluation_folders_keep_their_names(tmp_path: Path) -> None:
 
 
 def test_a_class_called_train_among_others_is_a_class(tmp_path: Path) -> None:
-    source = _read(_folder(tmp_path, ["train/1.png", "plane/2.png", "test/3.png"]))
-    assert source.classes == ("plane", "test", "train")
+    source = _read(_folder(tmp_path, ["train/1.png", "plane/2.png"]))
+    assert source.classes == ("plane", "train")
+
+
+@pytest.mark.parametrize(("stray", "named"), [("plane/2.png", "'plane'"), ("preview.png", "'.'")])
+def test_images_beside_the_split_folders_are_refused_not_mixed(tmp_path: Path, stray: str, named: str) -> None:
+    with pytest.raises(DataError, match=f"'train' and 'test' look like splits, but .* in {named}"):
+        _read(_folder(tmp_path, ["train/cat/1.png", "test/cat/3.png", stray]))
 
 
 @pytest.mark.parametrize("top", ["", "train/"])
