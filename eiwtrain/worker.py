@@ -328,6 +328,7 @@ def learning_rate(step: int, train: Train) -> float:
 
 def _device(config: Config) -> torch.device:
     if not config.workers.gpus:
+        torch.set_num_threads(config.workers.cpus)  # no more than its own cores: the same sums each time
         return torch.device("cpu")
     from ray.train.torch import get_device
 
