@@ -178,8 +178,12 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, began
 
 
 def _command(argv: list[str]) -> str:
-    python = "python" if Path(sys.executable).parent in map(Path, os.environ.get("PATH", "").split(":")) else None
-    return shlex.join([python or _shortest(sys.executable), "-m", "eiwtrain.run", *argv])
+    """The command that goes on with this run."""
+    command = ["-m", "eiwtrain.run", *argv]
+    if launch.joins_cluster():
+        return "ray job submit --working-dir . -- " + shlex.join(["python", *command])
+    on_path = str(Path(sys.executable).parent) in os.environ.get("PATH", "").split(":")
+    return shlex.join(["python" if on_path else _shortest(sys.executable), *command])
 
 
 def _shortest(path: str) -> str:
