@@ -115,7 +115,13 @@ def save(
     dist.all_gather_object(parts, part)  # every part is in place before the manifest says so
     if rank == 0:
         for p in parts:
-            if (found := storage.size(storage.join(url, p.name))) != p.bytes:
+            try:
+                found = storage.size(storage.join(url, p.name))
+            except FileNotFoundError:
+                raise storage.StorageError(
+                    f"{url}/{p.name}: another worker wrote it and it is not here; several nodes need shared storage"
+                ) from None
+            if found != p.bytes:
                 raise storage.StorageError(f"{url}/{p.name}: {found} bytes where {p.bytes} were written")
         manifest = {
             "format": FORMAT,
@@ -156,7 +162,7 @@ def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def condemn(checkpoint: Checkpoint) -> None:
-    """Take a damaged checkpoint out of `committed`, and leave its bytes for whoever wants to look."""
+    """Take a damaged checkpoint out of `committed`; its bytes stay until training has passed its step again."""
     manifest = storage.join(checkpoint.url, MANIFEST)
     storage.write_bytes(storage.join(checkpoint.url, DAMAGED_MANIFEST), storage.read_bytes(manifest))
     storage.delete(manifest)

@@ -351,10 +351,11 @@ def _impossible(c: Config) -> list[str]:
             "use your MLflow server, e.g. http://host:5000"
         )
     for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
-        if url and re.match(r"\w+://[^/]*@", url):
+        if url and re.match(r"[\w+.-]+://[^/]*@", url):
             problems.append(
                 f"{name}: a password in a URL would be logged; give it in the environment "
-                "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+                "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+                "before a database put an MLflow server)"
             )
     return problems
 
@@ -368,7 +369,11 @@ def _absolute_paths(c: Config) -> Config:
 
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})
-    return c.model_copy(update={"data": data, "run": run})
+    uri = c.tracking.uri or ""
+    if uri.startswith("sqlite:///"):  # four slashes are absolute; workers have working directories of their own
+        uri = f"sqlite:///{absolute(uri.removeprefix('sqlite:///'))}"
+    tracking = c.tracking.model_copy(update={"uri": uri or None})
+    return c.model_copy(update={"data": data, "run": run, "tracking": tracking})
 
 
 def _is_remote(url: str) -> bool:

@@ -11,9 +11,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain import checkpoint
-from eiwtrain.config import Config
+from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
-from eiwtrain.signals import Stop
+from eiwtrain.signals import Stop, Stopped
 
 if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
@@ -53,18 +53,21 @@ def train(config: Config, tracked: TrackedRun, began: float, console: Console, s
     from eiwtrain.mailbox import start_mailbox
     from eiwtrain.worker import Job
 
-    if joins_cluster():
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    else:
-        ray.init(
-            address="local",
-            num_cpus=max(config.max_workers * config.workers.cpus, os.cpu_count() or 1),  # logical: also on one core
-            object_store_memory=_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address="127.0.0.1",
-        )
+    where: dict[str, Any] = {}
+    if not joins_cluster():
+        where = {
+            "address": "local",
+            "num_cpus": max(config.max_workers * config.workers.cpus, os.cpu_count() or 1),  # logical: also on one core
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **where)
+    except SystemExit:  # how Ray answers SIGTERM meanwhile
+        raise Stopped(signal.SIGTERM) from None
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise ConfigError(f"RAY_ADDRESS: Ray cannot be {'joined' if joins_cluster() else 'started'}: {e}") from None
     stop.listen()
     try:
         mailbox = start_mailbox()
@@ -139,6 +142,8 @@ def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop
             elif kind == "end":
                 if "failed" not in content:
                     fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
+                if "stopped" in content and stop.number:  # rank 0 may have learned of it from another rank alone
+                    content["stopped"] = signal.Signals(stop.number).name
                 return dict(content)
         if ended:
             return {"failed": _cause(fit.error, config)}

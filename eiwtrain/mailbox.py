@@ -74,6 +74,8 @@ class WorkerEnd:
                 if (reason := ray.get(self._mailbox.stopped.remote())) is not None:
                     self.say("heard", None)  # so that the driver knows that somebody will stop
                     self._reason = reason
-            except ray.exceptions.RayError:
+            except ray.exceptions.ActorDiedError:
                 return  # the driver is gone, and Ray ends this worker
+            except ray.exceptions.RayError:
+                pass  # the network, say: ask again
             time.sleep(POLL_SECONDS)

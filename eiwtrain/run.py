@@ -3,7 +3,7 @@
     python -m eiwtrain.run configs/quickstart.yaml [section.field=value ...] [--dry-run]
 
 Exit codes: 0 finished; 2 the config or the world around it must be mended; 1 failed; 130 or 143 stopped by SIGINT or
-SIGTERM with a checkpoint, 75 by `train.max_hours`: the same command goes on.
+SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`: the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import launch, preflight
+from eiwtrain import launch, preflight, storage
 from eiwtrain.config import Config, ConfigError, describe_fields, load_config
 from eiwtrain.console import Console, duration
 from eiwtrain.signals import Stop, Stopped
@@ -35,18 +36,20 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     if args.fields:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--fields | head` ends quietly
         print(describe_fields())
         return 0
     console = Console()
     try:
         with Stop(console) as stop:
             config = load_config(args.config, args.overrides)
-            preflight.check_gpus(config, launch.joins_cluster())
-            preflight.check_cluster()
-            manifest = preflight.find_data(config)
-            if args.dry_run:
-                return _dry_run(config, manifest, console)
-            preflight.check_storage(config)
+            with storage.impatient():  # somebody may be waiting for the answer
+                preflight.check_gpus(config, launch.joins_cluster())
+                preflight.check_cluster()
+                manifest = preflight.find_data(config)
+                if args.dry_run:
+                    return _dry_run(config, manifest, console)
+                preflight.check_storage(config)
             manifest = manifest or _prepare(config, console)
             preflight.find_checkpoint(config, manifest)
             return _run(config, began, argv, console, stop)
@@ -74,7 +77,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(config: Config, console: Console) -> Manifest:
     import data_prep
-    from eiwtrain import storage
     from eiwtrain.data import DataError
 
     d = config.data
@@ -122,18 +124,14 @@ def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int
 
 def _run(config: Config, began: float, argv: list[str], console: Console, stop: Stop) -> int:
     """Everything between a config that can work and the summary."""
-    from eiwtrain import storage, tracking
+    from eiwtrain import tracking
 
-    try:
-        tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
-        with stop.held():  # or a run would stay RUNNING
-            tracked = tracking.begin(config, tags)
-    except tracking.TrackingError as e:
-        raise ConfigError(str(e)) from None
-    except storage.StorageError as e:
-        raise ConfigError(f"run.storage: {e}") from None
+    tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
+    tracked: TrackedRun | None = None
     status: tracking.Status = "FAILED"
     try:
+        with stop.held():  # a run that was begun must be ended
+            tracked = tracking.begin(config, tags)
         outcome = launch.train(config, tracked, began, console, stop)
         if "finished" in outcome:
             status = "FINISHED"
@@ -147,16 +145,19 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
             return 128 + stop.number if stop.number else EXIT_GOES_ON_LATER
         print(f"error: {outcome['failed']}", file=sys.stderr)
         return EXIT_FAILED
+    except tracking.TrackingError as e:
+        raise ConfigError(str(e)) from None
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
     except Stopped:
         status = "KILLED"
         raise
     finally:
-        tracking.end(tracked, status)
+        if tracked is not None:
+            tracking.end(tracked, status)
 
 
 def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, began: float, console: Console) -> None:
-    from eiwtrain import storage
-
     console.note()
     console.note(f"{config.run.name}: {s['steps']:,} steps, {s['images']:,} images, {duration(s['wall_seconds'])}")
     console.note(

@@ -154,6 +154,7 @@ def _newest_intact(
     """
     candidates: list[Any] = [checkpoint.committed(root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(candidates, src=0)
+    damaged: list[checkpoint.Checkpoint] = []
     for saved in candidates[0]:
         try:
             tensors, damage = checkpoint.load(saved), None
@@ -161,11 +162,13 @@ def _newest_intact(
             tensors, damage = {}, str(e)
         if not any_rank(damage is not None, device):
             note(f"going on from step {saved.step:,}: {saved.url}")
+            if dist.get_rank() == 0:
+                for bad in damaged:  # or they would count as the newest, and sweep would keep them before good ones
+                    checkpoint.condemn(bad)
             return saved, tensors
         note(f"damaged checkpoint passed over: {damage or saved.url}")
-        if len(candidates[0]) > 1 and dist.get_rank() == 0:
-            checkpoint.condemn(saved)  # or it would count as the newest, and sweep would keep it before good ones
-    if candidates[0]:
+        damaged.append(saved)
+    if damaged:
         raise checkpoint.DamagedCheckpoint(
             f"{checkpoint.folder(root)}: no checkpoint is intact, the last is {candidates[0][-1].url}; "
             "delete the folder to begin anew"

@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 _CHUNK = 1 << 20  # bytes a read while hashing or copying
 _ATTEMPTS = 6  # with doubling waits from 0.5 s: about 16 s in all, on top of the client's own retries
+_attempts: ContextVar[int] = ContextVar("attempts", default=_ATTEMPTS)
+_NETWORK_WORDS = ("Connect", "Timeout", "HTTPClient", "Disconnected", "Payload")
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -68,16 +71,35 @@ def retrying(what: str, call: Callable[[], T]) -> T:
         StorageError: it failed for good, or `_ATTEMPTS` times; the cause is in the message.
         FileNotFoundError: as `call` raised it (callers tell "absent" from "broken").
     """
-    for attempt in range(_ATTEMPTS):
+    attempts = _attempts.get()
+    for attempt in range(attempts):
         try:
             return call()
         except FileNotFoundError:
             raise
         except Exception as e:
-            if isinstance(e, _FINAL) or not isinstance(e, OSError) or attempt == _ATTEMPTS - 1:
+            if not _may_pass(e) or attempt == attempts - 1:
                 raise StorageError(f"{what}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
             time.sleep(0.5 * 2**attempt * random.uniform(0.7, 1.3))
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """In this context nothing is tried twice, beyond what the storage's own client does."""
+    token = _attempts.set(1)
+    try:
+        yield
+    finally:
+        _attempts.reset(token)
+
+
+def _may_pass(e: Exception) -> bool:
+    """Whether another try may succeed: the network's failures, not refusals. botocore's are no OSErrors."""
+    if isinstance(e, OSError):
+        return not isinstance(e, _FINAL)
+    name = type(e).__name__
+    return type(e).__module__.split(".")[0] in ("botocore", "aiohttp") and any(w in name for w in _NETWORK_WORDS)
 
 
 def exists(url: str) -> bool:
@@ -126,7 +148,7 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         _replace(Path(path), lambda temp: temp.write_bytes(data))
     else:  # an object store's put is atomic by itself
-        retrying(url, lambda: fs.pipe_file(path, data))
+        _put(url, lambda: fs.pipe_file(path, data))
 
 
 def put_file(local: str | os.PathLike[str], url: str) -> None:
@@ -135,7 +157,7 @@ def put_file(local: str | os.PathLike[str], url: str) -> None:
     if is_local(url):
         _replace(Path(path), lambda temp: _copy(Path(local), temp))
     else:
-        retrying(url, lambda: fs.put_file(str(local), path))
+        _put(url, lambda: fs.put_file(str(local), path))
 
 
 def get_file(url: str, local: str | os.PathLike[str]) -> None:
@@ -207,6 +229,13 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := f.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _put(url: str, call: Callable[[], Any]) -> None:
+    try:
+        retrying(url, call)
+    except FileNotFoundError as e:  # no such bucket
+        raise StorageError(f"{url}: {' '.join(str(e).split())}") from e
 
 
 def _copy(source: Path, target: Path) -> None:

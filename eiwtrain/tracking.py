@@ -31,6 +31,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its e
 _UID_TAG = "eiwtrain.uid"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training, not on GenAI
 _RETRY_SECONDS = 5.0
+_FLUSH_SECONDS = 5.0
 _DRAIN_SECONDS = 60.0  # how long a closing tracker waits for a server that is away
 
 
@@ -98,6 +99,7 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     client = _client(uri)
+    run_id = ""
     try:
         experiment = client.get_experiment_by_name(config.tracking.experiment)
         if experiment is None:
@@ -123,6 +125,8 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
             client.set_tag(run_id, key, value)
         client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
     except Exception as e:
+        if run_id:
+            end(TrackedRun(uri, experiment_id, run_id), "FAILED")
         raise TrackingError(f"tracking.uri: {uri} cannot be used: {_one_line(e)}") from None
     return TrackedRun(uri, experiment_id, run_id)
 
@@ -163,6 +167,13 @@ class Tracker:
         """Queue tags, e.g. the URL of the newest checkpoint."""
         self._queue.put(("tags", dict(values)))
 
+    def flush(self) -> None:
+        """Wait until what was queued is logged, at most `_FLUSH_SECONDS`; call it before a checkpoint says that the
+        steps so far need not be made again."""
+        done = threading.Event()
+        self._queue.put(("flush", done))
+        done.wait(_FLUSH_SECONDS)
+
     def close(self) -> None:
         """Wait until what was queued is logged, at most `_DRAIN_SECONDS`; closing twice is fine."""
         if self._closed:
@@ -181,6 +192,9 @@ class Tracker:
                     self._log(*item)
                     break
                 except Exception as e:
+                    if _refused(e):
+                        self._warn(f"MLflow at {self._run.uri} refused a record: {_one_line(e)}")
+                        break
                     if not said:
                         self._warn(f"MLflow at {self._run.uri} is away ({_one_line(e)}); will go on trying")
                         said = True
@@ -189,7 +203,10 @@ class Tracker:
     def _log(self, kind: str, *what: Any) -> None:
         from mlflow.entities import Metric, RunTag
 
-        if kind == "metrics":
+        if kind == "flush":
+            (done,) = what
+            done.set()
+        elif kind == "metrics":
             step, values, timestamp = what
             new = {k: v for k, v in values.items() if step > self._last_step(k)}
             batch = [Metric(k, v, timestamp, step) for k, v in new.items()]
@@ -247,6 +264,13 @@ def _artifacts(config: Config) -> str:
     return (
         Path(config.run.storage, "mlartifacts").as_uri() if local else storage.join(config.run.storage, "mlartifacts")
     )
+
+
+def _refused(e: Exception) -> bool:
+    """Whether the server understood and said no: trying again would hold up everything behind it for ever."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(e, MlflowException) and e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
 def _user() -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import fsspec.config
 import torch
 import torch.distributed as dist
 from PIL.Image import Image
@@ -53,6 +54,7 @@ def train(settings: dict[str, Job]) -> None:
     """Train until `max_steps`, a stop or a failure; Ray Train's entry point in each worker."""
     job = settings["job"]
     os.environ.update(job.environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
     driver = WorkerEnd(job.mailbox)
     try:
         outcome = Worker(job, driver).run()
@@ -166,13 +168,14 @@ class Worker:
         reason = self.driver.reason or "its time limit (train.max_hours)"
         if self.tracker is not None:
             self.tracker.close()
-            tracking.end(
-                self.job.tracked, "KILLED"
-            )  # the driver does it too, unless it is killed before it comes to it
+            # the driver does it too, unless it is killed before it comes to it
+            tracking.end(self.job.tracked, "KILLED")
         newest = self.state.newest
         return {"stopped": reason, "step": self.state.step, "checkpoint": newest.url if newest else None}
 
     def _save(self) -> None:
+        if self.tracker is not None:
+            self.tracker.flush()
         if not self.state.save(self.job.tracked.run_id):
             return
         assert self.state.newest is not None

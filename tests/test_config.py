@@ -79,6 +79,7 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("eval.temperatures=[.nan,1]", ["eval.temperatures", "finite"]),
         ("train.seed=99999999999999999999", ["train.seed", "less than"]),
         ("tracking.uri=http://user:pw@host", ["tracking.uri", "MLFLOW_TRACKING_PASSWORD"]),
+        ("tracking.uri=postgresql+psycopg2://user:pw@host/db", ["tracking.uri", "MLflow server"]),
         ("tracking.uri=http://x run.storage=s3://key:secret@bucket", ["run.storage", "AWS_SECRET_ACCESS_KEY"]),
         ("eval.temperatures=[1]", ["eval.temperatures"]),
         ("train=3", ["train"]),
@@ -140,6 +141,8 @@ def test_environment_variables_stand_in_values(path, monkeypatch):
 def test_relative_paths_become_absolute(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert load_config(path, ["run.storage=here"]).run.storage == str(tmp_path / "here")
+    assert load_config(path, ["tracking.uri=sqlite:///m.db"]).tracking.uri == f"sqlite:///{tmp_path}/m.db"
+    assert load_config(path, ["tracking.uri=sqlite:////x/m.db"]).tracking.uri == "sqlite:////x/m.db"
 
 
 def test_inside_a_ray_job_relative_paths_are_under_home(path, monkeypatch, tmp_path):

@@ -111,6 +111,23 @@ def resume_and_compare(folder, exact):
             torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=LR / 2)
 
 
+def find_only_damage(folder):
+    c = config(folder)
+    for _ in range(2):  # a second try finds the same: nothing was thrown away, and nothing begins anew
+        with pytest.raises(checkpoint.DamagedCheckpoint, match="no checkpoint is intact"):
+            make_state(c)
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(tmp_path):
+    run_ranks(save_half_way, 2, tmp_path)
+    found = checkpoint.committed(config(tmp_path).root)
+    for saved in found:
+        part = Path(saved.url, saved.parts[0].name)
+        part.write_bytes(part.read_bytes()[:-1])
+    run_ranks(find_only_damage, 2, tmp_path)
+    assert checkpoint.committed(config(tmp_path).root) == found
+
+
 @pytest.mark.parametrize(("world_size", "exact"), [(2, True), (1, False)])
 def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, world_size, exact):
     run_ranks(save_half_way, 2, tmp_path)

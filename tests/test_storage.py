@@ -94,6 +94,39 @@ def test_transient_failures_are_tried_again_and_final_ones_named(monkeypatch):
         assert len(calls) == 1
 
 
+def test_the_clients_network_errors_are_transient_though_no_os_errors(monkeypatch):
+    from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+    monkeypatch.setattr(storage.time, "sleep", lambda s: None)
+
+    def count(error):
+        calls = []
+
+        def call():
+            calls.append(1)
+            raise error
+
+        with pytest.raises(storage.StorageError):
+            storage.retrying("s3://b/x", call)
+        return len(calls)
+
+    assert count(EndpointConnectionError(endpoint_url="http://x")) > 3
+    assert count(NoCredentialsError()) == 1
+    with storage.impatient():
+        assert count(EndpointConnectionError(endpoint_url="http://x")) == 1
+    assert count(ConnectionResetError()) > 3
+
+
+def test_a_missing_bucket_is_a_storage_error(monkeypatch):
+    class Store:
+        def pipe_file(self, path, data):
+            raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(storage, "filesystem", lambda url: (Store(), "b/x"))
+    with pytest.raises(storage.StorageError, match="s3://b/x: The specified bucket does not exist"):
+        storage.write_bytes("s3://b/x", b"")
+
+
 def test_giving_up_names_the_cause(monkeypatch):
     monkeypatch.setattr(storage.time, "sleep", lambda s: None)
 

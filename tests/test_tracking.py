@@ -80,11 +80,25 @@ def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeyp
     assert ["is away" in line for line in said] == [True]
 
 
+def test_a_record_that_is_refused_does_not_hold_up_the_others(config):
+    said = []
+    run = tracking.begin(config, {})
+    tracker = tracking.Tracker(run, warn=said.append)
+    tracker.metrics(1, {"no name : like ? this": 0.1})
+    tracker.metrics(2, {"train/lr": 0.2})
+    tracker.flush()
+    assert history(run, "train/lr") == [(2, 0.2)]
+    assert ["refused" in line for line in said] == [True]
+    tracker.close()
+
+
 def test_params_that_an_interrupted_start_left_out_are_logged_by_the_next(config, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("away")))
         with pytest.raises(tracking.TrackingError, match="away"):
             tracking.begin(config, {})
+    (failed,) = MlflowClient(tracking.tracking_uri(config)).search_runs(["1"])
+    assert failed.info.status == "FAILED"
     run = tracking.begin(config, {})
     assert MlflowClient(run.uri).get_run(run.run_id).data.params["train.max_steps"] == "12"
     assert len(MlflowClient(run.uri).search_runs([run.experiment_id])) == 1

@@ -18,7 +18,7 @@ from eiwtrain import checkpoint, flow
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 40
+STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 200, 70, 100  # long enough that a signal comes before the end
 SUMMARY = {
     "steps", "images", "test_bits_per_dim", "png_bits_per_dim", "images_per_second", "goodput", "drift", "samples",
     "exported_model", "mlflow_run_id",
@@ -60,7 +60,9 @@ class Job:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     write_shards(folder / "data", n=100)
-    config = tiny_config(folder, train={"max_steps": STEPS}, checkpoint={"every": 15}, eval={"every": 20})
+    config = tiny_config(
+        folder, train={"max_steps": STEPS}, checkpoint={"every": CHECKPOINT_EVERY}, eval={"every": EVAL_EVERY}
+    )
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -138,7 +140,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, uninterrupted,
     for key in ("train/bits_per_dim", "train/grad_norm", "eval/bits_per_dim"):
         assert curve(folder, name, key) == curve(folder, "whole", key)
     assert curve(folder, name, "train/bits_per_dim")[1] == list(range(1, STEPS + 1))
-    assert curve(folder, name, "eval/bits_per_dim")[1] == [20, 40]
+    assert curve(folder, name, "eval/bits_per_dim")[1] == [EVAL_EVERY, STEPS]
     ours, theirs = final_weights(folder, name), final_weights(folder, "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -148,7 +150,7 @@ def test_a_killed_worker_is_started_again_and_the_result_is_the_same(folder, uni
     import psutil
 
     job = Job(folder, name="killed")
-    job.wait_for("checkpoint at step 15")
+    job.wait_for(f"checkpoint at step {CHECKPOINT_EVERY}:")
     workers = [
         p for p in psutil.Process(job.process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
     ]
@@ -160,6 +162,23 @@ def test_a_killed_worker_is_started_again_and_the_result_is_the_same(folder, uni
     ours, theirs = final_weights(folder, "killed"), final_weights(folder, "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert curve(folder, "killed", "train/lr")[1] == list(range(1, STEPS + 1))
+
+
+def test_a_stop_while_workers_are_away_ends_the_job_and_names_the_last_checkpoint(folder):
+    import psutil
+
+    job = Job(folder, "train.max_steps=100000", name="away")
+    job.wait_for(f"checkpoint at step {CHECKPOINT_EVERY}:")
+    for p in psutil.Process(job.process.pid).children(recursive=True):
+        if "RayTrainWorker" in " ".join(p.cmdline()):
+            p.kill()
+    job.process.send_signal(signal.SIGTERM)
+    exit_code, output = job.wait(90)
+    assert exit_code == 143, output
+    newest = checkpoint.committed(str(folder / "runs" / "away"))[0]
+    assert f"checkpoint  {newest.url}" in output
+    assert f"stopped at step {newest.step:,} of 100,000 by SIGTERM" in output
+    assert "Traceback" not in output
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(folder, uninterrupted):
@@ -198,7 +217,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_samples_and_the_last_go
 def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder):
     exit_code, output = Job(folder, "--dry-run", name="dry").wait()
     assert exit_code == 0, output
-    for line in ("max_steps: 40", "parameters", " train, ", " test images", "a new run", "can be written", "answers"):
+    for line in (
+        f"max_steps: {STEPS}",
+        "parameters",
+        " train, ",
+        " test images",
+        "a new run",
+        "can be written",
+        "answers",
+    ):
         assert line in output, output
     assert not (folder / "runs" / "dry").exists()
 
