@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its end, goes on with the same command
 
 _UID_TAG = "eiwtrain.uid"
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on training, not on GenAI
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # model training, not GenAI
 _RETRY_SECONDS = 5.0
 _FLUSH_SECONDS = 5.0
 _DRAIN_SECONDS = 60.0  # how long a closing tracker waits for a server that is away
@@ -59,7 +59,8 @@ class TrackedRun:
     def url(self) -> str:
         """The run's page in the MLflow UI (for a local store: once `view_command` runs)."""
         server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        # the UI opens on GenAI unless the address says otherwise
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def tracking_uri(config: Config) -> str:

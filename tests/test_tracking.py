@@ -132,7 +132,7 @@ def test_the_identity_of_a_run_is_in_its_folder(config):
 def test_how_to_view_a_local_store_and_a_server():
     local = tracking.TrackedRun("sqlite:////x/mlflow.db", "1", "abc")
     assert local.view_command.endswith("mlflow ui --backend-store-uri sqlite:////x/mlflow.db --port 5000")
-    assert local.url == "http://127.0.0.1:5000/#/experiments/1/runs/abc"
+    assert local.url == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
     server = tracking.TrackedRun("https://host/", "1", "abc")
     assert server.view_command == ""
-    assert server.url == "https://host/#/experiments/1/runs/abc"
+    assert server.url == "https://host/#/experiments/1/runs/abc?workflowType=machine_learning"
