@@ -83,6 +83,11 @@ def committed(root: str) -> list[Checkpoint]:
     return sorted(found, key=lambda c: (c.step, c.state.get("saved_at", 0)), reverse=True)
 
 
+def newest(root: str) -> Checkpoint | None:
+    """The run's newest committed checkpoint, None if there is none; its parts are not read."""
+    return next(iter(committed(root)), None)
+
+
 def save(
     root: str,
     step: int,

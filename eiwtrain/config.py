@@ -1,7 +1,7 @@
 """The one typed config: YAML, then `section.field=value` overrides, then checks that name what would be right.
 
 Not for looking at the world (is there a GPU, does the data exist): that is `eiwtrain.preflight`.
-Imports pydantic and yaml only, so that a typo is reported in well under a second.
+Imports neither torch nor Ray, so that a typo is reported in well under a second.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pydantic import (
     field_validator,
 )
 from pydantic import ValidationError as PydanticError
+
+from eiwtrain.storage import is_local
 
 MAX_ERROR_LINES = 4
 
@@ -345,7 +347,7 @@ def _impossible(c: Config) -> list[str]:
         problems.append(
             f"model.anchor_every: {c.model.anchor_every} has no meaning with model.backprop = {c.model.backprop}; use 0"
         )
-    if c.tracking.uri is None and _is_remote(c.run.storage):
+    if c.tracking.uri is None and not is_local(c.run.storage):
         problems.append(
             f"tracking.uri: must be set when run.storage is remote ({c.run.storage}); "
             "use your MLflow server, e.g. http://host:5000"
@@ -365,7 +367,7 @@ def _absolute_paths(c: Config) -> Config:
     base = Path.home() / "eiwtrain" if job else Path.cwd()
 
     def absolute(url: str | None) -> str | None:
-        return url if url is None or _is_remote(url) else str(base / Path(url.removeprefix("file://")).expanduser())
+        return url if url is None or not is_local(url) else str(base / Path(url.removeprefix("file://")).expanduser())
 
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})
@@ -374,10 +376,6 @@ def _absolute_paths(c: Config) -> Config:
         uri = f"sqlite:///{absolute(uri.removeprefix('sqlite:///'))}"
     tracking = c.tracking.model_copy(update={"uri": uri or None})
     return c.model_copy(update={"data": data, "run": run, "tracking": tracking})
-
-
-def _is_remote(url: str) -> bool:
-    return "://" in url and not url.startswith("file://")
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:

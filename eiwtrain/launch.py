@@ -10,7 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import checkpoint
+from eiwtrain import checkpoint, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
 from eiwtrain.signals import Stop, Stopped
@@ -93,7 +93,6 @@ class Fit(threading.Thread):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        from eiwtrain import storage
         from eiwtrain.worker import train as train_worker
 
         w = self._config.workers
@@ -143,17 +142,17 @@ def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop
                 if "failed" not in content:
                     fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
                 if "stopped" in content and stop.number:  # rank 0 may have learned of it from another rank alone
-                    content["stopped"] = signal.Signals(stop.number).name
+                    content["stopped"] = stop.reason
                 return dict(content)
         if ended:
             return {"failed": _cause(fit.error, config)}
         if stop.number and not asked_at:
-            ray.get(mailbox.stop.remote(signal.Signals(stop.number).name))
+            ray.get(mailbox.stop.remote(stop.reason))
             asked_at = time.time()
         if asked_at and not heard and time.time() - asked_at > _HEAR_SECONDS:  # they died, and are not yet back
-            newest = next(iter(checkpoint.committed(config.root)), None)
+            newest = checkpoint.newest(config.root)
             step, url = (newest.step, newest.url) if newest else (0, None)
-            return {"stopped": signal.Signals(stop.number or 0).name, "step": step, "checkpoint": url}
+            return {"stopped": stop.reason, "step": step, "checkpoint": url}
         if not started and time.time() - said_at > _WAITING_SECONDS:
             said_at = time.time()
             w, there = config.workers, ray.cluster_resources()
@@ -168,7 +167,7 @@ def _cause(error: BaseException | None, config: Config) -> str:
     """What Ray gave up on, the last good checkpoint and where more is written."""
     lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
     cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
-    newest = next(iter(checkpoint.committed(config.root)), None)
+    newest = checkpoint.newest(config.root)
     return (
         f"the workers failed more than run.max_failures = {config.run.max_failures} times, the last time by "
         f"{(cause or (lines[0] if lines else type(error).__name__))[:300]}\n"

@@ -86,12 +86,12 @@ def find_data(config: Config) -> Manifest | None:
 def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
     """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
     try:
-        found = checkpoint.committed(config.root)
+        found = checkpoint.newest(config.root)
     except storage.StorageError as e:
         raise ConfigError(f"run.storage: {e}") from None
-    if not found:
+    if found is None:
         return None
-    problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)
+    problems = checkpoint.differences(found, config, manifest.fingerprint if manifest else None)
     if problems:
         raise ConfigError("\n".join(problems[:4]))
-    return found[0]
+    return found

@@ -135,7 +135,7 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
         outcome = launch.train(config, tracked, began, console, stop)
         if "finished" in outcome:
             status = "FINISHED"
-            _print_summary(config, outcome["finished"], tracked, began, console)
+            _print_summary(config, outcome["finished"], tracked, console)
             return 0
         if "stopped" in outcome:
             status = "KILLED"
@@ -157,7 +157,7 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
             tracking.end(tracked, status)
 
 
-def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, began: float, console: Console) -> None:
+def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, console: Console) -> None:
     console.note()
     console.note(f"{config.run.name}: {s['steps']:,} steps, {s['images']:,} images, {duration(s['wall_seconds'])}")
     console.note(

@@ -36,6 +36,11 @@ class Stop:
         """The signal that came; None while none has."""
         self.training = False
 
+    @property
+    def reason(self) -> str:
+        """The name of the signal that came, e.g. SIGTERM; empty while none has."""
+        return signal.Signals(self.number).name if self.number else ""
+
     def __enter__(self) -> Stop:
         self.listen()
         return self
