@@ -251,11 +251,21 @@ def _load(dataset: Dataset[Any], numbers: Any, workers: int) -> Iterator[Batch]:
         worker_init_fn=_init_worker,
         generator=torch.Generator(),  # or starting workers would advance torch's global generator
     )
+    threads = set(threading.enumerate())
     held = [_start_workers(loader)]  # the only reference: workers go when it is cleared
+    feeders = set(threading.enumerate()) - threads
     batches = _raising(_drain(held))
     # Also at exit, before multiprocessing would send SIGTERM, which they ignore, and wait for them for ever.
-    weakref.finalize(batches, held.clear)
+    weakref.finalize(batches, _let_go, held, feeders)
     return batches
+
+
+def _let_go(held: list[Iterator[Any]], feeders: set[threading.Thread]) -> None:
+    """End the workers, then the threads that feed their queues: cut off at the exit of the interpreter while it lets
+    go of a semaphore, such a thread leaves multiprocessing to warn of a leak."""
+    held.clear()
+    for feeder in feeders:
+        feeder.join(timeout=5)
 
 
 def _drain(held: list[Iterator[Any]]) -> Iterator[Any]:

@@ -205,6 +205,24 @@ if __name__ == "__main__":
     kept = batches
     raise SystemExit("an error elsewhere, with the stream still open")
 """
+SLOW_FEEDERS = """
+import atexit, threading, time
+import multiprocessing.queues, multiprocessing.resource_tracker, multiprocessing.synchronize, multiprocessing.util
+
+def feed(*args, feed=multiprocessing.queues.Queue._feed):
+    feed(*args)
+    time.sleep(0.1)  # so that this thread is the last to hold the queue's semaphores
+
+def cleanup(name, unlink=multiprocessing.synchronize.sem_unlink):
+    unlink(name)
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(0.5)  # and the interpreter could end meanwhile
+    multiprocessing.resource_tracker.unregister(name, "semaphore")
+
+multiprocessing.queues.Queue._feed = staticmethod(feed)
+multiprocessing.synchronize.SemLock._cleanup = staticmethod(cleanup)
+atexit.register(time.sleep, 0.3)  # between the end of the stream and that of multiprocessing
+"""
 WAITING = """
 if __name__ == "__main__":
     start()
@@ -212,9 +230,9 @@ if __name__ == "__main__":
 """
 
 
-def _start(script: str, data_set: Path, tmp_path: Path) -> subprocess.Popen[str]:
+def _start(script: str, data_set: Path, tmp_path: Path, before: str = "") -> subprocess.Popen[str]:
     path = tmp_path / "script.py"
-    path.write_text(STARTS + script)
+    path.write_text(before + STARTS + script)
     return subprocess.Popen(
         [sys.executable, str(path), str(data_set), str(tmp_path / "cache")],
         stdout=subprocess.PIPE,
@@ -251,8 +269,9 @@ def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
     assert err == ""
 
 
-def test_a_program_that_ends_with_the_stream_open_ends(data_set: Path, tmp_path: Path) -> None:
-    process = _start(ERROR, data_set, tmp_path)
+@pytest.mark.parametrize("before", ["", SLOW_FEEDERS], ids=["plain", "slow"])
+def test_a_program_that_ends_with_the_stream_open_ends(data_set: Path, tmp_path: Path, before: str) -> None:
+    process = _start(ERROR, data_set, tmp_path, before)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err == "an error elsewhere, with the stream still open\n"
