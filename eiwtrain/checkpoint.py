@@ -27,7 +27,7 @@ DAMAGED_MANIFEST = "manifest.damaged.json"  # what a manifest becomes when its p
 _FOLDER = re.compile(r"step-(\d{8,})-[0-9a-f]{8}$")
 
 # What shapes the weights or the sample order: another value is another run. How backward gets its activations is not.
-FREE = ("model.backprop", "model.anchor_every")
+FREE = ("model.preset", "model.backprop", "model.memory_budget", "model.anchor_every")
 FIXED = (
     "model",
     "data.resolution",

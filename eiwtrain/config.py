@@ -23,6 +23,7 @@ from pydantic import (
     PositiveInt,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic import ValidationError as PydanticError
 
@@ -88,29 +89,62 @@ class Data(Section):
 
 
 class Conditioner(Section):
+    kind: Literal["conv", "residual", "transformer"] = "conv"
+    """The network inside each coupling: conv (Glow's), residual (gated blocks), transformer (on patches, as Jet's)."""
     hidden: PositiveInt = 128
-    """Channels of the network inside each coupling."""
+    """Its channels."""
     depth: NonNegativeInt = 1
-    """1x1 convolutions between its first and its last 3x3 convolution."""
+    """conv: 1x1 convolutions between its first and its last 3x3 convolution; otherwise: blocks."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Between convolutions; a transformer has gelu."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of activations set to zero while training."""
+    heads: PositiveInt = 4
+    """Of a transformer's attention; must divide `hidden`."""
+    patch: PositiveInt = 2
+    """Side of a transformer's patches, in places of a level's grid (each level halves the image's side)."""
 
 
 class Model(Section):
+    preset: Literal["glow", "eiw", "jet"] | None = None
+    """A published size (`eiwtrain/flow/presets.py`) in place of the defaults here; what is set beside it counts."""
     levels: PositiveInt = 3
     """Scales: each halves the side of the image and, but for the last, factors out half of the channels."""
     steps: PositiveInt = 8
     """Flow steps (actnorm, invertible 1x1 convolution, affine coupling) on each level."""
     conditioner: Conditioner = Conditioner()
-    """The network inside each coupling."""
+    """The network inside each coupling and each split's prior."""
+    coupling: Literal["affine", "spline"] = "affine"
+    """What a coupling does: an affine map, or one followed by a rational-quadratic spline."""
+    bins: int = Field(default=8, ge=2)
+    """Of each spline."""
     shuffle: Literal["none", "fixed", "hard", "soft"] = "soft"
     """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
-    backprop: Literal["stored", "checkpointed", "invertible"] = "invertible"
-    """How backward gets activations: keep them, recompute each step, or invert the flow (memory constant in depth)."""
+    dequantization: Literal["uniform", "variational"] = "uniform"
+    """Noise under the pixels: uniform, or from a small flow that is trained along."""
+    classes: NonNegativeInt = 0
+    """Of a class-conditional model, as many as the data set has; 0: labels play no part."""
+    backprop: Literal["stored", "checkpointed", "invertible", "auto"] = "invertible"
+    """How backward gets activations: keep them, recompute each step, invert the flow (memory constant in depth), or
+    keep as many as fit and invert the rest."""
+    memory_budget: NonNegativeInt | None = None
+    """With `backprop: auto`, bytes of activations that a worker may keep; null: what is free when it starts."""
     trunk_dtype: Literal["float32", "float64"] = "float32"
     """Precision of what flows between couplings and of log-determinants."""
     anchor_every: NonNegativeInt = 0
-    """With `backprop: invertible`, keep a true activation every n steps, which bounds drift; 0: only one a level."""
+    """Where backward inverts, keep a true activation every n steps, which bounds drift; 0: only one a level."""
     n_bits: int = Field(default=8, ge=1, le=8)
     """Bits per channel that are modelled; 5 is usual for LSUN and CelebA-HQ."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str) or not isinstance(values.get("conditioner", {}), dict):
+            return values
+        from eiwtrain.flow.presets import PRESETS, preset  # not above: it imports torch, which takes seconds
+
+        return preset(name, **values) if name in PRESETS else values
 
 
 class Train(Section):
@@ -138,6 +172,8 @@ class Train(Section):
     """Decay per step of the averaged weights that are evaluated and exported; 0: the weights themselves."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the conditioners; the trunk has its own (`model.trunk_dtype`), parameters stay float32."""
+    compile: bool = False
+    """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also shards gradients."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -343,10 +379,7 @@ def _impossible(c: Config) -> list[str]:
             f"workers.max: {c.max_workers} workers cannot share train.global_batch = {c.train.global_batch} images; "
             f"use at most {c.train.global_batch} workers"
         )
-    if c.model.anchor_every and c.model.backprop != "invertible":
-        problems.append(
-            f"model.anchor_every: {c.model.anchor_every} has no meaning with model.backprop = {c.model.backprop}; use 0"
-        )
+    problems += _impossible_model(c.model, c.data.resolution)
     if c.tracking.uri is None and not is_local(c.run.storage):
         problems.append(
             f"tracking.uri: must be set when run.storage is remote ({c.run.storage}); "
@@ -358,6 +391,33 @@ def _impossible(c: Config) -> list[str]:
                 f"{name}: a password in a URL would be logged; give it in the environment "
                 "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
                 "before a database put an MLflow server)"
+            )
+    return problems
+
+
+def _impossible_model(m: Model, resolution: int) -> list[str]:
+    problems = []
+    if m.anchor_every and m.backprop not in ("invertible", "auto"):
+        problems.append(
+            f"model.anchor_every: {m.anchor_every} has no meaning with model.backprop = {m.backprop}; use 0"
+        )
+    if m.memory_budget is not None and m.backprop != "auto":
+        problems.append(
+            f"model.memory_budget: {m.memory_budget} has no meaning with model.backprop = {m.backprop}; "
+            "use null, or model.backprop=auto"
+        )
+    if m.conditioner.kind == "transformer":
+        hidden, heads, patch = m.conditioner.hidden, m.conditioner.heads, m.conditioner.patch
+        if hidden % heads:
+            problems.append(
+                f"model.conditioner.heads: {heads} does not divide model.conditioner.hidden = {hidden}; "
+                f"use {max(n for n in range(1, heads) if hidden % n == 0)}"
+            )
+        least = resolution // 2**m.levels
+        if least and least % patch:
+            problems.append(
+                f"model.conditioner.patch: {patch} does not divide the last level's side, {least}; "
+                f"use {max(n for n in range(1, patch) if least % n == 0)} or fewer levels"
             )
     return problems
 

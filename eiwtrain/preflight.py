@@ -75,6 +75,12 @@ def find_data(config: Config) -> Manifest | None:
             f"data.resolution: {d.resolution}, but the images at {d.path} are {manifest.resolution} pixels wide; "
             f"use data.resolution={manifest.resolution} or another data.path"
         )
+    if config.model.classes and config.model.classes != len(manifest.classes):
+        found = len(manifest.classes)
+        raise ConfigError(
+            f"model.classes: {config.model.classes}, but the images at {d.path} are of {found or 'no'} classes; "
+            f"use model.classes={found}"
+        )
     for field, split in (("train_split", d.train_split), ("eval_split", d.eval_split)):
         if split not in manifest.splits:
             raise ConfigError(f"data.{field}: {split!r} is no split of {d.path}; it has {', '.join(manifest.splits)}")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eiwtrain import flow, storage
+from eiwtrain import data, flow, storage
 
 _COLUMNS = 8
 _TILE = 64  # pixels an image is enlarged to at least, so that small ones can be seen
@@ -31,22 +31,23 @@ def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor
         return model.to_images(model.sample(n, temperature=temperature, generator=generator)).cpu()
 
 
-def reconstruct(model: flow.EIWFlow, images: Tensor, noise: Tensor) -> Tensor:
-    """uint8 images through the flow and back, uint8 (n, C, H, W)."""
+def reconstruct(model: flow.EIWFlow, batch: data.Batch) -> Tensor:
+    """The images of a batch through the flow and back, uint8 (n, C, H, W)."""
     device = next(model.parameters()).device
+    labels = data.labels_for(batch, model.config.classes)
+    labels = labels if labels is None else labels.to(device)
     with torch.no_grad():
-        latents, _ = model.encode(flow.dequantize(images.to(device), noise.to(device), model.config.n_bits))
-        return model.to_images(model.decode(latents)).cpu()
+        x, _ = model.dequantize(batch.images.to(device), batch.noise.to(device))
+        latents, _ = model.encode(x, labels)
+        return model.to_images(model.decode(latents, labels)).cpu()
 
 
-def overview(
-    model: flow.EIWFlow, images: Tensor, noise: Tensor, n: int, temperatures: Sequence[float], seed: int
-) -> Image.Image:
+def overview(model: flow.EIWFlow, batch: data.Batch, n: int, temperatures: Sequence[float], seed: int) -> Image.Image:
     """One picture: n samples at each temperature, then held-out images and their reconstructions."""
     panels = [(f"samples, temperature {t:g}", sample(model, n, t, seed)) for t in temperatures]
     shift = 8 - model.config.n_bits
-    panels.append(("held-out images", (images >> shift) << shift))
-    panels.append(("their reconstructions", reconstruct(model, images, noise)))
+    panels.append(("held-out images", (batch.images >> shift) << shift))
+    panels.append(("their reconstructions", reconstruct(model, batch)))
     return grid(panels)
 
 

@@ -30,9 +30,14 @@ def flow_config(config: Config, channels: int) -> flow.FlowConfig:
         image_shape=(channels, config.data.resolution, config.data.resolution),
         levels=m.levels,
         steps=m.steps,
-        conditioner=flow.ConditionerConfig(hidden=m.conditioner.hidden, depth=m.conditioner.depth),
+        conditioner=flow.ConditionerConfig(**m.conditioner.model_dump()),
+        coupling=m.coupling,
+        bins=m.bins,
         shuffle=m.shuffle,
+        dequantization=m.dequantization,
+        classes=m.classes,
         backprop=m.backprop,
+        memory_budget=m.memory_budget,
         conditioner_dtype="bfloat16" if config.train.precision == "bf16" else "float32",
         trunk_dtype=m.trunk_dtype,
         anchor_every=m.anchor_every,
@@ -51,7 +56,7 @@ class TrainState:
         device: torch.device,
         batching: tuple[int, int],
         began: float,
-        first_images: Callable[[], Tensor],
+        first: Callable[[], tuple[Tensor, Tensor, Tensor | None]],
         note: Callable[[str], None],
     ) -> None:
         """Restore the newest intact checkpoint, or begin anew. Collective.
@@ -61,8 +66,8 @@ class TrainState:
             fingerprint: of the data set.
             batching: rows of a micro-batch, micro-batches of a step.
             began: Unix time at which this attempt's driver started.
-            first_images: dequantized training images, (n, C, H, W), the same on every rank: they initialise actnorm
-                and give a restored optimizer its first, empty step.
+            first: training images, uint8 (n, C, H, W), noise and labels, the same on every rank: they initialise
+                actnorm and give a restored optimizer its first, empty step.
             note: says something to the user.
         """
         self.config, self.fingerprint, self.device = config, fingerprint, device
@@ -70,7 +75,8 @@ class TrainState:
         self.flow = flow.EIWFlow(flow_config(config, channels)).to(device)
         saved, tensors = _newest_intact(config.root, device, note)
         if saved is None:
-            self.flow.initialize(first_images())
+            images, noise, _ = first()
+            self.flow.initialize(flow.dequantize(images, noise, self.flow.config.n_bits))
         else:
             self.flow.load_state_dict(checkpoint.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
@@ -84,9 +90,9 @@ class TrainState:
             self.step = saved.step
             self.score = Score(**saved.state["score"]) if saved.state["score"] else None
             self.averaged.load_state_dict(checkpoint.section(tensors, "ema"))
-            x = first_images()[: batching[0]]
+            batch = [t if t is None else t[: batching[0]] for t in first()]
             self.engine.load_moments(
-                checkpoint.section(tensors, "moments"), self.step, lambda module: module(x).log_prob.sum()
+                checkpoint.section(tensors, "moments"), self.step, lambda module: module(*batch).log_prob.sum()
             )
         self.clock = Clock.resumed(saved.state["clock"] if saved else None, began)
 

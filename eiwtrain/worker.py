@@ -7,6 +7,7 @@ all-reduced, so no rank is left waiting in a collective.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -85,7 +86,7 @@ class Worker:
             self.device,
             (self.micro_batch, accumulation),
             job.began,
-            first_images=lambda: self._dequantized(*self._first(self.train_set, _INITIALIZE_IMAGES)),
+            first=lambda: self._on_device(self._first(self.train_set, _INITIALIZE_IMAGES)),
             note=self.note,
         )
         self.tracker = Tracker(job.tracked, warn=self.note) if self.rank == 0 else None
@@ -122,7 +123,8 @@ class Worker:
         started = time.perf_counter()
         own = next(batches)
         waited = time.perf_counter() - started
-        micro_batches = [MicroBatch(self._dequantized(b.images, b.noise), b.weight, self.config) for b in own]
+        torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
+        micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
         lr = learning_rate(state.step, self.config.train)
         norm = state.advance([m.loss for m in micro_batches], lr)
 
@@ -265,21 +267,25 @@ class Worker:
             block=c.data.shuffle_block,
         )
 
-    def _first(self, reader: data.ShardReader, n: int) -> tuple[Tensor, Tensor]:
-        """The first n images of a split, uint8, and noise for them."""
-        images = data.first_images(reader, n)
-        return images, torch.rand(images.shape, generator=torch.Generator().manual_seed(_HELD_OUT_SEED))
+    def _first(self, reader: data.ShardReader, n: int) -> data.Batch:
+        """The first n samples of a split."""
+        return data.first_batch(reader, n, _HELD_OUT_SEED)
 
-    def _dequantized(self, images: Tensor, noise: Tensor) -> Tensor:
-        return flow.dequantize(images.to(self.device), noise.to(self.device), self.config.model.n_bits)
+    def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the flow takes: pixels, noise, labels."""
+        labels = data.labels_for(batch, self.config.model.classes)
+        images, noise = batch.images.to(self.device), batch.noise.to(self.device)
+        return images, noise, labels if labels is None else labels.to(self.device)
 
     def _drift(self) -> float:
         """Relative error of held-out images through the flow and back."""
-        return self.state.averaged.drift(self._dequantized(*self._first(self.eval_set, self.config.eval.samples)))
+        images, noise, labels = self._on_device(self._first(self.eval_set, self.config.eval.samples))
+        x = flow.dequantize(images, noise, self.config.model.n_bits)
+        return self.state.averaged.drift(x, labels)
 
     def _overview(self) -> Image:
-        e, held_out = self.config.eval, self._first(self.eval_set, self.config.eval.samples)
-        return sample.overview(self.state.averaged, *held_out, e.samples, e.temperatures, _HELD_OUT_SEED)
+        e, batch = self.config.eval, self._first(self.eval_set, self.config.eval.samples)
+        return sample.overview(self.state.averaged, batch, e.samples, e.temperatures, _HELD_OUT_SEED)
 
     def note(self, text: str) -> None:
         """Have the driver print a line; from rank 0 only."""
@@ -294,16 +300,24 @@ class Worker:
 class MicroBatch:
     """One forward pass of one rank: its part of the loss, and what it measured on the way."""
 
-    def __init__(self, x: Tensor, weight: Tensor, config: Config) -> None:
-        self.x, self.weight, self.config = x, weight.to(x.device), config
+    def __init__(
+        self,
+        weight: Tensor,
+        config: Config,
+        images: Tensor,
+        noise: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.weight, self.config = weight.to(images.device), config
+        self.images, self.noise, self.labels = images, noise, labels
         self.bits = self.penalty = 0.0
         self.entropy = torch.empty(0, 2)
 
     def loss(self, module: nn.Module) -> Tensor:
         """This micro-batch's share of the mean bits/dim, and of the shuffle's regulariser, over the global batch."""
         t = self.config.train
-        out: flow.FlowOutput = module(self.x)
-        bits = flow.bits_per_dim(out.log_prob, self.x[0].numel(), self.config.model.n_bits)
+        out: flow.FlowOutput = module(self.images, self.noise, self.labels)
+        bits = flow.bits_per_dim(out.log_prob, self.images[0].numel(), self.config.model.n_bits)
         # a padded row counts zero times; its image is a real one, so its loss is finite
         bits, penalty = (self.weight * bits).sum(), (self.weight * out.penalty).sum()
         self.bits, self.penalty, self.entropy = float(bits.detach()), float(penalty.detach()), out.entropy
@@ -317,6 +331,11 @@ def batching(train: Train, world_size: int) -> tuple[int, int]:
     """
     accumulation = math.ceil(train.global_batch / (train.micro_batch * world_size))
     return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Of what one rank draws at random in one step, besides its samples' noise: 64 bits, another for each."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big")
 
 
 def learning_rate(step: int, train: Train) -> float:

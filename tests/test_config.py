@@ -7,9 +7,12 @@ import pytest
 import yaml
 from helpers import tiny_config
 
+from eiwtrain import flow
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, describe_fields, flatten, load_config
 from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
+from eiwtrain.flow import PRESETS
+from eiwtrain.state import flow_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -71,6 +74,18 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("workers.max=9", ["workers.max", "global_batch = 8"]),
         ("run.storage=s3://bucket/x", ["tracking.uri", "must be set"]),
         ("model.anchor_every=2 model.backprop=stored", ["model.anchor_every"]),
+        ("model.memory_budget=9", ["model.memory_budget", "model.backprop = invertible", "model.backprop=auto"]),
+        ("model.preset=glo", ["model.preset", "'glow'"]),
+        (
+            "model.conditioner.kind=transformer model.conditioner.hidden=6",
+            ["model.conditioner.heads: 4 does not divide", "use 3"],
+        ),
+        (
+            "model.conditioner.kind=transformer model.conditioner.patch=4 model.conditioner.hidden=8",
+            ["model.conditioner.patch: 4 does not divide the last level's side, 2", "use 2"],
+        ),
+        ("model.conditioner.dropout=1", ["model.conditioner.dropout", "less than 1"]),
+        ("train.compile=1.5", ["train.compile"]),
         ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
         ("run.name=a/b", ["run.name"]),
         ("run.storage=''", ["run.storage", "at least 1 character"]),
@@ -97,6 +112,32 @@ def test_many_errors_are_cut_to_four_lines(path):
     message = error(path, *[f"train.nope{i}=1" for i in range(9)])
     assert len(message.splitlines()) == MAX_ERROR_LINES
     assert message.splitlines()[-1] == "... and 6 more"
+
+
+def test_a_preset_stands_for_defaults_and_what_is_set_beside_it_counts(path):
+    raw = yaml.safe_load(Path(path).read_text())
+    del raw["model"]
+    Path(path).write_text(yaml.safe_dump(raw))
+    plain = load_config(path, ["model.levels=2"]).model
+    sized = load_config(path, ["model.preset=jet", "model.levels=2", "model.conditioner.patch=1"]).model
+    conditioner = PRESETS["jet"]["conditioner"] | {"patch": 1}
+    assert sized.model_dump(exclude_unset=True) == PRESETS["jet"] | {
+        "preset": "jet",
+        "levels": 2,
+        "conditioner": conditioner,
+    }
+    assert plain.preset is None
+    assert plain.steps != sized.steps
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_flow_of_a_preset_is_the_library_s(path, preset):
+    raw = yaml.safe_load(Path(path).read_text())
+    raw |= {"model": {"preset": preset}, "train": raw["train"] | {"precision": "fp32"}}
+    raw["data"]["resolution"] = 32
+    Path(path).write_text(yaml.safe_dump(raw))
+    expected = flow.FlowConfig.from_dict(flow.preset(preset, image_shape=[3, 32, 32]))
+    assert flow_config(load_config(path, []), 3) == expected
 
 
 def test_a_missing_required_field_is_named(path, tmp_path):

@@ -66,6 +66,35 @@ def test_the_score_is_the_same_at_another_world_size(shards):
     run_ranks(same_on_every_rank, 3, shards, score(shards, micro_batch=4))
 
 
+def test_more_draws_of_noise_give_a_tighter_bound(shards):
+    model = tiny_model()
+    one, other, both = (
+        evaluate.score(model, draws[0], more_draws=draws[1:])
+        for draws in (
+            [data.eval_batches(reader(shards), images=9, seed=0, micro_batch=4, draw=n) for n in numbers]
+            for numbers in ([0], [1], [0, 1])
+        )
+    )
+    assert one.bits_per_dim != other.bits_per_dim
+    # log((e^a + e^b) / 2) lies between the mean of a and b and the larger
+    assert both.bits_per_dim < (one.bits_per_dim + other.bits_per_dim) / 2
+
+
+def test_a_class_conditional_model_is_scored_with_the_labels_of_the_images(shards):
+    model = tiny_model(classes=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    batch = data.first_batch(reader(shards), 6, seed=0)
+    assert set(batch.labels.tolist()) == {0, 1}
+    expected = model.bits_per_dim(batch.images, batch.noise, batch.labels).mean().item()
+    assert evaluate.score(model, [batch]).bits_per_dim == pytest.approx(expected, rel=1e-6)
+    assert not torch.allclose(*(model.log_prob(batch.images, batch.noise, x) for x in (batch.labels, 1 - batch.labels)))
+    assert torch.equal(sample.reconstruct(model, batch), batch.images)
+    with pytest.raises(data.DataError, match=r"sample \d+ has no class"):
+        evaluate.score(model, [batch._replace(labels=batch.labels - 1)])
+
+
 def test_an_evaluation_stops_when_asked(shards):
     batches = data.eval_batches(reader(shards), images=100, seed=0, micro_batch=2)
     answers = iter([False, True])
@@ -84,9 +113,9 @@ def test_png_yardstick_counts_whole_files():
 
 def test_reconstructions_are_exact_and_samples_repeat(shards):
     model = tiny_model()
-    images = data.first_images(reader(shards), 4)
-    middle = torch.full(images.shape, 0.5)  # of each quantum: what rounds must not lie at its edge
-    assert torch.equal(sample.reconstruct(model, images, middle), images)
+    batch = data.first_batch(reader(shards), 4, seed=0)
+    batch = batch._replace(noise=torch.full(batch.images.shape, 0.5))  # what rounds must not lie at a quantum's edge
+    assert torch.equal(sample.reconstruct(model, batch), batch.images)
     first, again, other = (sample.sample(model, 3, 0.8, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -94,15 +123,16 @@ def test_reconstructions_are_exact_and_samples_repeat(shards):
 
 
 def test_the_overview_shows_two_temperatures_and_reconstructions(shards):
-    images = data.first_images(reader(shards), 4)
-    picture = sample.overview(tiny_model(), images, torch.full(images.shape, 0.5), 4, (0.7, 1.0), 0)
+    batch = data.first_batch(reader(shards), 4, seed=0)
+    batch = batch._replace(noise=torch.full(batch.images.shape, 0.5))
+    picture = sample.overview(tiny_model(), batch, 4, (0.7, 1.0), 0)
     tile, title, gap = 64, 18, 2
     assert picture.size == (4 * (tile + gap) + gap, 4 * (title + tile + 2 * gap))
     pixels = np.asarray(picture)
     row = title + tile + 2 * gap
     held_out, reconstructed = pixels[2 * row + title : 3 * row], pixels[3 * row + title :]
     assert (held_out == reconstructed).all()
-    assert held_out[gap + 1, gap + 1].tolist() == images[0, :, 0, 0].tolist()
+    assert held_out[gap + 1, gap + 1].tolist() == batch.images[0, :, 0, 0].tolist()
 
 
 def test_the_commands_work_on_an_exported_model(shards, model_folder, tmp_path, capsys):

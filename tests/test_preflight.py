@@ -42,6 +42,16 @@ def test_data_that_does_not_fit_is_one_line(folder, data, words):
     assert [w for w in words if w not in str(e.value)] == []
 
 
+@pytest.mark.parametrize(("classes", "right"), [(2, None), (0, None), (3, "model.classes=2")])
+def test_a_model_has_as_many_classes_as_its_data_or_none(folder, classes, right):
+    conditional = config(folder, model={"classes": classes})
+    if right is None:
+        assert preflight.find_data(conditional) is not None
+        return
+    with pytest.raises(ConfigError, match=right):
+        preflight.find_data(conditional)
+
+
 def test_absent_data_that_can_be_prepared_is_no_error(folder):
     assert preflight.find_data(config(folder, data={"path": "/nowhere", "prepare": "photos"})) is None
 

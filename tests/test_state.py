@@ -29,18 +29,21 @@ def images(step):
     return torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(step)) - 0.5
 
 
+def first():
+    """Pixels, noise and no labels."""
+    return (images(99) * 256 + 128).to(torch.uint8), torch.full((8, 3, 8, 8), 0.5), None
+
+
 def make_state(config):
     rows, accumulation = batching(config.train, dist.get_world_size())
-    return TrainState(
-        config, 3, FINGERPRINT, torch.device("cpu"), (rows, accumulation), 0.0, lambda: images(99), note=print
-    )
+    return TrainState(config, 3, FINGERPRINT, torch.device("cpu"), (rows, accumulation), 0.0, first=first, note=print)
 
 
 def losses(config, x):
     """This rank's micro-batches of the global batch x."""
     rows, _ = batching(config.train, dist.get_world_size())
     own = x.chunk(dist.get_world_size())[dist.get_rank()]
-    return [MicroBatch(part, torch.ones(rows), config).loss for part in own.split(rows)]
+    return [MicroBatch(torch.ones(rows), config, part).loss for part in own.split(rows)]
 
 
 def trained_looking_flow(config, backprop):
@@ -65,7 +68,7 @@ def gradients_are_plain_autograds(folder, stage):
     got = {k.removesuffix(".exp_avg"): v / (1 - BETAS[0]) for k, v in engine.moments() if k.endswith(".exp_avg")}
 
     module = trained_looking_flow(c, "stored")
-    MicroBatch(images(0), torch.ones(8), c).loss(module).backward()
+    MicroBatch(torch.ones(8), c, images(0)).loss(module).backward()
     expected = {name: p.grad for name, p in module.named_parameters()}
     assert got.keys() == expected.keys()
     scale = nn.utils.get_total_norm(list(expected.values()))

@@ -63,20 +63,20 @@ def model():
 
 def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model):
     x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
-    whole = MicroBatch(x, torch.ones(8, dtype=torch.float64), CONFIG)
+    whole = MicroBatch(torch.ones(8, dtype=torch.float64), CONFIG, x)
     expected = whole.loss(model).detach()
     assert float(expected) == pytest.approx(
         float((model.bits_per_dim(x).mean() + CONFIG.train.shuffle_penalty * model(x).penalty.mean()).detach())
     )
     padded = [(x[:3], [1, 1, 1]), (x[3:6], [1, 1, 1]), (torch.cat([x[6:], x[:1]]), [1, 1, 0])]
-    parts = [MicroBatch(images, torch.tensor(weight, dtype=torch.float64), CONFIG) for images, weight in padded]
+    parts = [MicroBatch(torch.tensor(weight, dtype=torch.float64), CONFIG, images) for images, weight in padded]
     assert float(sum(p.loss(model).detach() for p in parts)) == pytest.approx(float(expected), rel=1e-12)
     assert sum(p.bits for p in parts) == pytest.approx(whole.bits, rel=1e-12)
 
 
 def test_a_padded_row_gives_no_gradient(model):
     x = (torch.rand(3, 3, 8, 8, dtype=torch.float64) - 0.5).requires_grad_()
-    MicroBatch(x, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), CONFIG).loss(model).backward()
+    MicroBatch(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), CONFIG, x).loss(model).backward()
     assert x.grad is not None
     assert x.grad[:2].abs().amax(dim=(1, 2, 3)).min() > 0
     assert float(x.grad[2].abs().max()) == 0.0

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eiwtrain.data.loader import Batch, eval_batches, first_images, train_batches
+    from eiwtrain.data.loader import Batch, eval_batches, first_batch, labels_for, train_batches
     from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
     from eiwtrain.data.order import SampleOrder
     from eiwtrain.data.stream import ShardReader
@@ -23,7 +23,8 @@ _HOME = {
     "ShardReader": "stream",
     "Split": "manifest",
     "eval_batches": "loader",
-    "first_images": "loader",
+    "first_batch": "loader",
+    "labels_for": "loader",
     "load_manifest": "manifest",
     "train_batches": "loader",
 }
@@ -37,7 +38,8 @@ __all__ = [
     "ShardReader",
     "Split",
     "eval_batches",
-    "first_images",
+    "first_batch",
+    "labels_for",
     "load_manifest",
     "train_batches",
 ]

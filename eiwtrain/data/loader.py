@@ -42,12 +42,14 @@ class Batch(NamedTuple):
         weight: float32 (n,): 1 for a sample, 0 for padding. Over a step's micro-batches of all ranks it sums to the
             global batch.
         indices: int64 (n,): sample index within the split, -1 for padding.
+        labels: int64 (n,): classes, -1 for an image of none.
     """
 
     images: torch.Tensor
     noise: torch.Tensor
     weight: torch.Tensor
     indices: torch.Tensor
+    labels: torch.Tensor
 
 
 def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -105,23 +107,37 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    draw: int = 0,
 ) -> Iterator[Batch]:
     """The first `images` samples of the split (all where it has fewer), strided over ranks.
 
-    Every rank yields the same number of batches of exactly `micro_batch` rows. Noise depends on (seed, index)
+    Every rank yields the same number of batches of exactly `micro_batch` rows. Noise depends on (seed, draw, index)
     alone, so two evaluations differ by the model only. Raises as `train_batches`.
     """
     _check_sizes(images=images, micro_batch=micro_batch, world_size=world_size)
     if not 0 <= rank < world_size or workers < 0:
         raise ValueError(f"rank {rank} of {world_size}, workers {workers}: out of range")
     total = min(images, len(reader))
-    shares = _EvalShares(reader, total, seed, micro_batch, rank, world_size)
+    shares = _EvalShares(reader, total, seed, draw, micro_batch, rank, world_size)
     return _load(shares, range(micro_batches(total, micro_batch, world_size)), workers)
 
 
-def first_images(reader: ShardReader, n: int) -> torch.Tensor:
-    """The first `n` images of the split, or all where it has fewer: uint8 (n, C, H, W)."""
-    return torch.from_numpy(reader.read(range(min(n, len(reader)))))
+def first_batch(reader: ShardReader, n: int, seed: int) -> Batch:
+    """The first `n` samples of the split, or all where it has fewer, with noise as `eval_batches` would give them."""
+    return next(eval_batches(reader, images=n, seed=seed, micro_batch=min(n, len(reader))))
+
+
+def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:
+    """The labels that a model of so many classes takes: those of the batch, None for a model of none.
+
+    Raises:
+        DataError: an image of no class, for a model that has classes.
+    """
+    if not classes:
+        return None
+    if (batch.labels < 0).any():
+        raise DataError(f"sample {int(batch.indices[batch.labels < 0][0])} has no class, and the model has {classes}")
+    return batch.labels
 
 
 class _TrainShares(Dataset[Any]):
@@ -159,16 +175,16 @@ class _EvalShares(Dataset[Any]):
     """Micro-batch number i of one rank's stride through the first `total` samples."""
 
     def __init__(
-        self, reader: ShardReader, total: int, seed: int, micro_batch: int, rank: int, world_size: int
+        self, reader: ShardReader, total: int, seed: int, draw: int, micro_batch: int, rank: int, world_size: int
     ) -> None:
-        self.reader, self.total, self.seed = reader, total, seed
+        self.reader, self.total, self.seed, self.draw = reader, total, seed, draw
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
 
     def __getitem__(self, number: int) -> Batch | Exception:
         own = np.arange(self.rank, self.total, self.world_size)[number * self.micro_batch :][: self.micro_batch]
         indices = own if len(own) else np.zeros(1, np.int64)
         return _caught(
-            self.reader, indices, np.zeros_like(indices), len(own), self.micro_batch, self.seed, _EVAL, False
+            self.reader, indices, np.full_like(indices, self.draw), len(own), self.micro_batch, self.seed, _EVAL, False
         )
 
 
@@ -198,12 +214,15 @@ def _make_batch(
     for row, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
         if _draw(philox, (seed, stream, epoch, index), noise[row]) and flip:
             images[row] = images[row, :, :, ::-1].copy()
-    images[len(indices) :], noise[len(indices) :] = images[0], noise[0]
+    labels = np.empty(rows, np.int64)
+    labels[: len(indices)] = reader.labels(indices)
+    for padded in (images, noise, labels):
+        padded[len(indices) :] = padded[0]
     weight = np.zeros(rows, np.float32)
     weight[:real] = 1
     kept = np.full(rows, -1, np.int64)
     kept[:real] = indices[:real]
-    return Batch(*(torch.from_numpy(a) for a in (images, noise, weight, kept)))
+    return Batch(*(torch.from_numpy(a) for a in (images, noise, weight, kept, labels)))
 
 
 def _draw(philox: np.random.Philox, key: tuple[int, int, int, int], noise: npt.NDArray[np.float32]) -> bool:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,14 @@ class _Open:
     path: Path
     data: mmap.mmap
     touched: float
+
+
+class _Index(NamedTuple):
+    """Of a shard's images: where their bytes are, and their classes."""
+
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
 
 
 class ShardReader:
@@ -67,7 +75,7 @@ class ShardReader:
         self.cache = ShardCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), cache_bytes)
         self._ends = np.cumsum(self.shard_sizes)
         self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._index: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]] = {}
+        self._index: dict[int, _Index] = {}
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -98,11 +106,17 @@ class ShardReader:
         channels, height, width = self.image_shape
         pixels = np.empty((len(wanted), height, width, channels), np.uint8)
         for row, index in enumerate(wanted.tolist()):
-            if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} of split '{self.split.name}', which has {len(self)}")
-            number = int(np.searchsorted(self._ends, index, side="right"))
-            pixels[row] = self._decode(number, index - int(self._ends[number]) + self.split.shards[number].samples)
+            pixels[row] = self._decode(*self._place(index))
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+    def labels(self, indices: Iterable[int]) -> npt.NDArray[np.int64]:
+        """The classes of the images, (n,), -1 for an image of none. Raises as `reader[index]`."""
+        found = []
+        for index in indices:
+            number, local = self._place(int(index))
+            self._load_index(number)
+            found.append(self._index[number].labels[local])
+        return np.array(found, np.int64)
 
     def close(self) -> None:
         """Unmap all shards; the next read maps anew."""
@@ -112,13 +126,20 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_index": {}}
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which shard image `index` is in, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of split '{self.split.name}', which has {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + self.split.shards[number].samples
+
     def _decode(self, number: int, local: int) -> Pixels:
         data = self._map(number)
-        offsets, sizes = self._index[number]
-        start = int(offsets[local])
+        index = self._index[number]
+        start = int(index.offsets[local])
         shard = self.split.shards[number]
         try:
-            with Image.open(io.BytesIO(data[start : start + int(sizes[local])])) as image:
+            with Image.open(io.BytesIO(data[start : start + int(index.sizes[local])])) as image:
                 pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as e:
             raise DataError(f"shard {shard.name}: image {local} cannot be decoded ({e})") from None
@@ -170,4 +191,6 @@ class ShardReader:
         sidecar = load_sidecar(self.url, shard.name)
         if sidecar.shard != shard:
             raise DataError(f"shard {shard.name}: its sidecar is of other bytes than the manifest")
-        self._index[number] = np.array(sidecar.offsets, np.int64), np.array(sidecar.sizes, np.int32)
+        self._index[number] = _Index(
+            np.array(sidecar.offsets, np.int64), np.array(sidecar.sizes, np.int32), np.array(sidecar.labels, np.int32)
+        )

@@ -18,20 +18,33 @@ Imports torch, safetensors and the standard library, and nothing else of eiwtrai
 """
 
 from .bijection import Bijection, Chain, Coupling, Transformed
-from .conditioners import ConditionerConfig, ConvConditioner
+from .conditioners import (
+    Conditioner,
+    ConditionerConfig,
+    ConvConditioner,
+    ResidualConditioner,
+    TransformerConditioner,
+    make_conditioner,
+)
 from .config import FlowConfig
+from .dequantization import VariationalDequantizer
 from .files import load, save
 from .images import bits_per_dim, dequantize, quantize
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, squeeze, unsqueeze
-from .multiscale import EIWFlow, FlowOutput, Level
+from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
+from .level import Level
+from .multiscale import EIWFlow, FlowOutput
+from .presets import PRESETS, preset
 from .reversible import run
 from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
+from .spline import SplineCoupling
 
 __all__ = [
+    "PRESETS",
     "ActNorm",
     "AffineCoupling",
     "Bijection",
     "Chain",
+    "Conditioner",
     "ConditionerConfig",
     "ConvConditioner",
     "Coupling",
@@ -42,12 +55,19 @@ __all__ = [
     "HardHalf",
     "InvertibleConv1x1",
     "Level",
+    "NetworkCoupling",
+    "ResidualConditioner",
     "SoftHalf",
+    "SplineCoupling",
     "Transformed",
+    "TransformerConditioner",
+    "VariationalDequantizer",
     "bits_per_dim",
     "dequantize",
     "load",
+    "make_conditioner",
     "make_shuffle",
+    "preset",
     "quantize",
     "run",
     "save",

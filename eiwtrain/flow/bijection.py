@@ -6,6 +6,7 @@ Not for particular bijections (`layers`, `shuffle`) nor for choosing what backpr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
 import torch
@@ -33,6 +34,11 @@ Reversed = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which nothing on the device of `x` is autocast: the trunk's, whatever the caller's state."""
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
+
+
+def with_own_randomness(x: Tensor) -> AbstractContextManager[None]:
+    """A context that leaves the global random state, on the CPU and on the device of `x`, as it was before."""
+    return torch.random.fork_rng([x.device] if x.device.type == "cuda" else [])
 
 
 def zeros(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from .conditioners import ConditionerConfig
 from .reversible import MODES
 from .shuffle import SHUFFLES
 
+COUPLINGS = ("affine", "spline")
+DEQUANTIZATIONS = ("uniform", "variational")
+
 
 @dataclass(frozen=True)
 class FlowConfig:
@@ -26,11 +29,24 @@ class FlowConfig:
     """Of actnorm, invertible 1x1 convolution and affine coupling, in each level."""
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
     """The network in each coupling and in each split prior."""
+    coupling: str = "affine"
+    """affine, or spline: affine and then a rational-quadratic spline, which has an analytic inverse too."""
+    bins: int = 8
+    """Of each spline."""
     shuffle: str = "soft"
     """What comes before a split: none, fixed, hard or soft (see `eiwtrain.flow.shuffle`)."""
+    dequantization: str = "uniform"
+    """How an image becomes reals: uniform, or variational, by noise that a small flow learns for each image; then
+    log-probabilities are lower bounds (see `eiwtrain.flow.dequantization`)."""
+    classes: int = 0
+    """With labels 0 to classes - 1, the prior of each level has a mean and a scale of its own for each class and
+    channel; 0 for no labels."""
     backprop: str = "invertible"
-    """What the backward pass goes by: stored, checkpointed or invertible (see `eiwtrain.flow.reversible`). It
+    """What the backward pass goes by: stored, checkpointed, invertible or auto (see `eiwtrain.flow.reversible`). It
     changes memory and time, and gradients by rounding only."""
+    memory_budget: int | None = None
+    """With auto, bytes of activations to keep, beyond what invertible keeps; None for what is free when training
+    starts."""
     conditioner_dtype: str = "float32"
     """float32, or bfloat16 for the convolutions in conditioners; parameters are float32 in both."""
     trunk_dtype: str = "float32"
@@ -53,6 +69,12 @@ class FlowConfig:
         check_count("n_bits", self.n_bits, least=1, most=8)
         check_choice("shuffle", self.shuffle, SHUFFLES)
         check_choice("backprop", self.backprop, MODES)
+        check_choice("coupling", self.coupling, COUPLINGS)
+        check_choice("dequantization", self.dequantization, DEQUANTIZATIONS)
+        check_count("bins", self.bins, least=2)
+        check_count("classes", self.classes, least=0)
+        if self.memory_budget is not None:
+            check_count("memory_budget", self.memory_budget, least=0)
         check_choice("conditioner_dtype", self.conditioner_dtype, ("float32", "bfloat16"))
         check_choice("trunk_dtype", self.trunk_dtype, ("float32", "float64"))
         if not isinstance(self.conditioner, ConditionerConfig):

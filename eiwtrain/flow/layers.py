@@ -5,10 +5,22 @@ Not for the networks inside couplings (`conditioners`) nor for the shuffle befor
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from .bijection import Bijection, Coupling, Reversed, Transformed, aligned, trained, without_autocast, zeros
+from .bijection import (
+    Bijection,
+    Coupling,
+    Reversed,
+    Transformed,
+    aligned,
+    trained,
+    with_own_randomness,
+    without_autocast,
+    zeros,
+)
 
 _LEAST_VARIANCE = 1e-6
 """Under 8-bit dequantisation a constant channel still has a variance of 1/12/256^2 = 1.3e-6."""
@@ -131,30 +143,75 @@ class InvertibleConv1x1(Bijection):
         return torch.linalg.solve_triangular(upper, p, upper=True)
 
 
-class AffineCoupling(Coupling):
+class NetworkCoupling(Coupling):
+    """A coupling that a network conditions: it makes raw numbers of one half, a subclass makes parameters of those.
+
+    A network with dropout is run with a seed of its own, which is kept, so that the way back draws the same mask.
+
+    Args:
+        conditioner: (B, C // 2, H, W) to (B, outputs_per_channel * (C - C // 2), H, W); with `mirrored` the halves
+            change places. Its attribute `dropout`, if it has one, says whether it is random in training mode.
+    """
+
+    outputs_per_channel: int
+    """How many numbers the conditioner gives for each channel that is transformed."""
+
+    def __init__(self, conditioner: nn.Module, mirrored: bool = False) -> None:
+        super().__init__(mirrored)
+        self.conditioner = conditioner
+        self.compiled = False
+        """Whether the conditioner is, by torch.compile."""
+        self.kept_count = 1 if getattr(conditioner, "dropout", 0.0) else 0
+
+    def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """The parameters of `transform` from what the conditioner gave."""
+        raise NotImplementedError
+
+    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        if not self.kept_count:
+            return self.parameters_from(self._network(a))
+        seed = kept[0] if kept else torch.randint(2**62, ()) if self.training else torch.zeros((), dtype=torch.int64)
+        with with_own_randomness(a):
+            torch.manual_seed(int(seed))
+            raw = self._network(a)
+        return *self.parameters_from(raw), seed
+
+    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return params[len(params) - self.kept_count :]
+
+    def _network(self, a: Tensor) -> Tensor:
+        if self.compiled and self.training and not torch.is_grad_enabled():
+            # A compiled network rounds otherwise without gradients; on the way back it is run with them.
+            with torch.enable_grad():
+                return cast(Tensor, self.conditioner(a.detach().requires_grad_())).detach()
+        return cast(Tensor, self.conditioner(a))
+
+
+class AffineCoupling(NetworkCoupling):
     """b * exp(log_scale) + shift, both given by the half a (RealNVP, arXiv 1605.08803, section 3.2).
 
     `log_scale` is `bound * tanh(raw / bound)`: the same slope as raw at zero, and never beyond the bound, so that
     neither the map nor its inverse can blow up.
 
     Args:
-        conditioner: (B, C // 2, H, W) to (B, 2 * (C - C // 2), H, W); with `mirrored` the halves change places.
+        conditioner: see `NetworkCoupling`; two outputs a channel.
         bound: of the absolute log-scale, in nats.
     """
 
+    outputs_per_channel = 2
+
     def __init__(self, conditioner: nn.Module, bound: float = 2.0, mirrored: bool = False) -> None:
-        super().__init__(mirrored)
-        self.conditioner = conditioner
+        super().__init__(conditioner, mirrored)
         self.bound = bound
 
-    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        raw, shift = self.conditioner(a).chunk(2, dim=1)
-        return self.bound * torch.tanh(raw / self.bound), shift
+    def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
+        scale, shift = raw.chunk(2, dim=1)
+        return self.bound * torch.tanh(scale / self.bound), shift
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
-        log_scale, shift = params
+        log_scale, shift, *_ = params
         return Transformed(b * log_scale.exp() + shift, log_scale.flatten(1).sum(1), zeros(b))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
-        log_scale, shift = params
+        log_scale, shift, *_ = params
         return (b - shift) * (-log_scale).exp()

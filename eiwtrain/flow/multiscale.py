@@ -6,30 +6,29 @@ Not for training it, nor for files (`files`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import images
-from .bijection import Bijection, Chain, Transformed, then, without_autocast, zeros
-from .conditioners import ConvConditioner
+from .bijection import Transformed, then, with_own_randomness, without_autocast, zeros
+from .conditioners import ConditionerConfig
 from .config import FlowConfig
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, squeeze, unsqueeze
-from .reversible import run
-from .shuffle import make_shuffle
+from .dequantization import VariationalDequantizer, iwbo
+from .layers import NetworkCoupling
+from .level import Level
+from .memory import free_bytes, how_many_fit
 
-_SPLIT_PRIOR_BOUND = 4.0
-"""Of the absolute log-scale, in nats: wider than a step's, as nothing after the prior can make up for it."""
-
-_LEAST_VARIANCE = 1e-12
+_DEQUANTIZER = ConditionerConfig(hidden=64)
 
 
 class FlowOutput(NamedTuple):
     """What the loss and the metrics of a batch need.
 
     Attributes:
-        log_prob: log p(x), (B,), in nats.
+        log_prob: log p(x), (B,), in nats; for pixels, a lower bound of log P, in `bits_per_dim`'s unit.
         penalty: the shuffles' regulariser, (B,): the mean of squared log-weights, summed over shuffles and halves.
         entropy: (levels, 2), detached: the entropy proxy, in nats per dimension, of what leaves at a level and of
             what stays. At the last level all leaves and nothing stays, so its second entry is NaN.
@@ -40,81 +39,23 @@ class FlowOutput(NamedTuple):
     entropy: Tensor
 
 
-@torch.no_grad()
-def entropy_proxy(x: Tensor) -> Tensor:
-    """The entropy of Gaussians with the variances of the channels of x, (B, C, H, W), in nats per dimension."""
-    variance = x.var(dim=(0, 2, 3), correction=0).clamp(min=_LEAST_VARIANCE)
-    return 0.5 * (2 * math.pi * math.e * variance).log().mean()
-
-
 def standard_normal(z: Tensor) -> Tensor:
     """log N(z; 0, 1) of each sample, (B,), in nats."""
     flat = z.flatten(1)
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
 
-class Level(nn.Module):
-    """Squeeze, steps, shuffle, and the prior of what leaves; the split itself is `EIWFlow`'s.
-
-    It is the smallest module whose `forward` runs reversible functions: what ZeRO 3 has to be told is a leaf.
-
-    The prior is a Gaussian: at a split, with mean and log-scale from the half that stays (as in Glow's code), at
-    the top, with learned ones per channel. Both are written as an affine map to a standard normal.
-    """
-
-    def __init__(self, config: FlowConfig, channels: int, last: bool) -> None:
-        super().__init__()
-        self.backprop, self.anchor_every, self.last = config.backprop, config.anchor_every, last
-        half = channels // 2
-
-        def conditioner() -> nn.Module:
-            return ConvConditioner(half, channels, config.conditioner, config.conditioner_dtype == "bfloat16")
-
-        steps = [
-            Chain([ActNorm(channels), InvertibleConv1x1(channels), AffineCoupling(conditioner())])
-            for _ in range(config.steps)
-        ]
-        shuffle = None if last else make_shuffle(config.shuffle, channels)
-        self.bijections = nn.ModuleList(steps if shuffle is None else [*steps, shuffle])
-        self.prior: Bijection = ActNorm(channels) if last else AffineCoupling(conditioner(), bound=_SPLIT_PRIOR_BOUND)
-
-    def forward(self, x: Tensor) -> tuple[Transformed, Tensor]:
-        """(B, C, H, W) to (B, 4C, H/2, W/2), whose first half of channels stays; and the entropy proxies (2,)."""
-        body = run(self._bijections(), squeeze(x), self.backprop, self.anchor_every)
-        # Before the prior has whitened what leaves.
-        stays, leaves = body.y.detach().chunk(2, dim=1)
-        if self.last:
-            entropy = torch.stack((entropy_proxy(body.y.detach()), leaves.new_tensor(math.nan)))
-        else:
-            entropy = torch.stack((entropy_proxy(leaves), entropy_proxy(stays)))
-        return then(body, run([self.prior], body.y, self.backprop)), entropy
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """The inverse of `forward`'s y."""
-        y = self.prior.inverse(y)
-        for bijection in reversed(self._bijections()):
-            y = bijection.inverse(y)
-        return unsqueeze(y)
-
-    def initialize(self, x: Tensor) -> Tensor:
-        """Data-dependent initialisation of all but the prior, which starts as a standard normal; returns y."""
-        y = squeeze(x)
-        for bijection in self._bijections():
-            y = bijection.initialize(y)
-        return y
-
-    def _bijections(self) -> list[Bijection]:
-        return [cast(Bijection, b) for b in self.bijections]
-
-
 class EIWFlow(nn.Module):
     """A multiscale flow with an entropy-informed shuffle before each split (EIW-Flow, arXiv 2407.04958; how
     far it is the paper's, `eiwtrain.flow.shuffle` says), on Glow's steps (arXiv 1807.03039, figure 2).
 
-    It models `dequantize`d images: x in [-1/2, 1/2), (B, C, H, W). Whatever the dtype of x, it computes in
-    `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast around its methods changes nothing.
+    It models images as reals in [-1/2, 1/2), (B, C, H, W). Methods that take `x` take those (`dequantize` makes them),
+    or pixels, uint8, together with `noise`, uniform in [0, 1) and of the same shape, and dequantize them. Whatever
+    the dtype of x, it computes in `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast around
+    its methods changes nothing.
 
-    Raises (all methods that take images): ValueError for uint8 or images of another shape.
+    Raises (all methods that take images): ValueError for images of another shape, pixels without noise, labels that
+    are missing or not asked for.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -124,56 +65,89 @@ class EIWFlow(nn.Module):
         levels = []
         self.latent_shapes: list[tuple[int, int, int]] = []
         """(C, H, W) of what leaves at each level."""
-        for level in range(config.levels):
-            last = level == config.levels - 1
+        for number in range(config.levels):
             channels, height, width = 4 * channels, height // 2, width // 2
-            levels.append(Level(config, channels, last))
-            channels = channels if last else channels // 2
-            self.latent_shapes.append((channels, height, width))
+            level = Level(config, channels, (height, width), last=number == config.levels - 1)
+            levels.append(level)
+            self.latent_shapes.append((level.leaving, height, width))
+            channels -= level.leaving
         self.levels = nn.ModuleList(levels)
+        self.dequantizer: VariationalDequantizer | None = None
+        if config.dequantization == "variational":
+            bfloat16 = config.conditioner_dtype == "bfloat16"
+            self.dequantizer = VariationalDequantizer(
+                config.image_shape, config.n_bits, conditioner=_DEQUANTIZER, bfloat16=bfloat16
+            )
+        self._stored: dict[torch.Size, list[int]] = {}
 
     @property
     def dims(self) -> int:
         """C * H * W."""
         return self.config.dims
 
-    def forward(self, x: Tensor) -> FlowOutput:
+    def forward(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> FlowOutput:
         """log p(x) and what training reports beside it; see `FlowOutput`."""
-        latents, log_det, penalty, entropy = self._encode(x)
+        x, log_q = self._reals(x, noise)
+        latents, log_det, penalty, entropy = self._encode(x, labels)
         prior = torch.stack([standard_normal(z) for z in latents]).sum(0)
-        return FlowOutput(log_det + prior, penalty, entropy)
+        return FlowOutput(log_det + prior - log_q, penalty, entropy)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), (B,), in nats."""
-        return self.forward(x).log_prob
+    def log_prob(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """log p(x), (B,), in nats; for pixels a lower bound, one draw of the ELBO: see `FlowOutput`."""
+        return self.forward(x, noise, labels).log_prob
 
-    def bits_per_dim(self, x: Tensor) -> Tensor:
-        """Bits per dimension of each image, (B,): `n_bits - log p(x) / (D ln 2)`."""
-        return images.bits_per_dim(self.log_prob(x), self.dims, self.config.n_bits)
+    def bits_per_dim(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Bits per dimension of each image, (B,): `n_bits - log p(x) / (D ln 2)`; for pixels an upper bound."""
+        return images.bits_per_dim(self.log_prob(x, noise, labels), self.dims, self.config.n_bits)
 
-    def encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The latents of each level, standard normal under the model, and log |det dz/dx|, (B,), in nats."""
-        latents, log_det, _, _ = self._encode(x)
+    def iwbo(self, pixels: Tensor, noises: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The importance-weighted bound of log P(pixels), (B,), in nats, as `log_prob`'s; over k draws of noise.
+
+        At k = 1 it is the ELBO; it grows with k towards log P (arXiv 1509.00519, theorem 1; for dequantization
+        arXiv 1902.00275, section 4). Give it to `images.bits_per_dim` for the unit people compare.
+        """
+        return iwbo(torch.stack([self.log_prob(pixels, noise, labels) for noise in noises]))
+
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The latents of each level, standard normal under the model, and log |det dz/dx|, (B,), in nats.
+
+        Of reals: with pixels, dequantize first."""
+        latents, log_det, _, _ = self._encode(self._reals(x, None)[0], labels)
         return latents, log_det
 
-    def decode(self, latents: list[Tensor]) -> Tensor:
-        """The images of which `encode` makes these latents, (B, C, H, W). Raises ValueError for other shapes."""
+    def decode(self, latents: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The images of which `encode` makes these latents, (B, C, H, W).
+
+        Raises:
+            ValueError: for other shapes.
+            RuntimeError: in training mode if conditioners have dropout, as then it would invert another map.
+        """
         shapes = [tuple(z.shape[1:]) for z in latents]
         if shapes != self.latent_shapes:
             raise ValueError(f"latents of shapes {shapes}, and the flow has {self.latent_shapes}")
+        if self.training and self.config.conditioner.dropout:
+            raise RuntimeError("a flow with dropout has no inverse in training mode: call eval() first")
+        self._check_labels(labels, len(latents[-1]))
         with without_autocast(latents[-1]):
             y = latents[-1].to(self._trunk_dtype())
             for level, z in zip(reversed(self._levels()), [None, *reversed(latents[:-1])], strict=True):
-                y = level.inverse(y if z is None else torch.cat((y, z.to(y.dtype)), dim=1))
+                y = level.inverse(y if z is None else torch.cat((y, z.to(y.dtype)), dim=1), labels)
         return y
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """`n` images as reals, (n, C, H, W); `to_images` makes pixels of them.
 
         Args:
             temperature: the standard deviation of the latents; below 1 gives likelier, less varied images.
             generator: of the noise, on any device; the same seed gives the same images.
+            labels: int64 (n,), if there are classes; None for 0, 1, ... in turn.
         """
         device = next(self.parameters()).device
         source = device if generator is None else generator.device
@@ -182,7 +156,17 @@ class EIWFlow(nn.Module):
             torch.randn(n, *shape, generator=generator, device=source, dtype=dtype).to(device) * temperature
             for shape in self.latent_shapes
         ]
-        return self.decode(latents)
+        if labels is None and self.config.classes:
+            labels = torch.arange(n, device=device) % self.config.classes
+        return self.decode(latents, labels)
+
+    def dequantize(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels, uint8, to reals, and log q of the noise that was added, (B,), in nats: zero if it is uniform."""
+        noise = noise.to(self._trunk_dtype())
+        if self.dequantizer is None:
+            return images.dequantize(pixels, noise, self.config.n_bits), zeros(noise)
+        x, log_q = self.dequantizer(pixels, noise)
+        return x, log_q
 
     def to_images(self, x: Tensor) -> Tensor:
         """Reals to uint8 images, clamped to what pixels can be."""
@@ -190,37 +174,83 @@ class EIWFlow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialisation of the actnorms from a batch, before training (Glow, section 3.1)."""
-        x = self._checked(x)
+        """Data-dependent initialisation of the actnorms from a batch of reals, before training (Glow, section 3.1)."""
+        x, _ = self._reals(x, None)
         with without_autocast(x):
             for level in self._levels():
-                x = level.initialize(x)
-                x = x.chunk(2, dim=1)[0]
+                x, _ = level.split(level.initialize(x))
 
     @torch.no_grad()
-    def drift(self, x: Tensor) -> float:
-        """||decode(encode(x)) - x|| / ||x|| over the batch: the reconstruction error that invertible backprop lives
-        with, without anchors. No gradients."""
-        x = self._checked(x)
-        back = self.decode(self.encode(x)[0])
+    def drift(self, x: Tensor, labels: Tensor | None = None) -> float:
+        """||decode(encode(x)) - x|| / ||x|| over the batch of reals: the reconstruction error that invertible backprop
+        lives with, without anchors. No gradients."""
+        x, _ = self._reals(x, None)
+        back = self.decode(self.encode(x, labels)[0], labels)
         return ((back - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
 
-    def _encode(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        x = self._checked(x)
+    def compile_conditioners(self, **options: object) -> None:
+        """Compile every conditioner by `torch.compile`, which takes the options. What is invertible stays as it is."""
+        for module in self.modules():
+            if isinstance(module, NetworkCoupling):
+                module.conditioner.compile(**options)
+                module.compiled = True
+
+    def _encode(self, x: Tensor, labels: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        self._check_labels(labels, len(x))
+        stored = self._how_many_stored(x, labels)
         with without_autocast(x):
             total = Transformed(x, zeros(x), zeros(x))
             latents, entropies = [], []
-            for level in self._levels():
-                out, entropy = level(total.y)
+            for level, n in zip(self._levels(), stored, strict=True):
+                out, entropy = level(total.y, labels, n)
                 total = then(total, out)
+                stays, leaves = level.split(total.y)
                 entropies.append(entropy)
-                if level.last:
-                    latents.append(total.y)
-                else:
-                    stays, leaves = total.y.chunk(2, dim=1)
-                    latents.append(leaves)
-                    total = total._replace(y=stays)
+                latents.append(leaves)
+                total = total._replace(y=stays)
         return latents, total.log_det, total.penalty, torch.stack(entropies)
+
+    def _how_many_stored(self, x: Tensor, labels: Tensor | None) -> list[int]:
+        """How many bijections of each level keep their activations: found out once for each shape of x."""
+        if self.config.backprop != "auto" or not torch.is_grad_enabled():
+            return [0] * len(self.levels)
+        if x.shape not in self._stored:
+            self._stored[x.shape] = self._fill_budget(x.detach(), labels)
+        return self._stored[x.shape]
+
+    def _fill_budget(self, x: Tensor, labels: Tensor | None) -> list[int]:
+        """As many of the last bijections as fit."""
+        costs = self._costs(x, labels)
+        budget = self.config.memory_budget
+        if budget is None:
+            budget = free_bytes(x.device, sum(p.numel() for p in self.parameters()))
+            budget -= 2 * max(max(level) for level in costs)  # what inverting one of them takes
+        left = how_many_fit([cost for level in costs for cost in level], budget)
+        stored = []
+        for level in reversed(costs):
+            stored.append(min(left, len(level)))
+            left -= stored[-1]
+        return stored[::-1]
+
+    def _costs(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
+        """Bytes that each bijection keeps if it keeps its activations: a constant and so much a sample, which two
+        samples and three tell apart. Not one, whose tensors are contiguous where those of several are not."""
+        with with_own_randomness(x):
+            two, three = (
+                self._measured(x[:1].expand(n, -1, -1, -1), labels if labels is None else labels[:1].expand(n))
+                for n in (2, 3)
+            )
+        more = len(x) - 2
+        return [[a + more * (b - a) for a, b in zip(*pair, strict=True)] for pair in zip(two, three, strict=True)]
+
+    @torch.no_grad()
+    def _measured(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
+        costs: list[list[int]] = []
+        for level in self._levels():
+            costs.append([])
+            out, _ = level(x, labels, costs=costs[-1])
+            x, _ = level.split(out.y)
+        return costs
 
     def _levels(self) -> list[Level]:
         return [cast(Level, level) for level in self.levels]
@@ -228,9 +258,22 @@ class EIWFlow(nn.Module):
     def _trunk_dtype(self) -> torch.dtype:
         return torch.promote_types(getattr(torch, self.config.trunk_dtype), next(self.parameters()).dtype)
 
-    def _checked(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise ValueError(f"the flow takes dequantized images, not {x.dtype}: see eiwtrain.flow.dequantize")
+    def _reals(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x in the trunk's dtype, and log q of the noise in it, if it was pixels."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.image_shape:
             raise ValueError(f"images of shape {tuple(x.shape)}, and the flow takes (B, *{self.config.image_shape})")
-        return x.to(self._trunk_dtype())
+        if noise is not None:
+            with without_autocast(x):
+                x, log_q = self.dequantize(x, noise)
+            return x.to(self._trunk_dtype()), log_q
+        if not x.is_floating_point():
+            raise ValueError(f"the flow takes dequantized images, or noise beside them, not {x.dtype} alone")
+        x = x.to(self._trunk_dtype())
+        return x, zeros(x)
+
+    def _check_labels(self, labels: Tensor | None, n: int) -> None:
+        classes = self.config.classes
+        if (labels is None) != (classes == 0):
+            raise ValueError(f"a flow of {classes} classes takes {'labels' if classes else 'no labels'}")
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (n,)):
+            raise ValueError(f"labels are int64 of shape ({n},), not {labels.dtype} of shape {tuple(labels.shape)}")

@@ -2,10 +2,12 @@
 
 Not for the mathematics of going back through a bijection: that is `Bijection.reverse`.
 
-The three modes give the same gradients. "stored" is ordinary autograd. "checkpointed" keeps the input of every
-bijection and computes the rest again. "invertible" keeps the output of the whole run and nothing else, whatever its
-depth, as RevNet does (arXiv 1707.04585, section 3.2). As a coupling runs its conditioner once on the way back, that
-costs one conditioner forward more than "stored".
+The modes give the same gradients. "stored" is ordinary autograd. "checkpointed" keeps the input of every bijection
+and computes the rest again. "invertible" keeps the output of the whole run and nothing else, whatever its depth, as
+RevNet does (arXiv 1707.04585, section 3.2). As a coupling runs its conditioner once on the way back, that costs one
+conditioner forward more than "stored". "auto" is "stored" for the last bijections, as many as it is told, and
+"invertible" for those before: any point between the two. The last, because the backward pass frees their activations
+first, before it needs memory to invert.
 """
 
 from __future__ import annotations
@@ -20,40 +22,43 @@ from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection, Chain, Transformed, leaves, then, without_autocast, zeros
 
-MODES = ("stored", "checkpointed", "invertible")
+MODES = ("stored", "checkpointed", "invertible", "auto")
 
 
-def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0) -> Transformed:
+def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0) -> Transformed:
     """The bijections one after the other; `mode` says what is kept for the backward pass. Never autocast.
 
     Args:
         x: (B, C, H, W).
-        mode: one of `MODES`. Without gradients all three are a plain forward.
-        anchor_every: with "invertible", keep the true output of every n-th bijection, so that the rounding errors
-            of the reconstruction grow over n bijections at most; 0 keeps only the last.
+        mode: one of `MODES`. Without gradients all are a plain forward.
+        anchor_every: with "invertible" and "auto", keep the true output of every n-th bijection, so that the rounding
+            errors of the reconstruction grow over n bijections at most; 0 keeps only the last.
+        stored: with "auto", how many of the last bijections keep their activations.
 
     Raises:
         ValueError: for an unknown mode.
         RuntimeError: in the backward pass, if it is the second through the same graph, or if a parameter was
-            changed in place since the forward pass; with "invertible", also if gradients are to be differentiated.
+            changed in place since the forward pass; where it inverts, also if gradients are to be differentiated.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    inverted = len(bijections) if mode == "invertible" else max(0, len(bijections) - stored) if mode == "auto" else 0
+    if not torch.is_grad_enabled():
+        inverted = 0
     with without_autocast(x):
         out = Transformed(x, zeros(x), zeros(x))
-        if mode == "invertible" and torch.is_grad_enabled():
-            size = anchor_every or max(len(bijections), 1)
-            for first in range(0, len(bijections), size):
-                chain = Chain(leaves(bijections[first : first + size]))
-                out = then(out, Transformed(*_Run.apply(chain, out.y, *chain.parameters())))
-        else:
-            for bijection in bijections:
-                if mode == "checkpointed" and torch.is_grad_enabled():
-                    # Bijections are deterministic: no random state to put back.
-                    step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    step = bijection(out.y)
-                out = then(out, step)
+        size = anchor_every or max(inverted, 1)
+        for first in range(0, inverted, size):
+            chain = Chain(leaves(bijections[first : min(first + size, inverted)]))
+            out = then(out, Transformed(*_Run.apply(chain, out.y, *chain.parameters())))
+        for bijection in bijections[inverted:]:
+            if mode == "checkpointed" and torch.is_grad_enabled():
+                # Random only where an integer is kept, a seed: else there is no state to put back.
+                random = bijection.kept_count > 0
+                step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=random)
+            else:
+                step = bijection(out.y)
+            out = then(out, step)
         return out
 
 

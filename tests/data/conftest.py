@@ -59,12 +59,15 @@ def write_data_set(url: str, sizes: dict[str, list[int]]) -> Manifest:
                     index += 1
             data = buffer.getvalue()
             shard = Shard(shard_name(split, number), count, len(data), storage.sha256_bytes(data))
-            sidecar = Sidecar(shard, "plan", (), tuple(keys), (0,) * count, tuple(offsets), tuple(lengths))
+            labels = tuple(i % 3 for i in range(index - count, index))
+            sidecar = Sidecar(shard, "plan", (), tuple(keys), labels, tuple(offsets), tuple(lengths))
             storage.write_bytes(storage.join(url, shard.name), data)
             storage.write_bytes(storage.join(url, sidecar_name(shard.name)), sidecar_to_json(sidecar))
             shards.append(shard)
         splits[split] = Split(split, sum(counts), tuple(shards))
-    manifest = Manifest("noise", SIDE, 3, preprocessing, splits, fingerprint(splits, preprocessing), ("a",), "plan")
+    manifest = Manifest(
+        "noise", SIDE, 3, preprocessing, splits, fingerprint(splits, preprocessing), ("a", "b", "c"), "plan"
+    )
     storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_to_json(manifest))
     return manifest
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from eiwtrain.data import Batch, ShardReader, eval_batches, first_images, load_manifest, train_batches
-from eiwtrain.data.manifest import DataError
+from eiwtrain.data import Batch, ShardReader, eval_batches, first_batch, labels_for, load_manifest, train_batches
+from eiwtrain.data.manifest import DataError, load_sidecar
 
 Sample = tuple[int, int, bytes, bytes]
 
@@ -53,6 +53,7 @@ def test_a_batch_has_the_shapes_and_types_that_it_says(data_set: Path, tmp_path:
         (torch.uint8, (4, 3, 8, 8)),
         (torch.float32, (4, 3, 8, 8)),
         (torch.float32, (4,)),
+        (torch.int64, (4,)),
         (torch.int64, (4,)),
     ]
     for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
@@ -149,11 +150,39 @@ def test_evaluation_noise_is_not_that_of_training(data_set: Path, tmp_path: Path
 
 
 def test_first_images_are_the_first(data_set: Path, tmp_path: Path, image_of: Any) -> None:
-    images = first_images(_reader(data_set, "test", tmp_path), 3)
-    assert [np.array_equal(i, image_of("test", n).transpose(2, 0, 1)) for n, i in enumerate(images.numpy())] == [
-        True
-    ] * 3
-    assert len(first_images(_reader(data_set, "test", tmp_path), 99)) == 23
+    batch = first_batch(_reader(data_set, "test", tmp_path), 3, seed=0)
+    assert batch.indices.tolist() == [0, 1, 2]
+    for n, image in enumerate(batch.images.numpy()):
+        assert np.array_equal(image, image_of("test", n).transpose(2, 0, 1))
+    assert first_batch(_reader(data_set, "test", tmp_path), 99, seed=0).weight.tolist() == [1.0] * 23
+
+
+def test_each_draw_has_noise_of_its_own(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "test", tmp_path)
+    draws = [next(eval_batches(reader, images=4, seed=0, micro_batch=4, draw=draw)) for draw in (0, 1, 1)]
+    assert torch.equal(draws[0].images, draws[1].images)
+    assert not torch.equal(draws[0].noise, draws[1].noise)
+    assert torch.equal(draws[1].noise, draws[2].noise)
+
+
+def test_labels_are_those_of_the_sidecars(data_set: Path, tmp_path: Path) -> None:
+    reader = _reader(data_set, "train", tmp_path)
+    shards = reader.split.shards
+    expected = [label for shard in shards for label in load_sidecar(str(data_set), shard.name).labels]
+    assert len(set(expected)) > 1
+    assert reader.labels(range(len(reader))).tolist() == expected
+    (step,) = _train(reader, 1, global_batch=7, micro_batch=7)
+    for batch in step:
+        assert batch.labels.tolist() == [expected[i] for i in batch.indices]
+
+
+def test_labels_are_wanted_by_models_with_classes_only(data_set: Path, tmp_path: Path) -> None:
+    batch = first_batch(_reader(data_set, "train", tmp_path), 3, seed=0)
+    assert labels_for(batch, 0) is None
+    nameless = batch._replace(labels=torch.tensor([0, -1, 1]))
+    assert labels_for(nameless, 0) is None
+    with pytest.raises(DataError, match="sample 1 has no class"):
+        labels_for(nameless, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

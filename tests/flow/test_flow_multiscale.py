@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -251,8 +252,24 @@ def test_a_conditioner_that_makes_no_sense_names_the_field(changes: dict[str, An
 
 def test_config_survives_json() -> None:
     config = FlowConfig(
-        (1, 16, 8), 3, 5, ConditionerConfig(7, 2, "silu"), "hard", "stored", "bfloat16", "float64", 2, 5
+        image_shape=(1, 16, 8),
+        levels=3,
+        steps=5,
+        conditioner=ConditionerConfig(7, 2, "silu", "residual", 0.1),
+        coupling="spline",
+        bins=4,
+        shuffle="hard",
+        dequantization="variational",
+        classes=3,
+        backprop="auto",
+        memory_budget=1000,
+        conditioner_dtype="bfloat16",
+        trunk_dtype="float64",
+        anchor_every=2,
+        n_bits=5,
     )
+    default = FlowConfig((1, 16, 8))
+    assert all(getattr(config, f.name) != getattr(default, f.name) for f in fields(config)[3:])
     assert FlowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -1,0 +1,71 @@
+"""What the backward pass makes the forward pass keep, in bytes, and how much of it fits: for `backprop="auto"`.
+
+Not for keeping it: that is `reversible`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+_SLACK = 0.9  # of what is free: allocators round up and fragment
+_STATE = 16  # bytes a parameter that training may have yet to allocate: gradient, AdamW's two moments, average
+
+
+def bytes_saved(function: Callable[[], Result], without: Iterable[Tensor] = ()) -> tuple[int, Result]:
+    """Bytes that autograd saves for the backward pass of `function()`, and what that returned: each storage once,
+    `without` those (usually parameters, which stay anyway)."""
+    own = {t.untyped_storage().data_ptr() for t in without}
+    kept: dict[int, Tensor] = {}  # by address; held, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        address = t.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = t
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), result
+
+
+def how_many_fit(costs: Sequence[int], budget: int) -> int:
+    """How many of the last `costs` sum up to no more than the budget."""
+    total = 0
+    for n, cost in enumerate(reversed(costs)):
+        total += cost
+        if total > budget:
+            return n
+    return len(costs)
+
+
+def free_bytes(device: torch.device, parameters: int) -> int:
+    """Bytes on a device that a training step may fill with activations: what is free, less what gradients and
+    optimizer state of so many parameters will take.
+
+    On the CPU the memory that is available is shared evenly by the processes of the node (LOCAL_WORLD_SIZE, which
+    torchrun and Ray Train set), and half of it is left to everything else.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = _available() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, int(_SLACK * free) - _STATE * parameters)
+
+
+def _available() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

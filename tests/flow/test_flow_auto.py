@@ -1,0 +1,121 @@
+"""Backpropagation under a memory budget: any point between stored and invertible, the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flow_helpers import images, make_flow
+from hypothesis import given
+from hypothesis import strategies as st
+from test_flow_reversible import conditioner_calls, gradients, relative_error
+
+from eiwtrain.flow import EIWFlow, memory
+from eiwtrain.flow.memory import bytes_saved, free_bytes, how_many_fit
+
+STEPS = 4
+
+
+def kept(flow: EIWFlow) -> int:
+    return bytes_saved(lambda: flow(images(6, dtype=torch.float32)), flow.parameters())[0]
+
+
+def auto(budget: int | None) -> EIWFlow:
+    return make_flow(dtype=torch.float32, steps=STEPS, backprop="auto", memory_budget=budget)
+
+
+def budgets() -> Iterator[int]:
+    """From nothing to all that stored keeps."""
+    least, most = (
+        kept(make_flow(dtype=torch.float32, steps=STEPS, backprop=mode)) for mode in ("invertible", "stored")
+    )
+    for share in (0.0, 0.1, 0.3, 0.5, 0.8):
+        yield int(share * (most - least))
+
+
+def test_a_budget_is_kept_to_and_used() -> None:
+    least = kept(make_flow(dtype=torch.float32, steps=STEPS, backprop="invertible"))
+    most = kept(make_flow(dtype=torch.float32, steps=STEPS, backprop="stored"))
+    largest = (most - least) / STEPS  # a step of the first level keeps no more
+    used = []
+    for budget in budgets():
+        used.append(kept(auto(budget)) - least)
+        assert budget - largest < used[-1] <= budget
+    assert used == sorted(set(used))
+    assert kept(auto(0)) == least
+    assert kept(auto(2 * most)) == most
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_what_each_bijection_keeps_is_told_from_samples(batch: int) -> None:
+    flow = make_flow(dtype=torch.float32, steps=STEPS)
+    told = [cost for level in flow._costs(images(batch, dtype=torch.float32), None) for cost in level]
+    measured = [cost for level in flow._measured(images(batch, dtype=torch.float32), None) for cost in level]
+    if batch == 1:  # where halves need no copy to be contiguous, so less is kept
+        assert all(0.5 * a < b <= a for a, b in zip(told, measured, strict=True))
+    else:
+        assert told == measured
+
+
+def test_gradients_at_any_budget_are_those_of_autograd() -> None:
+    x = images(3)
+    stored = gradients(make_flow(steps=STEPS), x)
+    for budget in (0, 30_000, 100_000, 10**9):
+        flow = make_flow(steps=STEPS, backprop="auto", memory_budget=budget)
+        assert relative_error(gradients(flow, x), stored) <= 1e-9
+
+
+def test_each_budget_saves_conditioner_calls() -> None:
+    calls = []
+    for budget in (*budgets(), 10**9):
+        flow = auto(budget)
+        gradients(flow, images(6, dtype=torch.float32))  # where the costs are found out
+        with conditioner_calls(flow) as counted:
+            gradients(flow, images(6, dtype=torch.float32))
+        calls.append(sum(counted.values()))
+    assert calls == sorted(calls, reverse=True)
+    assert len(set(calls)) >= 5
+    assert (calls[0], calls[-1]) == (2 * (2 * STEPS + 1), 2 * STEPS + 1)
+
+
+def test_the_last_couplings_are_those_that_are_kept() -> None:
+    flow = auto(next(b for b in budgets() if b))
+    with conditioner_calls(flow) as calls:
+        gradients(flow, images(1, dtype=torch.float32))
+        before = calls.copy()
+        gradients(flow, images(1, dtype=torch.float32))
+    again = [calls[name] - before[name] for name in calls]
+    assert again == sorted(again, reverse=True)
+    assert set(again) == {1, 2}
+
+
+def test_without_a_budget_memory_that_is_free_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kept(auto(None)) == kept(make_flow(dtype=torch.float32, steps=STEPS, backprop="stored"))
+    monkeypatch.setattr(memory, "_available", lambda: 0)
+    assert kept(auto(None)) == kept(auto(0))
+
+
+def test_processes_of_a_node_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available", lambda: 8000)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, 0) == 3600
+    assert free_bytes(cpu, 100) == 2000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_bytes(cpu, 0) == 900
+    assert free_bytes(cpu, 100) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="not Linux")
+def test_free_memory_is_less_than_all_memory() -> None:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    assert 0 < memory._available() <= 1024 * int(lines["MemTotal"].split()[0])
+
+
+@given(costs=st.lists(st.integers(0, 50), max_size=8), budget=st.integers(-1, 300))
+def test_as_many_as_fit_from_the_end(costs: list[int], budget: int) -> None:
+    n = how_many_fit(costs, budget)
+    assert n == 0 or sum(costs[len(costs) - n :]) <= budget
+    assert n == len(costs) or sum(costs[len(costs) - n - 1 :]) > budget
