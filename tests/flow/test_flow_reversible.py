@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from flow_helpers import at_random_parameters, images, make_flow
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from eiwtrain.flow import (
     AffineCoupling,
@@ -175,6 +176,37 @@ def test_memory_does_not_grow_with_depth_when_invertible(
     }
     assert 0 < kept["invertible", 2] == kept["invertible", 8]
     assert kept["stored", 8] > 2.5 * kept["stored", 2] > 5 * kept["invertible", 2]
+
+
+@pytest.mark.parametrize("measure", [bytes_saved, bytes_held])
+def test_64_steps_a_level_keep_as_much_as_8(measure: Callable[[EIWFlow, Tensor], int]) -> None:
+    x = images(1, dtype=torch.float32)
+    kept = [measure(make_flow(dtype=torch.float32, backprop="invertible", steps=n), x) for n in (8, 64)]
+    assert kept[0] == kept[1]
+
+
+class NoModules(nullcontext[None]):
+    """In place of the counter's tracker of modules, which does not bear modules that run inside a Function."""
+
+    parents = ("Global",)
+
+
+def convolution_flops(flow: EIWFlow, x: Tensor) -> int:
+    """Of a forward and a backward."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoModules()  # type: ignore[assignment]
+    with counter:
+        flow(x).log_prob.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for operation, n in counts.items() if "convolution" in str(operation))
+
+
+def test_inverting_costs_a_third_more_arithmetic_and_no_more() -> None:
+    x = images(1, dtype=torch.float32)
+    modes = ("stored", "invertible", "auto")
+    flops = {mode: convolution_flops(make_flow(dtype=torch.float32, steps=8, backprop=mode), x) for mode in modes}
+    assert 1.33 < flops["invertible"] / flops["stored"] <= 1.34
+    assert flops["auto"] == flops["stored"]  # as there is memory for all
 
 
 def test_each_anchor_saves_one_activation_more() -> None:
