@@ -218,6 +218,8 @@ class Eval(Section):
     """Images drawn at each temperature, and reconstructions, in the sample grid."""
     temperatures: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.0)
     """The two scales of the latents that the sample grid shows."""
+    drift_warning: PositiveFloat = 1e-2
+    """Drift (relative error of held-out images through the flow and back) above which a warning names the remedy."""
 
 
 class Config(Section):

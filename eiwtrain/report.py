@@ -7,6 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
+from eiwtrain.config import Config
+
+
+def drift_warning(drift: float, config: Config) -> str | None:
+    """What to tell a user whose flow has drifted too far for gradients to come of its inversion; None if it has not.
+
+    Args:
+        drift: relative error of images through the flow and back (`EIWFlow.drift`).
+    """
+    m, limit = config.model, config.eval.drift_warning
+    if drift <= limit or m.backprop not in ("invertible", "auto"):  # a NaN is above any limit
+        return None
+    remedies = [] if m.trunk_dtype == "float64" else ["model.trunk_dtype=float64"]
+    remedies += [f"model.anchor_every={m.anchor_every // 2 or 8}"] if m.anchor_every != 1 else []
+    remedies += ["model.backprop=checkpointed"]
+    return (
+        f"warning: drift {drift:.1e} is above eval.drift_warning = {limit:g}: inverted activations, and gradients with "
+        f"them, lose precision. {' or '.join(remedies)} mends it (docs/precision.md)"
+    )
+
 
 class Meter:
     """Means over the steps since it was made."""

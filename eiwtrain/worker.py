@@ -211,7 +211,10 @@ class Worker:
             f"on {score.images:,} images"
         )
         if self.tracker is not None:
-            self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": self._drift()})
+            drift = self._drift()
+            if warning := report.drift_warning(drift, self.config):
+                self.note(warning)
+            self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": drift})
             self.tracker.image(state.step, "samples", self._overview())
         return score
 

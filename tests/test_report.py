@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from helpers import tiny_config
 
 from eiwtrain import report
+from eiwtrain.config import Config
 
 
 def test_a_meter_gives_means_over_its_steps(monkeypatch):
@@ -17,6 +19,24 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
     p = report.progress(meter, step=2, max_steps=12, global_batch=8)
     assert p["images"] == 16
     assert p["eta"] == pytest.approx(10 * 8 / 4.0)
+
+
+@pytest.mark.parametrize(
+    ("drift", "model", "remedies"),
+    [
+        (1e-3, {}, []),
+        (0.02, {}, ["model.trunk_dtype=float64", "model.anchor_every=8", "model.backprop=checkpointed"]),
+        (math.nan, {}, ["model.trunk_dtype=float64"]),
+        (0.02, {"backprop": "auto"}, ["model.trunk_dtype=float64"]),
+        (0.02, {"backprop": "stored"}, []),
+        (0.02, {"anchor_every": 4}, ["model.trunk_dtype=float64", "model.anchor_every=2"]),
+        (0.02, {"anchor_every": 1, "trunk_dtype": "float64"}, ["precision. model.backprop"]),
+    ],
+)
+def test_drift_beyond_the_limit_is_told_with_the_remedy(tmp_path, drift, model, remedies):
+    warning = report.drift_warning(drift, Config.model_validate(tiny_config(tmp_path, model=model)))
+    assert bool(warning) == bool(remedies)
+    assert [r for r in remedies if r not in warning] == []
 
 
 def test_curves_are_grouped_and_leave_out_what_does_not_exist():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from . import images as pixels
-from .bijection import without_autocast
 from .conditioners import ConditionerConfig, ConvConditioner, make_conditioner
 from .layers import AffineCoupling, squeeze, unsqueeze
 
@@ -100,20 +99,19 @@ class VariationalDequantizer(nn.Module):
             ValueError: for images that are not uint8, or noise of another shape.
         """
         centred = pixels.dequantize(images, torch.full_like(noise, 0.5), self.n_bits)
-        with without_autocast(noise):
-            features = self.features(squeeze(_CONTRAST * centred))
-            eps = _normal(noise)
-            start = y = squeeze(eps)
-            log_det = noise.new_zeros(len(noise))
-            for coupling, order in zip(cast(Iterable[AffineCoupling], self.couplings), self.orders, strict=True):
-                a, b = coupling.halves(y[:, order])
-                # A coupling's condition takes whatever its conditioner does: here the features too.
-                out = coupling.transform(b, coupling.condition(torch.cat((a, features), dim=1)))
-                y = coupling.whole(a, out.y)[:, order.argsort()]
-                log_det = log_det + out.log_det
-            # log N(eps) - log N(z), as a product, which is exactly zero where the two are equal.
-            gained = 0.5 * ((y - start) * (y + start)).flatten(1).sum(1)
-            u = torch.special.ndtr(unsqueeze(y))
+        features = self.features(squeeze(_CONTRAST * centred))
+        eps = _normal(noise)
+        start = y = squeeze(eps)
+        log_det = noise.new_zeros(len(noise))
+        for coupling, order in zip(cast(Iterable[AffineCoupling], self.couplings), self.orders, strict=True):
+            a, b = coupling.halves(y[:, order])
+            # A coupling's condition takes whatever its conditioner does: here the features too.
+            out = coupling.transform(b, coupling.condition(torch.cat((a, features), dim=1)))
+            y = coupling.whole(a, out.y)[:, order.argsort()]
+            log_det = log_det + out.log_det
+        # log N(eps) - log N(z), as a product, which is exactly zero where the two are equal.
+        gained = 0.5 * ((y - start) * (y + start)).flatten(1).sum(1)
+        u = torch.special.ndtr(unsqueeze(y))
         return pixels.dequantize(images, u, self.n_bits), gained - log_det
 
 

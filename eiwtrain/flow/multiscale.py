@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .dequantization import VariationalDequantizer, iwbo
 from .layers import NetworkCoupling
 from .level import Level
 from .memory import free_bytes, how_many_fit
+from .presets import preset
 
 _DEQUANTIZER = ConditionerConfig(hidden=64)
 
@@ -79,6 +80,17 @@ class EIWFlow(nn.Module):
                 config.image_shape, config.n_bits, conditioner=_DEQUANTIZER, bfloat16=bfloat16
             )
         self._stored: dict[torch.Size, list[int]] = {}
+
+    @classmethod
+    def from_config(cls, config: FlowConfig | dict[str, Any]) -> EIWFlow:
+        """A new flow from a config, or from a mapping as `FlowConfig.to_dict` gives; one that holds `preset` starts from
+        that: `EIWFlow.from_config({"preset": "glow", "image_shape": [3, 32, 32]})`. Raises ValueError for what
+        makes no sense."""
+        if isinstance(config, dict):
+            changes = dict(config)
+            name = changes.pop("preset", None)
+            config = FlowConfig.from_dict(changes if name is None else preset(name, **changes))
+        return cls(config)
 
     @property
     def dims(self) -> int:

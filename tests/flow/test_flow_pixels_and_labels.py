@@ -152,12 +152,14 @@ def test_a_preset_has_the_published_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_can_be_changed_in_part_and_runs(name: str) -> None:
-    fields = preset(name, image_shape=[3, 16, 16], steps=1, conditioner={"hidden": 16})
-    assert fields["conditioner"]["kind"] == PRESETS[name]["conditioner"]["kind"]
-    flow = EIWFlow(FlowConfig.from_dict(fields))
+    changes = {"image_shape": [3, 16, 16], "steps": 1, "conditioner": {"hidden": 16}}
+    flow = EIWFlow.from_config({"preset": name, **changes})
+    assert flow.config == EIWFlow.from_config(flow.config.to_dict()).config
+    assert flow.config.levels == PRESETS[name]["levels"]
+    assert flow.config.conditioner == ConditionerConfig(**{**PRESETS[name]["conditioner"], "hidden": 16})
     assert gradients(flow, torch.rand(2, 3, 16, 16) - 0.5).isfinite().all()
 
 
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="glow, eiw, jet"):
-        preset("realnvp")
+        EIWFlow.from_config({"preset": "realnvp", "image_shape": [3, 16, 16]})
