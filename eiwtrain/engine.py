@@ -1,35 +1,54 @@
 """DeepSpeed, and nothing but DeepSpeed: the only file that knows its config and its quirks.
 
-What the loop sees is small: `step` takes the micro-batches of one optimizer step, `moments` and `load_moments`
-move the optimizer state, keyed by parameter name and whole, so that checkpoints fit any world size and ZeRO stage.
+What the loop sees is small: `step` takes the micro-batches of one optimizer step; `weights`, `moments` and
+`load_moments` move what is trained and the optimizer state, keyed by parameter name and whole, so that checkpoints fit
+any world size and ZeRO stage.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eiwtrain import flow
 from eiwtrain.config import Train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides its step count
 BETAS = (0.9, 0.999)
+LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
+"""Modules that ZeRO 3 is to gather whole, as their forward uses parameters of submodules that it does not call.
+
+They give a tensor or a flat tuple of tensors: in what is nested, DeepSpeed's hooks don't see the backward pass begin.
+"""
 
 
 class Engine:
-    """`module` under DeepSpeed with AdamW, at ZeRO stage 0, 1 or 2.
+    """`module` under DeepSpeed with AdamW, at ZeRO stage 0, 1, 2 or 3.
 
     Parameters, gradients, their all-reduce and the optimizer are float32; which arithmetic runs in bf16 is the
     module's own business (the flow autocasts its conditioners and nothing else), so DeepSpeed's own precision modes,
     which would cast the trunk and its log-determinants, stay off.
+
+    At stage 3 `module` is sharded over the ranks in place: one of the `LEAVES` is whole only while it runs forward or
+    backward, and outside `step` no parameter has any elements; `weights` gives them.
     """
 
     def __init__(self, module: nn.Module, train: Train, micro_batch: int, accumulation: int, world_size: int) -> None:
         deepspeed = _import_deepspeed()
+        leaves: list[nn.Module] = []
+        if train.zero_stage == 3:
+            leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)
+            for leaf in leaves:
+                leaf.register_forward_pre_hook(_with_gradients)
+                leaf.register_forward_hook(_check_flat)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -41,6 +60,11 @@ class Engine:
         self.device: torch.device = self._engine.device
         self._accumulation = accumulation
         self._stage = train.zero_stage
+        leaf_of = {id(p): number for number, leaf in enumerate(leaves) for p in leaf.parameters()}
+        groups: defaultdict[int | None, dict[str, nn.Parameter]] = defaultdict(dict)
+        for name, parameter in module.named_parameters():
+            groups[leaf_of.get(id(parameter))][name] = parameter
+        self._groups = list(groups.values())
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], lr: float) -> float:
         """One optimizer step.
@@ -58,7 +82,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         # DeepSpeed averages over micro-batches and ranks; what is asked for is the sum
-        scale = self._accumulation * torch.distributed.get_world_size()
+        scale = self._accumulation * dist.get_world_size()
         norm = None
         for loss in losses:
             self._engine.backward(loss(self._engine) * scale)
@@ -66,6 +90,18 @@ class Engine:
                 norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
             self._engine.step()
         return float(self._engine.get_global_grad_norm() if norm is None else norm)  # DeepSpeed has none at stage 0
+
+    def weights(self) -> Iterator[dict[str, Tensor]]:
+        """The parameters by name, whole and detached, in groups that together are all. Collective.
+
+        At stage 3 this is an all-gather of the model, a leaf at a time: no more than a leaf is whole at once, unless
+        the caller holds on to tensors. At other stages it costs nothing.
+        """
+        from deepspeed import zero
+
+        for group in self._groups:
+            with zero.GatheredParameters(list(group.values())):  # which does nothing where nothing is sharded
+                yield {name: parameter.detach() for name, parameter in group.items()}
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """(`parameter.exp_avg`, tensor) and its twin for every parameter, whole, float32. Collective."""
@@ -84,23 +120,50 @@ class Engine:
         `loss` is any finite loss of the module: a fresh optimizer has no state to fill until it has made a step, so
         one is made with gradients times zero at a learning rate of zero, which leaves the weights as they are.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self.step([lambda module: loss(module) * 0.0] * self._accumulation, lr=0.0)
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
-                value = moments[f"{name}.{key}"].to(self.device)
-                if self._stage == 0:
-                    self._engine.optimizer.state[parameter][key].copy_(value)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+                self._load_moment(parameter, key, moments[f"{name}.{key}"].to(self.device))
         for state in self._adamw.state.values():
             state["step"].fill_(step)
+
+    def _load_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed import utils
+
+        if self._stage == 0:
+            self._engine.optimizer.state[parameter][key].copy_(value)
+        elif self._stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            # the `full` setter fails where the ranks do not divide a parameter: it forgets that shards are padded
+            size = utils.safe_get_local_optimizer_state(parameter, key).numel()
+            padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+            utils.safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), key)
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
         """The AdamW below ZeRO's wrapper, whose state holds the step count."""
         return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+
+
+def _with_gradients(_leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs, the real ones requiring gradients.
+
+    DeepSpeed reduces a leaf's gradients when that of its input comes. If no input wants one, as at the first level,
+    it does so before there are any.
+    """
+    if not torch.is_grad_enabled():
+        return inputs
+    return tuple(
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad else x
+        for x in inputs
+    )
+
+
+def _check_flat(leaf: nn.Module, _inputs: Any, output: Any) -> None:
+    """Raise TypeError for an output in which DeepSpeed would not see the tensors: it would train nothing."""
+    if not all(isinstance(x, Tensor) for x in (output if isinstance(output, tuple) else (output,))):
+        raise TypeError(f"{type(leaf).__name__}: a leaf of ZeRO 3 has to give a tensor or a flat tuple of tensors")
 
 
 def _deepspeed_config(train: Train, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
@@ -111,7 +174,15 @@ def _deepspeed_config(train: Train, micro_batch: int, accumulation: int, world_s
         "gradient_clipping": train.clip,  # DeepSpeed's default is 1.0: always say it
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            # stage 3 shards every parameter and frees a leaf after each use: DeepSpeed's defaults keep those below 1e5
+            # elements whole, and from forward to backward any model below 1e9
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_reuse_distance": 0,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain import launch, preflight, storage
-from eiwtrain.config import Config, ConfigError, describe_fields, load_config
+from eiwtrain.config import Config, ConfigError, describe_fields
+from eiwtrain.config_file import load_config
 from eiwtrain.console import Console, duration
 from eiwtrain.signals import Stop, Stopped
 

@@ -106,8 +106,9 @@ class TrainState:
         norm = self.engine.step(losses, lr)
         # a horizon that grows with the steps made, so that the average forgets the initial weights
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step)) if self.config.train.ema else 0.0
-        averaged: list[Tensor] = list(self.averaged.parameters())
-        torch._foreach_lerp_(averaged, [p.detach() for p in self.flow.parameters()], 1.0 - decay)
+        averaged = dict(self.averaged.named_parameters())
+        for weights in self.engine.weights():
+            torch._foreach_lerp_([averaged[name] for name in weights], list(weights.values()), 1.0 - decay)
         self.step += 1
         self.score = None
         return norm
@@ -133,7 +134,10 @@ class TrainState:
         return True
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from ((f"weights/{name}", t) for name, t in self.flow.state_dict().items())
+        for weights in self.engine.weights():
+            yield from ((f"weights/{name}", t) for name, t in weights.items())
+        parameters = dict(self.flow.named_parameters())
+        yield from ((f"weights/{name}", t) for name, t in self.flow.state_dict().items() if name not in parameters)
         yield from ((f"ema/{name}", t) for name, t in self.averaged.state_dict().items())
         yield from ((f"moments/{name}", t) for name, t in self.engine.moments())
 

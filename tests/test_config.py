@@ -8,7 +8,8 @@ import yaml
 from helpers import tiny_config
 
 from eiwtrain import flow
-from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, describe_fields, flatten, load_config
+from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, describe_fields, flatten
+from eiwtrain.config_file import load_config
 from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
 from eiwtrain.flow import PRESETS

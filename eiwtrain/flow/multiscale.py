@@ -83,8 +83,8 @@ class EIWFlow(nn.Module):
 
     @classmethod
     def from_config(cls, config: FlowConfig | dict[str, Any]) -> EIWFlow:
-        """A new flow from a config, or from a mapping as `FlowConfig.to_dict` gives; one that holds `preset` starts from
-        that: `EIWFlow.from_config({"preset": "glow", "image_shape": [3, 32, 32]})`. Raises ValueError for what
+        """A new flow from a config, or from a mapping as `FlowConfig.to_dict` gives. With `preset` in it, it starts
+        from that: `EIWFlow.from_config({"preset": "glow", "image_shape": [3, 32, 32]})`. Raises ValueError for what
         makes no sense."""
         if isinstance(config, dict):
             changes = dict(config)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eiwtrain.flow import ConditionerConfig, dequantize, quantize
+from eiwtrain.flow.conditioners import Conditioner
 from eiwtrain.flow.dequantization import VariationalDequantizer, iwbo
 
 ALMOST_ONE = {torch.float32: 1 - 2**-24, torch.float64: 1 - 2**-53}
@@ -49,6 +50,14 @@ def test_starts_as_uniform_dequantization(dtype: torch.dtype) -> None:
     assert x.dtype == log_q.dtype == dtype
     assert log_q.tolist() == [0, 0, 0]
     torch.testing.assert_close(x, dequantize(images, noise), rtol=0, atol=2.0**-23)
+
+
+def test_features_are_there_from_the_start() -> None:
+    dequantizer, (images, noise) = make(scale=0), batch()
+    for name, p in dequantizer.named_parameters():
+        if "last" in name and "features" not in name:
+            at_random_parameters(torch.nn.ParameterList([p]))
+    assert (dequantizer(images, noise)[1] != dequantizer(255 - images, noise)[1]).all()
 
 
 def test_log_q_is_the_density_of_the_full_change_of_variables() -> None:
@@ -143,7 +152,9 @@ def test_precision_is_that_of_the_noise_whatever_surrounds_it() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = dequantizer(images, noise)
     wide = dequantizer(images, noise.double())
-    rough = make(dtype=torch.float32, bfloat16=True)(images, noise)
+    in_bfloat16 = make(dtype=torch.float32, bfloat16=True)
+    assert all(net.in_bfloat16 for net in in_bfloat16.modules() if isinstance(net, Conditioner))
+    rough = in_bfloat16(images, noise)
     for a, b, c, d in zip(plain, under, wide, rough, strict=True):
         assert torch.equal(a, b)
         assert c.dtype == torch.float64
