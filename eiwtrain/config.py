@@ -87,7 +87,7 @@ class Conditioner(Section):
     """Its channels."""
     depth: NonNegativeInt = 1
     """conv: 1x1 convolutions between its first and its last 3x3 convolution; otherwise: blocks."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
+    activation: Literal["relu", "gelu", "silu"] = "silu"
     """Between convolutions; a transformer has gelu."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations set to zero while training."""
@@ -103,7 +103,7 @@ class Model(Section):
     levels: PositiveInt = 3
     """Scales: each halves the side of the image and, but for the last, factors out half of the channels."""
     steps: PositiveInt = 8
-    """Flow steps (actnorm, invertible 1x1 convolution, affine coupling) on each level."""
+    """Flow steps (actnorm, invertible 1x1 convolution, coupling) on each level."""
     conditioner: Conditioner = Conditioner()
     """The network inside each coupling and each split's prior."""
     coupling: Literal["affine", "spline"] = "affine"
@@ -210,7 +210,7 @@ class Eval(Section):
     """Images drawn at each temperature, and reconstructions, in the sample grid."""
     temperatures: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.0)
     """The two scales of the latents that the sample grid shows."""
-    drift_warning: PositiveFloat = 1e-2
+    drift_warning: PositiveFloat = 3e-3
     """Drift (relative error of held-out images through the flow and back) above which a warning names the remedy."""
 
 

@@ -80,6 +80,8 @@ class TrainState:
         else:
             self.flow.load_state_dict(checkpoint.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
+        if config.train.compile:
+            self.flow.compile_conditioners()
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
         self.step = 0
         self.score: Score | None = None

@@ -4,6 +4,7 @@ import torch.distributed as dist
 from helpers import run_ranks
 from torch import nn
 
+from eiwtrain import engine as engine_module
 from eiwtrain.config import Train
 from eiwtrain.engine import Engine
 
@@ -38,33 +39,37 @@ def losses(x, step):
     return [lambda module, x=micro_batch: module(x).square().sum() for micro_batch in own]
 
 
+def weights(engine):
+    return {name: t.clone() for group in engine.weights() for name, t in group.items()}
+
+
 def train_and_resume(stage):
     x = inputs(2)
     train = Train(zero_stage=stage, clip=CLIP)
-    module = model()
-    engine = Engine(module, train, MICRO_BATCH, ACCUMULATION, 2)
+    engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 2)
     norms = [engine.step(losses(x, s), LR) for s in range(3)]
-    weights = {k: v.clone() for k, v in module.state_dict().items()}
+    half_way = weights(engine)
     moments = {k: v.clone() for k, v in engine.moments()}
     norms += [engine.step(losses(x, s), LR) for s in range(3, STEPS)]
 
     expected, expected_norms = plain_training(x)
-    for ours, theirs in zip(module.parameters(), expected, strict=True):
+    for ours, theirs in zip(weights(engine).values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5, atol=1e-6)
     assert min(norms) < CLIP < max(norms)
 
     resumed = model()
-    resumed.load_state_dict(weights)
+    resumed.load_state_dict(half_way)
     again = Engine(resumed, train, MICRO_BATCH, ACCUMULATION, 2)
     again.load_moments(moments, 3, losses(x, 0)[0])
     assert all(torch.equal(v, moments[k]) for k, v in again.moments())
     for s in range(3, STEPS):
         again.step(losses(x, s), LR)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
+    ours, theirs = weights(engine), weights(again)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_as_one_process_and_resume_to_the_bit(stage):
     run_ranks(train_and_resume, 2, stage)
 
@@ -77,3 +82,21 @@ def refuse_another_number_of_micro_batches():
 
 def test_a_wrong_number_of_micro_batches_is_refused():
     run_ranks(refuse_another_number_of_micro_batches, 1)
+
+
+class Nested(nn.Linear):
+    """Gives its output where DeepSpeed does not look."""
+
+    def forward(self, x):
+        return (super().forward(x),), x
+
+
+def refuse_a_leaf_with_a_nested_output():
+    engine_module.LEAVES = (Nested,)
+    engine = Engine(Nested(7, 3), Train(zero_stage=3), MICRO_BATCH, 1, 1)
+    with pytest.raises(TypeError, match="Nested: a leaf of ZeRO 3"):
+        engine.step([lambda module: module(torch.zeros(2, 7))[0][0].sum()], LR)
+
+
+def test_a_leaf_of_zero_3_that_would_not_be_trained_is_refused():
+    run_ranks(refuse_a_leaf_with_a_nested_output, 1)

@@ -58,11 +58,12 @@ def trained_looking_flow(config, backprop):
     return module
 
 
-def gradients_are_plain_autograds(folder, stage):
+def gradients_are_plain_autograds(folder, stage, backprop):
     c = config(folder, stage)
     rows, accumulation = batching(c.train, dist.get_world_size())
     assert accumulation == 2
-    engine = Engine(trained_looking_flow(c, "invertible"), c.train, rows, accumulation, dist.get_world_size())
+    engine = Engine(trained_looking_flow(c, backprop), c.train, rows, accumulation, dist.get_world_size())
+    assert all((p.numel() == 0) == (stage == 3) for p in engine.module.parameters())  # truly sharded
     norm = engine.step(losses(c, images(0)), lr=0.0)
     # AdamW's first moment after one step is (1 - beta1) times the gradient that DeepSpeed reduced
     got = {k.removesuffix(".exp_avg"): v / (1 - BETAS[0]) for k, v in engine.moments() if k.endswith(".exp_avg")}
@@ -79,13 +80,15 @@ def gradients_are_plain_autograds(folder, stage):
         assert (got[name] - g).norm() <= 1e-3 * g.norm() + 1e-6 * scale, name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_invertible_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage):
-    run_ranks(gradients_are_plain_autograds, 2, tmp_path, stage)
+@pytest.mark.parametrize(
+    ("stage", "backprop"), [(0, "invertible"), (1, "invertible"), (2, "invertible"), (3, "invertible"), (3, "stored")]
+)
+def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop):
+    run_ranks(gradients_are_plain_autograds, 2, tmp_path, stage, backprop)
 
 
-def save_half_way(folder):
-    c = config(folder)
+def save_half_way(folder, stage=1):
+    c = config(folder, stage)
     state = make_state(c)
     for step in range(2):
         state.advance(losses(c, images(step)), LR)
@@ -96,15 +99,19 @@ def save_half_way(folder):
     state.save("run")
 
 
-def resume_and_compare(folder, exact):
-    c = config(folder)
-    whole, _ = checkpoint.committed(c.root)
+def resume_and_compare(folder, stage, exact):
+    c = config(folder, stage)
+    whole, half = checkpoint.committed(c.root)
     expected = checkpoint.load(whole)
     if dist.get_rank() == 0:
         Path(whole.url, "manifest.json").unlink()
     dist.barrier()
     state = make_state(c)
     assert (state.step, state.samples_seen) == (2, 16)
+    restored = checkpoint.load(half)
+    for name, value in state._tensors():
+        assert torch.equal(value, restored.pop(name)), name
+    assert not restored
     for step in range(2, STEPS):
         state.advance(losses(c, images(step)), LR)
     for name, value in state._tensors():
@@ -131,7 +138,12 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(t
     assert checkpoint.committed(config(tmp_path).root) == found
 
 
-@pytest.mark.parametrize(("world_size", "exact"), [(2, True), (1, False)])
-def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, world_size, exact):
-    run_ranks(save_half_way, 2, tmp_path)
-    run_ranks(resume_and_compare, world_size, tmp_path, exact)
+@pytest.mark.parametrize(
+    ("saved_at", "resumed_at", "exact"),  # ZeRO stage and world size
+    [((1, 2), (1, 2), True), ((3, 2), (3, 2), True), ((3, 2), (1, 1), False), ((1, 1), (3, 2), False)],
+)
+def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact):
+    stage, world_size = saved_at
+    run_ranks(save_half_way, world_size, tmp_path, stage)
+    stage, world_size = resumed_at
+    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact)

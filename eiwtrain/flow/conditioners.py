@@ -31,8 +31,9 @@ class ConditionerConfig:
     """Channels between the first layer and the last. Glow has 512, Flow++ 96, Jet 512."""
     depth: int = 1
     """conv: 1x1 convolutions between the two 3x3 ones (Glow has 1); residual, transformer: blocks."""
-    activation: str = "relu"
-    """One of relu, gelu, silu; the transformer has gelu whatever this says."""
+    activation: str = "silu"
+    """One of relu, gelu, silu; the smooth ones keep gradients truer in low precision. The transformer has gelu whatever
+    this says."""
     kind: str = "conv"
     """One of conv, residual, transformer."""
     dropout: float = 0.0

@@ -26,7 +26,7 @@ class FlowConfig:
     levels: int = 3
     """Each is squeeze, steps, shuffle, split; the last has neither shuffle nor split."""
     steps: int = 8
-    """Of actnorm, invertible 1x1 convolution and affine coupling, in each level."""
+    """Of actnorm, invertible 1x1 convolution and coupling, in each level."""
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
     """The network in each coupling and in each split prior."""
     coupling: str = "affine"
@@ -48,7 +48,8 @@ class FlowConfig:
     """With auto, bytes of activations to keep, beyond what invertible keeps; None for what is free when training
     starts."""
     conditioner_dtype: str = "float32"
-    """float32, or bfloat16 for the convolutions in conditioners; parameters are float32 in both."""
+    """float32, or bfloat16 for convolutions, matrix products and attention in conditioners; parameters are float32 in
+    both."""
     trunk_dtype: str = "float32"
     """float32 or float64: what flows between couplings, and the log-determinants. float64 makes reconstruction safe
     for very deep flows at twice the trunk's memory."""

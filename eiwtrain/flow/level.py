@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .bijection import Bijection, Chain, Transformed, then
+from .bijection import Bijection, Chain, then
 from .conditioners import make_conditioner
 from .config import FlowConfig
 from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
@@ -98,8 +98,9 @@ class Level(nn.Module):
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, stored: int = 0, costs: list[int] | None = None
-    ) -> tuple[Transformed, Tensor]:
-        """(B, C, H, W) to (B, 4C, H/2, W/2), whose last `leaving` channels leave; and the entropy proxies (2,).
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, C, H, W) to (B, 4C, H/2, W/2), whose last `leaving` channels leave; log-determinant and
+        penalty, (B,); entropy proxies, (2,). All in one flat tuple, as ZeRO 3 sees no tensors in what is nested.
 
         Args:
             labels: int64 (B,), if there are classes.
@@ -120,7 +121,7 @@ class Level(nn.Module):
             stays, z = self.split(out.y)
             z, log_det = self.class_prior(z, labels)
             out = out._replace(y=torch.cat((stays, z), dim=1), log_det=out.log_det + log_det)
-        return out, entropy
+        return *out, entropy
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """The inverse of `forward`'s y."""

@@ -23,13 +23,14 @@ def bytes_saved(function: Callable[[], Result], without: Iterable[Tensor] = ()) 
     """Bytes that autograd saves for the backward pass of `function()`, and what that returned: each storage once,
     `without` those (usually parameters, which stay anyway)."""
     own = {t.untyped_storage().data_ptr() for t in without}
-    kept: dict[int, Tensor] = {}  # by address; held, so that no address is used twice
+    # By address; held, so that no address is used twice, and without their graph, which holds these hooks.
+    kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
         address = t.untyped_storage().data_ptr()
         if address not in own:
-            kept[address] = t
-        return t
+            kept[address] = t.detach()
+        return t.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = function()

@@ -80,6 +80,7 @@ class EIWFlow(nn.Module):
                 config.image_shape, config.n_bits, conditioner=_DEQUANTIZER, bfloat16=bfloat16
             )
         self._stored: dict[torch.Size, list[int]] = {}
+        self._numbers = sum(p.numel() for p in self.parameters())  # now, as ZeRO 3 empties parameters
 
     @classmethod
     def from_config(cls, config: FlowConfig | dict[str, Any]) -> EIWFlow:
@@ -214,8 +215,8 @@ class EIWFlow(nn.Module):
             total = Transformed(x, zeros(x), zeros(x))
             latents, entropies = [], []
             for level, n in zip(self._levels(), stored, strict=True):
-                out, entropy = level(total.y, labels, n)
-                total = then(total, out)
+                *out, entropy = level(total.y, labels, n)
+                total = then(total, Transformed(*out))
                 stays, leaves = level.split(total.y)
                 entropies.append(entropy)
                 latents.append(leaves)
@@ -235,7 +236,7 @@ class EIWFlow(nn.Module):
         costs = self._costs(x, labels)
         budget = self.config.memory_budget
         if budget is None:
-            budget = free_bytes(x.device, sum(p.numel() for p in self.parameters()))
+            budget = free_bytes(x.device, self._numbers)
             budget -= 2 * max(max(level) for level in costs)  # what inverting one of them takes
         left = how_many_fit([cost for level in costs for cost in level], budget)
         stored = []
@@ -260,8 +261,8 @@ class EIWFlow(nn.Module):
         costs: list[list[int]] = []
         for level in self._levels():
             costs.append([])
-            out, _ = level(x, labels, costs=costs[-1])
-            x, _ = level.split(out.y)
+            y, *_ = level(x, labels, costs=costs[-1])
+            x, _ = level.split(y)
         return costs
 
     def _levels(self) -> list[Level]:

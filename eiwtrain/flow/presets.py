@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "glow": {
         "levels": 3,
         "steps": 32,
-        "conditioner": {"kind": "conv", "hidden": 512, "depth": 1},
+        "conditioner": {"kind": "conv", "hidden": 512, "depth": 1, "activation": "relu"},
         "shuffle": "none",
     },
     # EIW-Flow (arXiv 2407.04958) is known here by its abstract, without its sizes: Glow's, with our shuffle.

@@ -59,6 +59,14 @@ def test_what_each_bijection_keeps_is_told_from_samples(batch: int) -> None:
         assert told == measured
 
 
+def test_finding_out_leaves_nothing_behind() -> None:
+    flow = make_flow(dtype=torch.float32, steps=STEPS)
+    x = images(3, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        flow._costs(x, None)
+    assert sum(event.self_cpu_memory_usage for event in profile.key_averages()) == 0
+
+
 def test_gradients_at_any_budget_are_those_of_autograd() -> None:
     x = images(3)
     stored = gradients(make_flow(steps=STEPS), x)

@@ -1,0 +1,420 @@
+"""Memory and time of a training step against depth, by backpropagation mode, beside peers on the same steps.
+
+    python -m benchmarks.backprop [--quick] [--device cuda] [--json FILE] [--plot FILE] [--allocators]
+                                  [--depths 8 16 32 64 --hidden 128 --batch 32 --resolution 32 --dtype float32]
+
+A level of `depth` Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior; a
+training step is the loss and its gradients, without an optimizer. Rows of "auto" have a budget: a share of what
+"stored" keeps. The second table goes through budgets at the last depth. The peers (see `peers`) are optional: without
+them their rows say so.
+
+What a row of `--json` holds; null where it does not apply or could not be measured:
+
+- mode, depth, budget (the share), budget_bytes, allocator, device, note;
+- seconds: of a step. Every row has processes of its own, one a round, and the rows take turns (with `--quick`, they
+  share one); this is the median over rounds of the process's median;
+- to_stored: the median over rounds of the ratio to the same round's "stored";
+- rss_bytes: what steps added to their process's high-water mark, with the allocator's slack and the convolutions'
+  workspace; CPU only, not with `--quick`;
+- peak_bytes: the most that a step has allocated at once through torch, above what stood before it (parameters and
+  batch). The parameters' gradients, gradient_bytes, are in it: they alone make it grow with depth when nothing is kept;
+- saved_bytes: what is still allocated after the forward pass, whoever holds it: what is kept for the backward pass, and
+  the loss. Saved-tensor hooks would not see what an autograd function keeps on its own, as memcnn's does;
+- flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products;
+- conditioner_forwards: how often a coupling's network is run in a step, the mean over couplings;
+- gradient_error: of the conditioners' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
+
+From peak_bytes on it is counted, once, in another process, and on a CPU comes out the same each time.
+
+The rows are measured with glibc told to keep freed memory, as the workers have it; `--allocators` adds rows without. On
+a GPU it does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.peers import PEERS, installed
+from benchmarks.peers import loss as loss_of_peer
+from eiwtrain.launch import WORKER_ENV
+
+MODES = ("stored", "checkpointed", "invertible", "auto")
+BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TIMED = ("seconds", "to_stored", "rss_bytes")
+COUNTED = (
+    "peak_bytes",
+    "gradient_bytes",
+    "saved_bytes",
+    "flops",
+    "conditioner_forwards",
+    "gradient_error",
+    "budget_bytes",
+)
+SIZES = {
+    "depths": ([8, 16, 32, 64], [4, 8]),
+    "hidden": (128, 64),
+    "batch": (32, 16),
+    "resolution": (32, 32),
+    "repeat": (4, 2),
+    "rounds": (3, 1),
+}
+"""What is measured by default, and with --quick."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is to be measured."""
+
+    mode: str
+    depth: int
+    budget: float | None
+    budget_bytes: int | None
+    """Found by `count`."""
+    hidden: int
+    batch: int
+    resolution: int
+    dtype: str
+    device: str
+    threads: int
+    repeat: int
+
+
+class Subject:
+    """A model in the mode of a setting, or a peer's, its loss, the batch it takes, and the same model in "stored"."""
+
+    def __init__(self, setting: Setting) -> None:
+        import torch
+
+        from eiwtrain import flow
+
+        torch.set_num_threads(setting.threads)
+        torch.manual_seed(0)
+        self.device = torch.device(setting.device)
+        config = flow.FlowConfig(
+            image_shape=(3, setting.resolution, setting.resolution),
+            levels=1,
+            steps=setting.depth,
+            conditioner=flow.ConditionerConfig(hidden=setting.hidden),
+            backprop="stored",
+            conditioner_dtype=setting.dtype,
+        )
+        self.stored = flow.EIWFlow(config).to(self.device)
+        for name, p in self.stored.named_parameters():
+            if name.endswith("conditioner.last.weight"):
+                torch.nn.init.normal_(p, std=0.02)  # at zero, as it starts, layers before it would get no gradient
+        self.x = torch.rand(setting.batch, *config.image_shape, device=self.device) - 0.5
+        self.stored.initialize(self.x[:2])
+        if setting.mode in PEERS:
+            self.model = self.stored
+            self.loss = loss_of_peer(setting.mode, self.stored)
+        else:
+            config = replace(config, backprop=setting.mode, memory_budget=setting.budget_bytes)
+            self.model = flow.EIWFlow(config).to(self.device)
+            self.model.load_state_dict(self.stored.state_dict())
+            self.loss = negative_log_prob(self.model)
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, if there is one."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def negative_log_prob(model: Any) -> Callable[[Any], Any]:
+    """The loss of a flow."""
+    return lambda x: -model(x).log_prob.mean()
+
+
+def clock(setting: Setting) -> dict[str, Any]:
+    """Seconds of a step, and what steps add to the process's high-water mark, if this is the first in it."""
+    subject = Subject(setting)
+
+    def seconds(x: Any) -> float:
+        subject.model.zero_grad()
+        subject.synchronize()
+        began = time.perf_counter()
+        subject.loss(x).backward()
+        subject.synchronize()
+        return time.perf_counter() - began
+
+    seconds(subject.x[:2])  # loads code
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds(subject.x)  # the first is slower
+    measured = statistics.median(seconds(subject.x) for _ in range(setting.repeat))
+    return {"seconds": measured, "rss_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+
+
+def count(settings: list[Setting]) -> list[dict[str, Any]]:
+    """What is counted of each; before an "auto" comes the "stored" of its depth."""
+    stored: dict[int, int] = {}
+    counted = []
+    for setting in settings:
+        if setting.budget is not None:
+            setting = replace(setting, budget_bytes=round(setting.budget * stored[setting.depth]))
+        measured = _count(Subject(setting)) | {"budget_bytes": setting.budget_bytes}
+        if setting.mode == "stored":
+            stored[setting.depth] = measured["saved_bytes"]
+        counted.append(measured)
+        gc.collect()
+    return counted
+
+
+def _count(subject: Subject) -> dict[str, Any]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from eiwtrain.flow import ConvConditioner
+
+    error = _gradient_error(subject)
+    subject.model.zero_grad()
+    saved, _ = _allocated(lambda: subject.loss(subject.x), subject.device)
+    _, peak = _allocated(lambda: subject.loss(subject.x).backward(), subject.device)
+
+    runs = 0
+
+    def ran(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    conditioners = [m for m in subject.model.modules() if isinstance(m, ConvConditioner)]
+    for conditioner in conditioners:
+        conditioner.register_forward_hook(ran)
+    flops = FlopCounterMode(display=False)
+    # Its own tracker says which module counts, and cannot follow modules that are run in a backward pass.
+    flops.mod_tracker = cast(Any, _NoModules())
+    with flops:
+        subject.loss(subject.x).backward()
+    return {
+        "peak_bytes": peak,
+        "gradient_bytes": sum(p.nbytes for p in subject.model.parameters()),
+        "saved_bytes": saved,
+        "flops": flops.get_total_flops(),
+        "conditioner_forwards": runs / len(conditioners),
+        "gradient_error": error,
+    }
+
+
+class _NoModules:
+    """In place of torch's ModuleTracker: all that is counted belongs to no module."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _gradient_error(subject: Subject) -> float:
+    import torch
+
+    def gradient(model: Any, loss: Callable[[Any], Any]) -> torch.Tensor:
+        model.zero_grad()
+        loss(subject.x).backward()
+        named = [(name, p.grad) for name, p in model.named_parameters() if ".conditioner." in name]
+        return torch.cat([grad.flatten().double() for _, grad in named])
+
+    ours = gradient(subject.model, subject.loss)
+    stored = gradient(subject.stored, negative_log_prob(subject.stored))
+    return ((ours - stored).norm() / stored.norm()).item()
+
+
+def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
+    """Bytes of torch's allocator above what stood before: left while the result is alive, and at the most."""
+    import torch
+
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        left, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    else:
+        # Not torch.profiler.profile, which takes seconds to import torch.compile.
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            result = work()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profile.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+        totals = list(accumulate((change for _, change in changes), initial=0))
+        left, peak = totals[-1], max(totals)
+    del result
+    return left, peak
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """What there is to measure, in the order that `count` wants."""
+    sizes = {name: getattr(args, name) for name in Setting.__annotations__ if hasattr(args, name) and name != "budget"}
+    found = []
+    for depth in args.depths:
+        budgets = {args.budget, *(BUDGETS if depth == args.depths[-1] else ())}
+        plan: list[tuple[str, float | None]] = [(mode, None) for mode in (*MODES, *PEERS) if mode != "auto"]
+        plan += [("auto", budget) for budget in sorted(budgets)]
+        found += [Setting(mode=mode, depth=depth, budget=budget, budget_bytes=None, **sizes) for mode, budget in plan]
+    return found
+
+
+def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row, measured."""
+    settings = settings_of(args)
+    missing = [s for s in settings if s.mode in PEERS and not installed(s.mode)]
+    settings = [s for s in settings if s not in missing]
+    _say("counting")
+    counted = _child("count", [asdict(s) for s in settings], WORKER_ENV)
+    settings = [replace(s, budget_bytes=c["budget_bytes"]) for s, c in zip(settings, counted, strict=True)]
+
+    allocators = {"cuda": {}} if args.device == "cuda" else {"workers' setting": WORKER_ENV}
+    if args.allocators:
+        allocators |= {"glibc's default": {}}
+    clocked: dict[tuple[str, Setting], list[dict[str, Any]]] = {(a, s): [] for a in allocators for s in settings}
+    for turn in range(args.rounds):
+        for allocator, environment in allocators.items():
+            for group in [settings] if args.quick else [[s] for s in settings]:
+                _say(f"round {turn + 1} of {args.rounds}, {allocator}, depth {group[0].depth}, {group[0].mode}")
+                times = _child("clock", [asdict(s) for s in group], environment)
+                for setting, measured in zip(group, times, strict=True):
+                    clocked[allocator, setting].append(measured)
+    _say("")
+
+    rows = []
+    for allocator in allocators:
+        seconds = {s: [run["seconds"] for run in clocked[allocator, s]] for s in settings}
+        stored = {s.depth: seconds[s] for s in settings if s.mode == "stored"}
+        for setting, counts in zip(settings, counted, strict=True):
+            ratios = [a / b for a, b in zip(seconds[setting], stored[setting.depth], strict=True)]
+            rss = [run["rss_bytes"] for run in clocked[allocator, setting]]
+            has_rss = not args.quick and args.device == "cpu"
+            measured = {
+                "seconds": statistics.median(seconds[setting]),
+                "to_stored": statistics.median(ratios),
+                "rss_bytes": statistics.median(rss) if has_rss else None,
+            }
+            rows.append(_row(setting, allocator, "") | measured | counts)
+        rows += [_row(s, allocator, "not installed") for s in missing]
+    order = {mode: i for i, mode in enumerate((*MODES, *PEERS))}
+    return sorted(rows, key=lambda r: (r["allocator"] != rows[0]["allocator"], r["depth"], order[r["mode"]]))
+
+
+def _row(setting: Setting, allocator: str, note: str) -> dict[str, Any]:
+    known = {name: getattr(setting, name) for name in ("mode", "depth", "budget", "device")}
+    return known | {"allocator": allocator, "note": note} | dict.fromkeys((*TIMED, *COUNTED))
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _child(what: str, task: Any, environment: dict[str, str]) -> Any:
+    command = [sys.executable, "-m", "benchmarks.backprop", f"--{what}", json.dumps(task)]
+    others = {name: value for name, value in os.environ.items() if name not in WORKER_ENV}
+    child = subprocess.run(command, env=others | environment, capture_output=True, text=True)
+    if child.returncode:
+        sys.exit(f"{what} {task}\n{child.stderr}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text."""
+    columns = ("s/step", "to stored", "peak MB", "saved MB", "RSS MB", "GFLOP", "forwards", "grad error")
+    lines = [f"{'allocator':17} {'depth':>5} {'mode':18}" + "".join(f"{c:>11}" for c in columns)]
+    for r in rows:
+        mode = r["mode"] if r["budget"] is None else f"{r['mode']}, {r['budget']:.0%}"
+        cells = [r["note"]]
+        if not r["note"]:
+            cells = [f"{r['seconds']:.3f}", f"{r['to_stored']:.2f}"]
+            cells += ["-" if r[k] is None else f"{r[k] / 1e6:.3g}" for k in ("peak_bytes", "saved_bytes", "rss_bytes")]
+            cells += [f"{r['flops'] / 1e9:.3g}", f"{r['conditioner_forwards']:.2f}", f"{r['gradient_error']:.0e}"]
+        lines.append(f"{r['allocator']:17} {r['depth']:>5} {mode:18}" + "".join(f"{c:>11}" for c in cells))
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], budget: float, path: str) -> None:
+    """Memory and time against depth, and time against memory at the last depth, under the first allocator."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    memory, seconds, both = figure.subplots(1, 3)
+    rows = [r for r in rows if r["allocator"] == rows[0]["allocator"] and not r["note"]]
+    depths = sorted({r["depth"] for r in rows})
+    for mode in (*MODES, *PEERS):
+        line = [r for r in rows if r["mode"] == mode and r["budget"] in (None, budget)]
+        last = [r for r in rows if r["mode"] == mode and r["depth"] == depths[-1]]
+        style = "o-" if mode in MODES else "x--"
+        label = f"{mode} (left and middle: {budget:.0%} budget)" if mode == "auto" else mode
+        memory.plot([r["depth"] for r in line], [r["peak_bytes"] / 1e6 for r in line], style, label=label)
+        seconds.plot([r["depth"] for r in line], [r["to_stored"] for r in line], style)
+        both.plot([r["peak_bytes"] / 1e6 for r in last], [r["to_stored"] for r in last], style)
+        for r in last:
+            if r["budget"] is not None:
+                place = (r["peak_bytes"] / 1e6, r["to_stored"])
+                both.annotate(f"{r['budget']:.0%}", place, xytext=(3, 6), textcoords="offset points")
+    memory.set(title="Peak memory of a training step", xlabel="Glow steps", ylabel="MB", yscale="log")
+    seconds.set(title="Time of a training step", xlabel="Glow steps", ylabel="ratio to stored")
+    both.set(title=f"Both, at {depths[-1]} Glow steps", xlabel="peak memory, MB", ylabel="time, ratio to stored")
+    memory.yaxis.set_major_formatter("{x:g}")
+    memory.yaxis.set_minor_formatter("{x:g}")
+    for axes in (memory, seconds):
+        axes.set_xscale("log")
+        axes.set_xticks(depths, [str(d) for d in depths])
+        axes.set_xticks([], minor=True)
+    figure.legend(loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the tables; write the rows and the plot if asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.backprop", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    for name, (full, quick) in SIZES.items():
+        nargs = "+" if name == "depths" else None
+        parser.add_argument(f"--{name}", type=int, nargs=nargs, help=f"default {full}, quick {quick}")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the conditioners")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, default=0.5, help="of auto at every depth, a share")
+    parser.add_argument("--allocators", action="store_true", help="also under glibc's default setting")
+    parser.add_argument("--json", help="file to write the rows to")
+    parser.add_argument("--plot", help="file to draw to")
+    parser.add_argument("--count", type=json.loads, help=argparse.SUPPRESS)  # a child's
+    parser.add_argument("--clock", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.count:
+        print(json.dumps(count([Setting(**s) for s in args.count])))
+        return
+    if args.clock:
+        print(json.dumps([clock(Setting(**s)) for s in args.clock]))
+        return
+    if args.allocators and args.device == "cuda":
+        parser.error("--allocators is about glibc, which does not matter on a GPU")
+    for name, (full, quick) in SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else full)
+    rows = rows_of(args)
+    print(table([r for r in rows if r["budget"] in (None, args.budget)]))
+    print()
+    print(table([r for r in rows if r["budget"] is not None and r["depth"] == args.depths[-1]]))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.budget, args.plot)
+
+
+if __name__ == "__main__":
+    main()
