@@ -56,3 +56,19 @@ def test_a_drift_that_is_no_number_is_valid_json(tmp_path: Path, monkeypatch: py
     precision.main()
     assert "NaN" not in written.read_text()
     assert any(row["drift"] is None for row in json.loads(written.read_text()))
+
+
+def test_the_conditioners_have_the_activation_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tmp_path / "shards"
+    write_shards(shards, resolution=20)
+    monkeypatch.setattr(precision, "QUICK", {"depths": (2,), "updates": 4, "factors": ()})
+    bits: dict[str, float] = {}
+    for activation in ("", "silu", "relu"):
+        written = tmp_path / f"{activation}.json"
+        chosen = ["--activation", activation] if activation else []
+        monkeypatch.setattr(
+            "sys.argv", ["precision", "--quick", "--data", str(shards), "--json", str(written), *chosen]
+        )
+        precision.main()
+        bits[activation] = json.loads(written.read_text())[-1]["bits_per_dim"]
+    assert bits[""] == bits["silu"] != bits["relu"]

@@ -8,6 +8,8 @@ from eiwtrain import engine as engine_module
 from eiwtrain.config import Train
 from eiwtrain.engine import Engine
 
+pytestmark = pytest.mark.cluster
+
 STEPS, ACCUMULATION, MICRO_BATCH, LR = 6, 2, 2, 1e-2
 CLIP = 11.0  # above the gradient norm of some steps and below that of others: AdamW does not see a constant factor
 

@@ -14,6 +14,8 @@ from eiwtrain.engine import BETAS, Engine
 from eiwtrain.state import TrainState, flow_config
 from eiwtrain.worker import MicroBatch, batching
 
+pytestmark = pytest.mark.cluster
+
 STEPS, LR = 4, 1e-2
 FINGERPRINT = "f" * 64
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from flow_helpers import at_random_parameters
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from eiwtrain.flow.conditioners import CONDITIONERS, Conditioner, ConditionerConfig, make_conditioner
 
 INPUTS, OUTPUTS, GRID = 3, 5, (4, 6)
 TABLE = {
     "conv": ConditionerConfig(hidden=8, depth=2),
-    "conv, silu": ConditionerConfig(hidden=8, depth=0, activation="silu"),
+    "conv, relu": ConditionerConfig(hidden=8, depth=0, activation="relu"),
     "residual": ConditionerConfig(hidden=8, depth=2, kind="residual"),
     "residual, gelu": ConditionerConfig(hidden=6, depth=1, kind="residual", activation="gelu"),
     "transformer": ConditionerConfig(hidden=8, depth=2, kind="transformer", heads=2),
@@ -185,8 +186,8 @@ def test_a_gated_block_is_what_it_says() -> None:
     block = make("residual").get_submodule("blocks.0")
     get, h = block.get_parameter, torch.randn(2, *GRID, 8, dtype=torch.float64)
     var, mean = torch.var_mean(h, dim=-1, correction=0, keepdim=True)
-    branch = ((h - mean) / (var + 1e-5).sqrt() * get("norm.weight") + get("norm.bias")).clamp(min=0)
-    branch = torch.conv2d(branch.permute(0, 3, 1, 2), get("conv.weight"), get("conv.bias"), padding=1).clamp(min=0)
+    branch = silu((h - mean) / (var + 1e-5).sqrt() * get("norm.weight") + get("norm.bias"))
+    branch = silu(torch.conv2d(branch.permute(0, 3, 1, 2), get("conv.weight"), get("conv.bias"), padding=1))
     both = torch.einsum("oc,bchw->bhwo", get("gate.weight"), branch) + get("gate.bias")
     torch.testing.assert_close(block(h), h + both[..., :8] * both[..., 8:].sigmoid(), rtol=1e-12, atol=1e-12)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from flow_helpers import images, make_flow
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eiwtrain.flow import EIWFlow, FlowOutput
+
+pytestmark = pytest.mark.cluster
 
 RANKS, ACCUMULATION, ROWS = 2, 2, 2
 OPTIONS: list[dict[str, Any]] = [{}, {"find_unused_parameters": True}, {"static_graph": True}]
