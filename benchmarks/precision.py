@@ -1,13 +1,13 @@
 """What low precision costs, and what inverting adds: drift and gradient errors by dtypes, depth, weights, anchors.
 
-    python -m benchmarks.precision [--data runs/data/cifar10] [--json FILE] [--quick] [--device cuda]
+    python -m benchmarks.precision [--data FOLDER] [--json FILE] [--quick] [--activation relu] [--device cuda]
 
-One level of `depth` steps (ReLU conditioners, affine couplings) is trained in float32 with stored activations on
-patches of the images of `--data` (shards from `data_prep`; by default the photographs that it can write), then its
-gradients are compared on images that it did not see. Weights are those after the data-dependent initialisation
-("initial"), after training ("trained"), and the trained ones with the last layer of every conditioner multiplied
-("trained x 2"), for a flow with wider scales than so short a training gives it. All errors are relative, in the
-2-norm over all parameters:
+One level of `depth` steps (affine couplings; SiLU in the conditioners, or `--activation`) is trained in float32 with
+stored activations on patches of the images of `--data` (shards from `data_prep`; by default the photographs that it
+can write), then its gradients are compared on images that it did not see. Weights are those after the data-dependent
+initialisation ("initial"), after training ("trained"), and the trained ones with the last layer of every conditioner
+multiplied ("trained x 2"), for a flow with wider scales than so short a training gives it. All errors are relative, in
+the 2-norm over all parameters:
 
 - drift: `EIWFlow.drift`, of images through the flow and back.
 - own: gradients with stored activations against those in float64 throughout: what the precision itself costs.
@@ -66,9 +66,9 @@ class Images:
         return flow.dequantize(patches, torch.rand(patches.shape, generator=self.generator)).to(self.device)
 
 
-def shape_of(depth: int) -> flow.FlowConfig:
+def shape_of(depth: int, activation: str) -> flow.FlowConfig:
     """One level of so many steps."""
-    conditioner = flow.ConditionerConfig(hidden=32)
+    conditioner = flow.ConditionerConfig(hidden=32, activation=activation)
     return flow.FlowConfig((3, SIDE, SIDE), levels=1, steps=depth, conditioner=conditioner, backprop="stored")
 
 
@@ -77,10 +77,10 @@ def loss(model: flow.EIWFlow, x: Tensor) -> Tensor:
     return (-model.log_prob(x) / model.dims).mean()
 
 
-def train(depth: int, images: Images, updates: int, factors: tuple[float, ...]) -> dict[str, Weights]:
+def train(shape: flow.FlowConfig, images: Images, updates: int, factors: tuple[float, ...]) -> dict[str, Weights]:
     """The weights of which the table tells, by name."""
     torch.manual_seed(0)
-    model = flow.EIWFlow(shape_of(depth)).to(images.device)
+    model = flow.EIWFlow(shape).to(images.device)
     model.initialize(images.batch("train", 256))
     weights = {"initial": {name: t.clone() for name, t in model.state_dict().items()}}
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder or URL of shards; default: the photographs of data_prep")
     parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--quick", action="store_true", help="less of everything, under a minute")
+    parser.add_argument("--activation", choices=("relu", "gelu", "silu"), default="silu", help="of the conditioners")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -176,8 +177,9 @@ def main() -> None:
     print("|---" * (6 + 2 * len(ANCHORS)) + "|")
     rows: list[Row] = []
     for depth in size["depths"]:
-        for name, weights in train(depth, images, size["updates"], size["factors"]).items():
-            measured = [{"depth": depth, "weights": name} | row for row in measure(weights, shape_of(depth), held_out)]
+        shape = shape_of(depth, args.activation)
+        for name, weights in train(shape, images, size["updates"], size["factors"]).items():
+            measured = [{"depth": depth, "weights": name} | row for row in measure(weights, shape, held_out)]
             for first in range(0, len(measured), len(ANCHORS)):
                 print_row(measured[first : first + len(ANCHORS)])
             rows += measured

@@ -30,6 +30,7 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
         (0.02, {"backprop": "auto"}, ["model.trunk_dtype=float64"]),
         (0.02, {"backprop": "stored"}, []),
         (0.02, {"anchor_every": 4}, []),
+        (1.5, {"anchor_every": 4}, ["drift 1.5e+00", "model.trunk_dtype=float64"]),
         (math.nan, {"anchor_every": 4}, ["precision. model.trunk_dtype=float64 or model.backprop"]),
         (math.nan, {"anchor_every": 4, "trunk_dtype": "float64"}, ["precision. model.backprop"]),
     ],
