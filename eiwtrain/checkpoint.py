@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain import storage
-from eiwtrain.config import Config, flatten
+from eiwtrain.config import Config, Model, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ DAMAGED_MANIFEST = "manifest.damaged.json"  # what a manifest becomes when its p
 _FOLDER = re.compile(r"step-(\d{8,})-[0-9a-f]{8}$")
 
 # What shapes the weights or the sample order: another value is another run. How backward gets its activations is not.
-FREE = ("model.preset", "model.backprop", "model.memory_budget", "model.anchor_every")
+FREE = ("model.preset", "model.backprop", "model.memory_budget", "model.anchor_every", "model.trunk_dtype")
 FIXED = (
     "model",
     "data.resolution",
@@ -203,7 +203,9 @@ def sweep(root: str, keep_last: int) -> None:
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None) -> list[str]:
     """Why `config` on the data set `fingerprint` cannot go on from `checkpoint`, a line each; empty when it can."""
     lines = []
-    then, now = flatten(checkpoint.state["config"]), flatten(config.model_dump(mode="json"))
+    # A field of the model that there was not yet had the effect of its default.
+    then = flatten({"model": Model().model_dump(mode="json")}) | flatten(checkpoint.state["config"])
+    now = flatten(config.model_dump(mode="json"))
     for name in now:
         fixed = name not in FREE and any(name == f or name.startswith(f + ".") for f in FIXED)
         if fixed and name in then and then[name] != now[name]:

@@ -108,8 +108,8 @@ class Model(Section):
     """The network inside each coupling and each split's prior."""
     coupling: Literal["affine", "spline"] = "affine"
     """What a coupling does: an affine map, or one followed by a rational-quadratic spline."""
-    bins: int = Field(default=8, ge=2)
-    """Of each spline."""
+    bins: int = Field(default=8, ge=2, le=16)
+    """Of each spline; more are steeper, and cost precision in float32."""
     shuffle: Literal["none", "fixed", "hard", "soft"] = "soft"
     """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
     dequantization: Literal["uniform", "variational"] = "uniform"
@@ -136,7 +136,7 @@ class Model(Section):
             return values
         from eiwtrain.flow.presets import PRESETS, preset  # not above: it imports torch, which takes seconds
 
-        return preset(name, **values) if name in PRESETS else values
+        return preset(name, values) if name in PRESETS else values
 
 
 class Train(Section):

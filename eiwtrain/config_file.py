@@ -1,7 +1,8 @@
 """A config from a YAML file, then `section.field=value` overrides, then checks that name what would be right.
 
 Not for the fields themselves (`eiwtrain.config`), nor for looking at the world (is there a GPU, does the data exist):
-that is `eiwtrain.preflight`. Imports neither torch nor Ray, so that a typo is reported in well under a second.
+that is `eiwtrain.preflight`. Imports neither Ray nor, unless a preset is named, torch, so that a typo is reported in
+well under a second.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
         if least and least % patch:
             problems.append(
                 f"model.conditioner.patch: {patch} does not divide the last level's side, {least}; "
-                f"use {max(n for n in range(1, patch) if least % n == 0)} or fewer levels"
+                f"use model.conditioner.patch={max(n for n in range(1, patch) if least % n == 0)}"
+                + (", or fewer levels" if m.levels > 1 else "")
             )
     return problems
 

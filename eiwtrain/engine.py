@@ -23,6 +23,7 @@ from eiwtrain.config import Train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides its step count
 BETAS = (0.9, 0.999)
+_MOST_IN_BUCKET = 50_000_000  # gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
 """Modules that ZeRO 3 is to gather whole, as their forward uses parameters of submodules that it does not call.
 
@@ -50,10 +51,14 @@ class Engine:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
+        config = _deepspeed_config(train, micro_batch, accumulation, world_size)
+        # DeepSpeed's default is a buffer of 2 GB, whatever the model
+        numbers = sum(p.numel() for p in module.parameters())
+        config["zero_optimization"]["reduce_bucket_size"] = min(_MOST_IN_BUCKET, numbers)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=_deepspeed_config(train, micro_batch, accumulation, world_size),
+            config=config,
             dist_init_required=False,  # Ray Train has made the process group
         )
         self.module = module

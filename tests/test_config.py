@@ -83,8 +83,10 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ),
         (
             "model.conditioner.kind=transformer model.conditioner.patch=4 model.conditioner.hidden=8",
-            ["model.conditioner.patch: 4 does not divide the last level's side, 2", "use 2"],
+            ["model.conditioner.patch: 4 does not divide the last level's side, 2", "use model.conditioner.patch=2"],
         ),
+        ("model.preset=glow model.name=x", ["model.name"]),
+        ("model.bins=17", ["model.bins", "less than or equal to 16"]),
         ("model.conditioner.dropout=1", ["model.conditioner.dropout", "less than 1"]),
         ("train.compile=1.5", ["train.compile"]),
         ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
@@ -137,7 +139,7 @@ def test_the_flow_of_a_preset_is_the_library_s(path, preset):
     raw |= {"model": {"preset": preset}, "train": raw["train"] | {"precision": "fp32"}}
     raw["data"]["resolution"] = 32
     Path(path).write_text(yaml.safe_dump(raw))
-    expected = flow.FlowConfig.from_dict(flow.preset(preset, image_shape=[3, 32, 32]))
+    expected = flow.FlowConfig.from_dict(flow.preset(preset, {"image_shape": [3, 32, 32]}))
     assert flow_config(load_config(path, []), 3) == expected
 
 

@@ -135,8 +135,8 @@ def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:
     """
     if not classes:
         return None
-    if (batch.labels < 0).any():
-        raise DataError(f"sample {int(batch.indices[batch.labels < 0][0])} has no class, and the model has {classes}")
+    if (nameless := batch.labels < 0).any():
+        raise DataError(f"sample {int(batch.indices[nameless].max())} has no class, and the model has {classes}")
     return batch.labels
 
 

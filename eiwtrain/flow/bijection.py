@@ -6,7 +6,7 @@ Not for particular bijections (`layers`, `shuffle`) nor for choosing what backpr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -36,9 +36,17 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
 
 
-def with_own_randomness(x: Tensor) -> AbstractContextManager[None]:
-    """A context that leaves the global random state, on the CPU and on the device of `x`, as it was before."""
-    return torch.random.fork_rng([x.device] if x.device.type == "cuda" else [])
+@contextmanager
+def with_own_randomness(x: Tensor, seed: int | None = None) -> Iterator[None]:
+    """A context with random states of its own, seeded if `seed` is given, on the CPU and on the device of `x`: after it
+    they are as before, and those of other devices are left alone."""
+    on_gpu = x.device.type == "cuda"
+    with torch.random.fork_rng([x.device] if on_gpu else []):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.default_generators[x.device.index].manual_seed(seed)
+        yield
 
 
 def zeros(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class FlowConfig:
     coupling: str = "affine"
     """affine, or spline: affine and then a rational-quadratic spline, which has an analytic inverse too."""
     bins: int = 8
-    """Of each spline."""
+    """Of each spline, 2 to 16: more are steeper, and what is inverted in float32 loses precision."""
     shuffle: str = "soft"
     """What comes before a split: none, fixed, hard or soft (see `eiwtrain.flow.shuffle`)."""
     dequantization: str = "uniform"
@@ -72,7 +72,7 @@ class FlowConfig:
         check_choice("backprop", self.backprop, MODES)
         check_choice("coupling", self.coupling, COUPLINGS)
         check_choice("dequantization", self.dequantization, DEQUANTIZATIONS)
-        check_count("bins", self.bins, least=2)
+        check_count("bins", self.bins, least=2, most=16)
         check_count("classes", self.classes, least=0)
         if self.memory_budget is not None:
             check_count("memory_budget", self.memory_budget, least=0)
@@ -86,6 +86,10 @@ class FlowConfig:
                 f"levels: {self.levels} levels halve {height}x{width} images {self.levels} times, "
                 f"and both sides must be divisible by {2**self.levels}"
             )
+
+        least, patch = (height // 2**self.levels, width // 2**self.levels), self.conditioner.patch
+        if self.conditioner.kind == "transformer" and any(side % patch for side in least):
+            raise ValueError(f"patch: {patch} does not divide the grid of the last level, {least[0]}x{least[1]}")
 
     @property
     def dims(self) -> int:

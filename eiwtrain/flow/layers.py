@@ -80,15 +80,17 @@ class ActNorm(Bijection):
 
 class InvertibleConv1x1(Bijection):
     """y = W x at every place, W = P L (U + diag(sign * exp(log_s))); starts as a random rotation
-    (Glow, section 3.2).
+    (Glow, section 3.2), or as the identity.
 
     The log-determinant is H * W * sum(log_s): O(C).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, identity: bool = False) -> None:
         super().__init__()
-        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
-        p, lower, upper = torch.linalg.lu(rotation)
+        start = torch.eye(channels, dtype=torch.float64)
+        if not identity:
+            start = torch.linalg.qr(torch.randn_like(start))[0]
+        p, lower, upper = torch.linalg.lu(start)
         s = upper.diagonal()
         dtype = torch.get_default_dtype()
         self.lower = nn.Parameter(lower.tril(-1).to(dtype))
@@ -170,9 +172,10 @@ class NetworkCoupling(Coupling):
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         if not self.kept_count:
             return self.parameters_from(self._network(a))
-        seed = kept[0] if kept else torch.randint(2**62, ()) if self.training else torch.zeros((), dtype=torch.int64)
-        with with_own_randomness(a):
-            torch.manual_seed(int(seed))
+        if not self.training:
+            return *self.parameters_from(self._network(a)), torch.zeros((), dtype=torch.int64)
+        seed = kept[0] if kept else torch.randint(2**62, ())
+        with with_own_randomness(a, int(seed)):
             raw = self._network(a)
         return *self.parameters_from(raw), seed
 

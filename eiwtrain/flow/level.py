@@ -10,6 +10,7 @@ from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Bijection, Chain, then
@@ -44,7 +45,8 @@ class ClassPrior(nn.Module):
         self.raw_log_scale = nn.Parameter(torch.zeros(classes, channels))
 
     def forward(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) and int64 (B,) to the same shape and log-determinants, (B,)."""
+        """(B, C, H, W) and int64 (B,) to the same shape and log-determinants, (B,). A label out of range raises
+        IndexError on the CPU, and stops a GPU by an assertion."""
         mean, log_scale = self._of(labels, z)
         return (z - mean) * (-log_scale).exp(), -z.shape[2] * z.shape[3] * log_scale.flatten(1).sum(1)
 
@@ -54,7 +56,8 @@ class ClassPrior(nn.Module):
         return z * log_scale.exp() + mean
 
     def _of(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = (p[labels].to(z.dtype)[:, :, None, None] for p in (self.mean, self.raw_log_scale))
+        # Not by indexing, for which -1, the mark of an image without a class, is the last class.
+        mean, raw = (F.embedding(labels, p).to(z.dtype)[:, :, None, None] for p in (self.mean, self.raw_log_scale))
         return mean, _SPLIT_PRIOR_BOUND * torch.tanh(raw / _SPLIT_PRIOR_BOUND)
 
 

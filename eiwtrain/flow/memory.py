@@ -15,6 +15,8 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 _SLACK = 0.9  # of what is free: allocators round up and fragment
 _STATE = 16  # bytes a parameter that training may have yet to allocate: gradient, AdamW's two moments, average
 
@@ -63,10 +65,12 @@ def free_bytes(device: torch.device, parameters: int) -> int:
 
 
 def _available() -> int:
-    """Bytes of main memory that can be had without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    """Bytes of main memory that can be had without swapping, within the container's limit if there is one."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if _MEMINFO.exists():
+        words = (line.split() for line in _MEMINFO.read_text().splitlines())
+        available = next((1024 * int(n) for name, n, *_ in words if name == "MemAvailable:"), available)
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()).isdigit():
+        available = min(available, max(0, int(most) - int(used.read_text())))
+    return available

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import images
 from .bijection import Transformed, then, with_own_randomness, without_autocast, zeros
-from .conditioners import ConditionerConfig
+from .conditioners import Conditioner, ConditionerConfig
 from .config import FlowConfig
 from .dequantization import VariationalDequantizer, iwbo
 from .layers import NetworkCoupling
@@ -79,7 +79,7 @@ class EIWFlow(nn.Module):
             self.dequantizer = VariationalDequantizer(
                 config.image_shape, config.n_bits, conditioner=_DEQUANTIZER, bfloat16=bfloat16
             )
-        self._stored: dict[torch.Size, list[int]] = {}
+        self._stored: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = {}
         self._numbers = sum(p.numel() for p in self.parameters())  # now, as ZeRO 3 empties parameters
 
     @classmethod
@@ -90,7 +90,7 @@ class EIWFlow(nn.Module):
         if isinstance(config, dict):
             changes = dict(config)
             name = changes.pop("preset", None)
-            config = FlowConfig.from_dict(changes if name is None else preset(name, **changes))
+            config = FlowConfig.from_dict(changes if name is None else preset(name, changes))
         return cls(config)
 
     @property
@@ -202,11 +202,19 @@ class EIWFlow(nn.Module):
         return ((back - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
 
     def compile_conditioners(self, **options: object) -> None:
-        """Compile every conditioner by `torch.compile`, which takes the options. What is invertible stays as it is."""
+        """Compile every conditioner by `torch.compile`, which takes the options. What is invertible stays as it is.
+
+        All share their code, of which PyTorch keeps 8 compiled versions and runs the rest as it is: that limit
+        (`torch._dynamo.config.recompile_limit`) is raised, for the process, to two a conditioner.
+        """
+        conditioners = [module for module in self.modules() if isinstance(module, Conditioner)]
+        for conditioner in conditioners:
+            conditioner.compile(**options)
         for module in self.modules():
             if isinstance(module, NetworkCoupling):
-                module.conditioner.compile(**options)
                 module.compiled = True
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, 2 * len(conditioners))
 
     def _encode(self, x: Tensor, labels: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         self._check_labels(labels, len(x))
@@ -224,12 +232,13 @@ class EIWFlow(nn.Module):
         return latents, total.log_det, total.penalty, torch.stack(entropies)
 
     def _how_many_stored(self, x: Tensor, labels: Tensor | None) -> list[int]:
-        """How many bijections of each level keep their activations: found out once for each shape of x."""
-        if self.config.backprop != "auto" or not torch.is_grad_enabled():
+        """How many bijections of each level keep their activations: found out once for each kind of batch."""
+        if self.config.backprop != "auto" or not torch.is_grad_enabled() or not len(x):
             return [0] * len(self.levels)
-        if x.shape not in self._stored:
-            self._stored[x.shape] = self._fill_budget(x.detach(), labels)
-        return self._stored[x.shape]
+        kind = (x.shape, x.dtype, x.device, self.training)
+        if kind not in self._stored:
+            self._stored[kind] = self._fill_budget(x.detach(), labels)
+        return self._stored[kind]
 
     def _fill_budget(self, x: Tensor, labels: Tensor | None) -> list[int]:
         """As many of the last bijections as fit."""
@@ -248,7 +257,8 @@ class EIWFlow(nn.Module):
     def _costs(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
         """Bytes that each bijection keeps if it keeps its activations: a constant and so much a sample, which two
         samples and three tell apart. Not one, whose tensors are contiguous where those of several are not."""
-        with with_own_randomness(x):
+        # A compiled network would be compiled anew for batches of two and of three.
+        with with_own_randomness(x), torch.compiler.set_stance("force_eager"):
             two, three = (
                 self._measured(x[:1].expand(n, -1, -1, -1), labels if labels is None else labels[:1].expand(n))
                 for n in (2, 3)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,14 +34,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """The fields of a preset with changes laid over them; those of `conditioner` one by one. Raises ValueError for an
-    unknown name.
+def preset(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a preset with changes laid over them; those of `conditioner` one by one.
 
-        FlowConfig.from_dict(preset("glow", image_shape=[3, 32, 32], conditioner={"hidden": 128}))
+        FlowConfig.from_dict(preset("glow", {"image_shape": [3, 32, 32], "conditioner": {"hidden": 128}}))
+
+    Raises:
+        ValueError: for an unknown name, or a conditioner that is no mapping.
     """
     if name not in PRESETS:
         raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")
-    fields = PRESETS[name]
-    conditioner = {**fields["conditioner"], **changes.get("conditioner", {})}
-    return {**fields, **changes, "conditioner": conditioner}
+    fields, conditioner = PRESETS[name], changes.get("conditioner", {})
+    if not isinstance(conditioner, Mapping):
+        raise ValueError(f"conditioner: {conditioner!r} is not a mapping")
+    return {**fields, **changes, "conditioner": {**fields["conditioner"], **conditioner}}

@@ -149,7 +149,7 @@ def test_evaluation_noise_is_not_that_of_training(data_set: Path, tmp_path: Path
     assert not {s[2] for s in train} & {s[2] for s in evaluation}
 
 
-def test_first_images_are_the_first(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+def test_the_first_batch_is_of_the_first_samples(data_set: Path, tmp_path: Path, image_of: Any) -> None:
     batch = first_batch(_reader(data_set, "test", tmp_path), 3, seed=0)
     assert batch.indices.tolist() == [0, 1, 2]
     for n, image in enumerate(batch.images.numpy()):

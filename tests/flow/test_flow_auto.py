@@ -59,6 +59,32 @@ def test_what_each_bijection_keeps_is_told_from_samples(batch: int) -> None:
         assert told == measured
 
 
+def test_a_plan_is_made_for_each_kind_of_batch() -> None:
+    flow = auto(60_000)
+    for x in (images(2), images(3)):
+        flow(x.float())
+    flow.double()
+    flow(images(3))
+    flow.eval()
+    flow(images(3))
+    plans = list(flow._stored.values())
+    assert len(plans) == 4
+    assert sum(plans[2]) < sum(plans[1])  # twice the bytes
+    assert flow.log_prob(images(0)).shape == (0,)
+
+
+def test_a_container_s_limit_is_kept_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable: 50 kB\nDirectMap4k: 10\n")
+    assert memory._available() == 51200
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._available() == 51200
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert memory._available() == 8000
+
+
 def test_finding_out_leaves_nothing_behind() -> None:
     flow = make_flow(dtype=torch.float32, steps=STEPS)
     x = images(3, dtype=torch.float32)

@@ -132,6 +132,12 @@ def test_labels_that_do_not_fit_are_refused(classes: int, labels: Tensor | None,
         flow.decode([torch.zeros(2, *shape).double() for shape in flow.latent_shapes], labels)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_out_of_range_is_no_other_class(label: int) -> None:
+    with pytest.raises(IndexError):
+        make_flow(classes=3).log_prob(images(2), labels=torch.full((2,), label))
+
+
 def test_pixels_without_noise_are_refused() -> None:
     with pytest.raises(ValueError, match="noise"):
         make_flow().log_prob(pixels(1)[0])
@@ -143,7 +149,7 @@ SIZES = {"glow": (40, 50), "eiw": (40, 50), "jet": (190, 230)}
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_size(name: str) -> None:
-    config = FlowConfig.from_dict(preset(name, image_shape=[3, 64, 64] if name == "jet" else [3, 32, 32]))
+    config = FlowConfig.from_dict(preset(name, {"image_shape": [3, 64, 64] if name == "jet" else [3, 32, 32]}))
     with torch.device("meta"):
         shapes = [p.numel() for p in EIWFlow(config).parameters()]
     least, most = SIZES[name]
@@ -163,3 +169,9 @@ def test_a_preset_can_be_changed_in_part_and_runs(name: str) -> None:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ValueError, match="glow, eiw, jet"):
         EIWFlow.from_config({"preset": "realnvp", "image_shape": [3, 16, 16]})
+
+
+@pytest.mark.parametrize("wrong", [{"name": "x"}, {"conditioner": None}])
+def test_a_preset_with_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="|".join(wrong)):
+        EIWFlow.from_config({"preset": "glow", "image_shape": [3, 16, 16], **wrong})

@@ -10,7 +10,8 @@ from flow_helpers import images, make_flow
 from test_flow_reversible import conditioner_calls, gradients, relative_error, whole_loss
 from torch import Tensor
 
-from eiwtrain.flow import ConditionerConfig, EIWFlow
+from eiwtrain.flow import ConditionerConfig, EIWFlow, layers
+from eiwtrain.flow.bijection import with_own_randomness
 from eiwtrain.flow.conditioners import CONDITIONERS
 from eiwtrain.flow.reversible import MODES
 
@@ -49,11 +50,19 @@ def test_masks_differ_between_couplings_and_calls() -> None:
     first, second = (flow.log_prob(images(2)) for _ in range(2))
     assert not torch.allclose(first, second)
     seeds = []
-    manual_seed = torch.manual_seed
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), manual_seed(seed)))
+        patch.setattr(
+            layers, "with_own_randomness", lambda x, seed: (seeds.append(seed), with_own_randomness(x, seed))[1]
+        )
         flow.log_prob(images(2))
     assert len(set(seeds)) == len(seeds) == 5  # couplings and a split prior
+
+
+def test_dropout_draws_nothing_in_evaluation() -> None:
+    flow = dropping("invertible").eval()
+    before = torch.get_rng_state()
+    gradients(flow, images(2))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_is_off_in_evaluation() -> None:
@@ -72,15 +81,27 @@ def test_compiled_conditioners_give_the_same_gradients() -> None:
     x = images(3, dtype=torch.float32)
     plain = gradients(make_flow(dtype=torch.float32), x)
     graphs = []
-    for mode in ("stored", "invertible"):
-        flow = make_flow(dtype=torch.float32, backprop=mode)
+    for mode in ("stored", "invertible", "auto"):
+        flow = make_flow(dtype=torch.float32, backprop=mode, memory_budget=9000 if mode == "auto" else None)
         flow.compile_conditioners(backend="aot_eager")
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         assert relative_error(gradients(flow, x), plain) <= 1e-4
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert not torch._dynamo.utils.counters["graph_break"]
-    assert 0 < graphs[0] == graphs[1]  # none of its own for the way forth, which could round otherwise
+    # None of its own for the way forth, which could round otherwise, nor to find out what fits.
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+
+
+def test_every_shape_of_conditioner_is_compiled() -> None:
+    flow = make_flow(image_shape=(3, 64, 64), levels=6, steps=1, dtype=torch.float32, dequantization="variational")
+    flow.compile_conditioners(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    flow(pixels, torch.full(pixels.shape, 0.5))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+    assert not torch._dynamo.utils.counters["recompile_limit"]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile's default backend needs a C++ compiler")
