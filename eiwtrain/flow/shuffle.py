@@ -11,27 +11,33 @@ formula, and no figure of theirs is claimed for it. What guided it:
 - The solver sees pooled descriptors of each channel (mean, max, log-variance: the last is the entropy of a Gaussian
   up to a constant) and gives bounded log-weights, zero at the start. Weights scale channels, which adds
   H * W * sum(log-weights) of differential entropy, in nats: exactly the log-determinant.
-- The shuffle proper keeps volume. `soft` rotates the channels of each sample by Householder reflections with
-  predicted vectors: smooth, and the identity at the start. One reflection can exchange two channels, so a product
-  of enough of them is any permutation; we take four a half. `hard` sorts channels by weight: no gradient passes the
-  sort, and in a small trial it cost density. `fixed` permutes once and for all, by a permutation drawn at first.
+- The shuffle proper keeps volume. `soft` rotates channels by Householder reflections with predicted vectors: smooth,
+  and the identity at the start. One reflection can exchange two channels, so a product of enough of them is any
+  permutation; we take four a half. It does so for each block of 4x4 places by itself, as what is informative differs
+  within an image, and after a learned 1x1 convolution that starts as the identity. `benchmarks.shuffle` compares all
+  that at equal parameters. `hard` sorts channels by weight: no gradient passes the sort, and it costs density. `fixed`
+  permutes once and for all, by a permutation drawn at first.
 
 Not for the split itself nor its prior (`multiscale`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros
-from .layers import mix
+from .layers import InvertibleConv1x1, mix
 
 SHUFFLES = ("none", "fixed", "hard", "soft")
 
-_SOLVER_HIDDEN = 32
+_SOLVER_HIDDEN = 27
 _PAIRS = 2  # of reflections a half: four in all
+_BLOCK = 4  # side, in places of the level's grid
 _LEAST_VARIANCE = 1e-6  # keeps the logarithm finite on a constant channel
 
 
@@ -41,8 +47,12 @@ def make_shuffle(kind: str, channels: int) -> Bijection | None:
         return None
     if kind == "fixed":
         return FixedShuffle(channels)
-    half = {"hard": HardHalf, "soft": SoftHalf}[kind]
-    return Chain([half(channels), half(channels, mirrored=True)])
+    if kind == "hard":
+        return Chain([HardHalf(channels), HardHalf(channels, mirrored=True)])
+    if kind == "soft":
+        learned = InvertibleConv1x1(channels, identity=True)
+        return Chain([learned, SoftHalf(channels), SoftHalf(channels, mirrored=True)])
+    raise ValueError(f"shuffle: {kind!r} is not one of {', '.join(SHUFFLES)}")
 
 
 def describe(a: Tensor) -> Tensor:
@@ -70,6 +80,21 @@ def rotation(vectors: Tensor) -> Tensor:
 def weigh(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Log-determinant and penalty of scaling the channels of `b` by exp(log_weights), (B, C)."""
     return b.shape[2] * b.shape[3] * log_weights.sum(1), log_weights.square().mean(1)
+
+
+def cut(x: Tensor, side: int) -> Tensor:
+    """Blocks as a batch: (B, C, H, W) to (B * n, C, h, w); h and w are the greatest that divide both `side` and the
+    image's side."""
+    b, c, height, width = x.shape
+    h, w = math.gcd(side, height), math.gcd(side, width)
+    return x.reshape(b, c, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h, w)
+
+
+def uncut(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `cut`; `shape` is that of x."""
+    b, c, height, width = shape
+    h, w = blocks.shape[2:]
+    return blocks.reshape(b, height // h, width // w, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
 class Solver(nn.Module):
@@ -137,14 +162,16 @@ class HardHalf(Coupling):
 
 
 class SoftHalf(Coupling):
-    """Rotates the channels of one half, then scales them, by a rotation and weights from the other half.
+    """Rotates the channels of one half, then scales them, by a rotation and weights from the other half: of each block
+    from the same block.
 
     The reflections come in pairs, one along a learned vector and one along the same vector plus a predicted offset,
     so that an offset of zero, as at the start, is the identity.
     """
 
-    def __init__(self, channels: int, mirrored: bool = False) -> None:
+    def __init__(self, channels: int, mirrored: bool = False, block: int = _BLOCK) -> None:
         super().__init__(mirrored)
+        self.block = block
         sizes = (channels // 2, channels - channels // 2)
         inputs, size = reversed(sizes) if mirrored else sizes
         self.size = size
@@ -152,7 +179,7 @@ class SoftHalf(Coupling):
         self.vectors = nn.Parameter(F.normalize(torch.randn(_PAIRS, self.size), dim=1))
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        raw, offsets = self.solver(a).split((self.size, _PAIRS * self.size), dim=1)
+        raw, offsets = self.solver(cut(a, self.block)).split((self.size, _PAIRS * self.size), dim=1)
         offsets = offsets.view(-1, _PAIRS, self.size)
         learned = self.vectors.to(a.dtype).expand_as(offsets)
         pairs = torch.stack((learned + offsets, learned), dim=2)
@@ -160,11 +187,15 @@ class SoftHalf(Coupling):
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_weights, turn = params
-        return Transformed(mix(log_weights.exp().unsqueeze(2) * turn, b), *weigh(b, log_weights))
+        blocks = cut(b, self.block)
+        y = uncut(mix(log_weights.exp().unsqueeze(2) * turn, blocks), b.shape)
+        shape = len(b), len(blocks) // max(1, len(b))
+        log_det, penalty = (of_block.view(shape) for of_block in weigh(blocks, log_weights))
+        return Transformed(y, log_det.sum(1), penalty.mean(1))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_weights, turn = params
-        return mix(turn.mT * (-log_weights).exp().unsqueeze(1), b)
+        return uncut(mix(turn.mT * (-log_weights).exp().unsqueeze(1), cut(b, self.block)), b.shape)
 
 
 def _over(order: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import eiwtrain.flow as flow
+from eiwtrain.flow import shuffle
 from eiwtrain.flow.bijection import Bijection, Coupling
 from eiwtrain.flow.layers import NetworkCoupling
 from eiwtrain.flow.shuffle import rotation
@@ -289,3 +290,21 @@ def test_both_halves_of_a_shuffle_change() -> None:
         assert not torch.allclose(y[:, :3], x[:, :3])
         assert not torch.allclose(y[:, 3:], x[:, 3:])
     assert flow.make_shuffle("none", 6) is None
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (6, 4)])
+def test_a_soft_shuffle_turns_each_block_by_itself(sides: tuple[int, int]) -> None:
+    half, x = make("SoftHalf", 6), batch(2, 6, *sides)
+    y = half(x).y
+    h, w = (4 if side % 4 == 0 else 2 for side in sides)
+    alone = half(x[:, :, :h, :w]).y
+    torch.testing.assert_close(y[:, :, :h, :w], alone, rtol=1e-12, atol=1e-12)
+    turns = half.get_submodule("solver")(shuffle.cut(half.halves(x)[0], 4))
+    assert turns.var(dim=0).min() > 0
+
+
+@given(shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)))
+@few
+def test_uncut_undoes_cut(shape: tuple[int, ...]) -> None:
+    x = batch(*shape)
+    assert torch.equal(shuffle.uncut(shuffle.cut(x, 4), x.shape), x)
