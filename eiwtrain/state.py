@@ -34,6 +34,7 @@ def flow_config(config: Config, channels: int) -> flow.FlowConfig:
         coupling=m.coupling,
         bins=m.bins,
         shuffle=m.shuffle,
+        shuffle_block=m.shuffle_block,
         dequantization=m.dequantization,
         classes=m.classes,
         backprop=m.backprop,

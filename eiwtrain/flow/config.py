@@ -35,6 +35,9 @@ class FlowConfig:
     """Of each spline, 2 to 16: more are steeper, and what is inverted in float32 loses precision."""
     shuffle: str = "soft"
     """What comes before a split: none, fixed, hard or soft (see `eiwtrain.flow.shuffle`)."""
+    shuffle_block: int = 0
+    """Side of blocks, in places of a level's grid, that the soft shuffle turns each by itself; 0 for whole images. 4
+    gains density, takes a little time, and shows as edges in the samples of flows trained briefly."""
     dequantization: str = "uniform"
     """How an image becomes reals: uniform, or variational, by noise that a small flow learns for each image; then
     log-probabilities are lower bounds (see `eiwtrain.flow.dequantization`)."""
@@ -74,6 +77,7 @@ class FlowConfig:
         check_choice("dequantization", self.dequantization, DEQUANTIZATIONS)
         check_count("bins", self.bins, least=2, most=16)
         check_count("classes", self.classes, least=0)
+        check_count("shuffle_block", self.shuffle_block, least=0)
         if self.memory_budget is not None:
             check_count("memory_budget", self.memory_budget, least=0)
         check_choice("conditioner_dtype", self.conditioner_dtype, ("float32", "bfloat16"))

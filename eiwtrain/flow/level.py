@@ -89,7 +89,7 @@ class Level(nn.Module):
             return AffineCoupling(conditioner(AffineCoupling.outputs_per_channel))
 
         steps = [Chain([ActNorm(channels), InvertibleConv1x1(channels), coupling()]) for _ in range(config.steps)]
-        shuffle = None if last else make_shuffle(config.shuffle, channels)
+        shuffle = None if last else make_shuffle(config.shuffle, channels, config.shuffle_block)
         self.bijections = nn.ModuleList(steps if shuffle is None else [*steps, shuffle])
         self.prior: Bijection = (
             ActNorm(channels)
