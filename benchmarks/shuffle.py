@@ -11,7 +11,7 @@ identity at the start (but for `static-rotated`), and has its solver made as wid
 unless its recipe gives the width.
 
 `plain` is what `soft` was before this comparison: one rotation for the whole image and nothing before it. `soft` has
-become `static`; with blocks (`model.shuffle_block`) it is `static-block4`.
+since become `static-block4`, the best of them; with `model.shuffle_block=0` it is `static`.
 
 Runs of one seed are paired: the rest of the net starts from the same numbers and sees the same images with the same
 noise in the same order. "to plain" is the mean over seeds of a variant's bits/dim less that of `plain` with the same

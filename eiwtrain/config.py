@@ -112,7 +112,7 @@ class Model(Section):
     """Of each spline; more are steeper, and cost precision in float32."""
     shuffle: Literal["none", "fixed", "hard", "soft"] = "soft"
     """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
-    shuffle_block: NonNegativeInt = 0
+    shuffle_block: NonNegativeInt = 4
     """Side of blocks, in places of a level's grid, that the soft shuffle turns each by itself; 0: whole images."""
     dequantization: Literal["uniform", "variational"] = "uniform"
     """Noise under the pixels: uniform, or from a small flow that is trained along."""

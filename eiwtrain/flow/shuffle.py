@@ -13,11 +13,11 @@ formula, and no figure of theirs is claimed for it. What guided it:
   H * W * sum(log-weights) of differential entropy, in nats: exactly the log-determinant.
 - The shuffle proper keeps volume. `soft` rotates channels by Householder reflections with predicted vectors: smooth,
   and the identity at the start. One reflection can exchange two channels, so a product of enough of them is any
-  permutation; we take four a half. A learned 1x1 convolution that starts as the identity comes first: at equal
-  parameters and time that won (`benchmarks.shuffle`). To turn each `block` of 4x4 places by itself gains half as much
-  again, for 4 to 7 % more time and, in flows trained briefly, edges of blocks that can be seen in samples. `hard` sorts
-  channels by weight: no gradient passes the sort, and it costs density. `fixed` permutes once and for all, by a
-  permutation drawn at first.
+  permutation; we take four a half. A learned 1x1 convolution that starts as the identity comes first, and each `block`
+  of places (4x4 by default) is turned by itself, as what is informative differs within an image: at equal parameters
+  and time that won (`benchmarks.shuffle`), though the edges of blocks can be seen in samples of flows trained briefly.
+  `hard` sorts channels by weight: no gradient passes the sort, and it costs density. `fixed` permutes once and for all,
+  by a permutation drawn at first.
 
 Not for the split itself nor its prior (`multiscale`).
 """

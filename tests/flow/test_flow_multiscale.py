@@ -259,7 +259,7 @@ def test_config_survives_json() -> None:
         coupling="spline",
         bins=4,
         shuffle="hard",
-        shuffle_block=4,
+        shuffle_block=2,
         dequantization="variational",
         classes=3,
         backprop="auto",

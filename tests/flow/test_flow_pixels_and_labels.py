@@ -19,7 +19,7 @@ from eiwtrain.flow.reversible import MODES
 CHOICES: dict[str, dict[str, Any]] = {
     "spline": {"coupling": "spline", "bins": 4},
     "classes": {"classes": 3},
-    "blocks": {"shuffle_block": 2},
+    "whole images": {"shuffle_block": 0},
     "everything": {"coupling": "spline", "bins": 3, "classes": 3, "dequantization": "variational"},
     **{kind: {"conditioner": ConditionerConfig(8, 1, "silu", kind, patch=1)} for kind in CONDITIONERS},
 }
