@@ -49,7 +49,7 @@ from eiwtrain import data, flow
 from eiwtrain.data.manifest import digest
 from eiwtrain.flow.bijection import Bijection, Chain, Coupling, Transformed, without_autocast
 from eiwtrain.flow.layers import mix
-from eiwtrain.flow.shuffle import describe, make_shuffle, rotation, weigh
+from eiwtrain.flow.shuffle import cut, describe, make_shuffle, rotation, uncut, weigh
 from eiwtrain.launch import WORKER_ENV
 
 _LEAST_VARIANCE = 1e-6
@@ -217,20 +217,6 @@ def unapply(y: Tensor, params: tuple[Tensor, ...]) -> Tensor:
     """The inverse of `apply`."""
     log_weights, shift, turn = params
     return mix(turn.mT * (-log_weights).exp().unsqueeze(1), y - shift[:, :, None, None])
-
-
-def cut(x: Tensor, side: int) -> Tensor:
-    """Blocks as a batch: (B, C, H, W) to (B * n, C, h, w), h and w being the greatest divisors shared with `side`."""
-    b, c, height, width = x.shape
-    h, w = math.gcd(side, height), math.gcd(side, width)
-    return x.reshape(b, c, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h, w)
-
-
-def uncut(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `cut`; `shape` is that of x."""
-    b, c, height, width = shape
-    h, w = blocks.shape[2:]
-    return blocks.reshape(b, height // h, width // w, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
 class CandidateHalf(Coupling):
