@@ -51,14 +51,11 @@ class Engine:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
-        config = _deepspeed_config(train, micro_batch, accumulation, world_size)
-        # DeepSpeed's default is a buffer of 2 GB, whatever the model
         numbers = sum(p.numel() for p in module.parameters())
-        config["zero_optimization"]["reduce_bucket_size"] = min(_MOST_IN_BUCKET, numbers)
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=config,
+            config=_deepspeed_config(train, micro_batch, accumulation, world_size, numbers),
             dist_init_required=False,  # Ray Train has made the process group
         )
         self.module = module
@@ -171,7 +168,10 @@ def _check_flat(leaf: nn.Module, _inputs: Any, output: Any) -> None:
         raise TypeError(f"{type(leaf).__name__}: a leaf of ZeRO 3 has to give a tensor or a flat tuple of tensors")
 
 
-def _deepspeed_config(train: Train, micro_batch: int, accumulation: int, world_size: int) -> dict[str, Any]:
+def _deepspeed_config(
+    train: Train, micro_batch: int, accumulation: int, world_size: int, numbers: int
+) -> dict[str, Any]:
+    """DeepSpeed's, for a model of so many trained numbers."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -183,6 +183,7 @@ def _deepspeed_config(train: Train, micro_batch: int, accumulation: int, world_s
             "stage": train.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,
+            "reduce_bucket_size": min(_MOST_IN_BUCKET, numbers),  # the default is a buffer of 2 GB, whatever the model
             # stage 3 shards every parameter and frees a leaf after each use: DeepSpeed's defaults keep those below 1e5
             # elements whole, and from forward to backward any model below 1e9
             "stage3_param_persistence_threshold": 0,

@@ -59,10 +59,8 @@ def score(
     for batch, *more in zip(batches, *more_draws, strict=True):
         if stopped():
             return None
-        labels = data.labels_for(batch, model.config.classes)
-        labels = labels if labels is None else labels.to(device)
-        noises = [b.noise.to(device) for b in (batch, *more)]
-        bound = model.iwbo(batch.images.to(device), noises, labels)
+        images, noise, labels = data.flow_inputs(batch, model.config.classes, device)
+        bound = model.iwbo(images, [noise, *(b.noise.to(device) for b in more)], labels)
         bits = flow.bits_per_dim(bound, model.dims, model.config.n_bits).double().cpu()
         weight = batch.weight.double()
         sums += torch.stack([weight.sum(), (weight * bits).sum(), (weight * bits.square()).sum()])

@@ -34,10 +34,9 @@ def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor
 def reconstruct(model: flow.EIWFlow, batch: data.Batch) -> Tensor:
     """The images of a batch through the flow and back, uint8 (n, C, H, W)."""
     device = next(model.parameters()).device
-    labels = data.labels_for(batch, model.config.classes)
-    labels = labels if labels is None else labels.to(device)
+    images, noise, labels = data.flow_inputs(batch, model.config.classes, device)
     with torch.no_grad():
-        x, _ = model.dequantize(batch.images.to(device), batch.noise.to(device))
+        x, _ = model.dequantize(images, noise)
         latents, _ = model.encode(x, labels)
         return model.to_images(model.decode(latents, labels)).cpu()
 

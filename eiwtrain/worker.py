@@ -276,9 +276,7 @@ class Worker:
 
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the flow takes: pixels, noise, labels."""
-        labels = data.labels_for(batch, self.config.model.classes)
-        images, noise = batch.images.to(self.device), batch.noise.to(self.device)
-        return images, noise, labels if labels is None else labels.to(self.device)
+        return data.flow_inputs(batch, self.config.model.classes, self.device)
 
     def _drift(self) -> float:
         """Relative error of held-out images through the flow and back."""

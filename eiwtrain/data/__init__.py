@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eiwtrain.data.loader import Batch, eval_batches, first_batch, labels_for, train_batches
+    from eiwtrain.data.loader import Batch, eval_batches, first_batch, flow_inputs, labels_for, train_batches
     from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
     from eiwtrain.data.order import SampleOrder
     from eiwtrain.data.stream import ShardReader
@@ -24,6 +24,7 @@ _HOME = {
     "Split": "manifest",
     "eval_batches": "loader",
     "first_batch": "loader",
+    "flow_inputs": "loader",
     "labels_for": "loader",
     "load_manifest": "manifest",
     "train_batches": "loader",
@@ -39,6 +40,7 @@ __all__ = [
     "Split",
     "eval_batches",
     "first_batch",
+    "flow_inputs",
     "labels_for",
     "load_manifest",
     "train_batches",

@@ -127,6 +127,14 @@ def first_batch(reader: ShardReader, n: int, seed: int) -> Batch:
     return next(eval_batches(reader, images=n, seed=seed, micro_batch=min(n, len(reader))))
 
 
+def flow_inputs(
+    batch: Batch, classes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What a flow of so many classes takes of a batch, on a device: pixels, noise, labels. Raises as `labels_for`."""
+    labels = labels_for(batch, classes)
+    return batch.images.to(device), batch.noise.to(device), labels if labels is None else labels.to(device)
+
+
 def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:
     """The labels that a model of so many classes takes: those of the batch, None for a model of none.
 

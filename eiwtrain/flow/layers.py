@@ -52,6 +52,11 @@ def mix(matrix: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(matrix.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape)
 
 
+def bounded(raw: Tensor, bound: float) -> Tensor:
+    """`raw` squeezed into (-bound, bound), with the slope 1 at zero."""
+    return bound * torch.tanh(raw / bound)
+
+
 class ActNorm(Bijection):
     """y = (x + bias) * exp(log_scale), per channel; `initialize` gives its output zero mean and unit variance
     (Glow, section 3.1)."""
@@ -209,7 +214,7 @@ class AffineCoupling(NetworkCoupling):
 
     def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
         scale, shift = raw.chunk(2, dim=1)
-        return self.bound * torch.tanh(scale / self.bound), shift
+        return bounded(scale, self.bound), shift
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_scale, shift, *_ = params

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .bijection import Bijection, Chain, then
 from .conditioners import make_conditioner
 from .config import FlowConfig
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
+from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, bounded, squeeze, unsqueeze
 from .memory import bytes_saved
 from .reversible import run
 from .shuffle import make_shuffle
@@ -58,7 +58,7 @@ class ClassPrior(nn.Module):
     def _of(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         # Not by indexing, for which -1, the mark of an image without a class, is the last class.
         mean, raw = (F.embedding(labels, p).to(z.dtype)[:, :, None, None] for p in (self.mean, self.raw_log_scale))
-        return mean, _SPLIT_PRIOR_BOUND * torch.tanh(raw / _SPLIT_PRIOR_BOUND)
+        return mean, bounded(raw, _SPLIT_PRIOR_BOUND)
 
 
 class Level(nn.Module):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Transformed, zeros
-from .layers import NetworkCoupling
+from .layers import NetworkCoupling, bounded
 
 _LEAST_SHARE = 0.2
 """Of an equal share of the interval: what a bin has at least, in width and in height."""
@@ -79,8 +79,8 @@ class SplineCoupling(NetworkCoupling):
         scale, shift, widths, heights, slopes = raw.unflatten(1, (-1, self.outputs_per_channel)).split(
             (1, 1, self.bins, self.bins, self.bins - 1), dim=2
         )
-        log_scale = self.bound * torch.tanh(scale.squeeze(2) / self.bound)
-        slopes = (_LOG_SLOPE_BOUND * torch.tanh(slopes / _LOG_SLOPE_BOUND)).exp()
+        log_scale = bounded(scale.squeeze(2), self.bound)
+        slopes = bounded(slopes, _LOG_SLOPE_BOUND).exp()
         at_ends = (0, 0, 0, 0, 1, 1)
         return (log_scale, shift.squeeze(2), self._knots(widths), self._knots(heights), F.pad(slopes, at_ends, value=1))
 
