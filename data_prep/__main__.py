@@ -1,5 +1,4 @@
-"""The command line: `python -m data_prep {folder,photos} --output URL --resolution N`, `python -m data_prep
-show PATH`.
+"""The command line: `python -m data_prep SOURCE --source URL --output URL --resolution N`, and `show`, `verify PATH`.
 
 Ends with 0 when the data set stands, 2 with one line on stderr for what the caller can mend, 130 or 143 when
 stopped: then the same command goes on where it was.
@@ -9,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
 from types import FrameType
 
 from data_prep.items import Source
-from data_prep.shard import RESAMPLING
+from data_prep.pixels import CROPS, RESAMPLING, Preprocess
 from data_prep.sources import read_source
+from data_prep.splits import RULES
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
-from eiwtrain.data.manifest import DataError, Manifest, load_manifest
+from eiwtrain.data.manifest import ENCODINGS, DataError, Manifest, load_manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,48 +43,89 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description="Make the shards that eiwtrain reads.")
     commands = parser.add_subparsers(dest="command", required=True)
+    common = _common_options()
+    url = argparse.ArgumentParser(add_help=False)
+    url.add_argument("--source", required=True, help="where the images are: a path or any fsspec URL")
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", required=True, help="folder of the data set: a path or any fsspec URL")
-    common.add_argument("--resolution", required=True, type=int, help="height and width of the images, in pixels")
-    common.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: %(default)s)")
-    common.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores, %(default)s)"
+    imagenet = commands.add_parser("imagenet", parents=[url, common], help="ImageNet, original or downsampled")
+    imagenet.add_argument("--val-labels", help="file of the validation images' classes, one a line")
+    lsun = commands.add_parser("lsun", parents=[url, common], help="LSUN's category LMDBs")
+    lsun.add_argument("--category", action="append", default=[], help="of several; may be given again (default: all)")
+    celeba = commands.add_parser("celeba", parents=[url, common], help="CelebA, aligned, with its official splits")
+    celeba.add_argument(
+        "--face",
+        choices=("center", "nvae"),
+        default="center",
+        help="where 148 pixels are cut (default: %(default)s)",
     )
-    common.add_argument(
-        "--max-rejects",
-        type=float,
-        default=0.01,
-        help="share of images that may turn out not to be decodable (default: %(default)s)",
-    )
-    common.add_argument("--resample", choices=list(RESAMPLING), default="box", help="filter (default: %(default)s)")
-    common.add_argument("--name", help="of the data set (default: the last part of --output)")
-    common.add_argument("--overwrite", action="store_true", help="replace another data set at --output")
-    common.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-
-    folder = commands.add_parser("folder", parents=[common], help="images in class folders, or a tar of them")
-    folder.add_argument("--source", required=True, help="the folder, or an uncompressed tar")
-    folder.add_argument(
-        "--eval-fraction",
-        type=float,
-        default=0.1,
-        help="share of the images for evaluation, where the source has no such split (default: %(default)s)",
-    )
+    commands.add_parser("cifar10", parents=[url, common], help="CIFAR-10's python or binary batches")
+    commands.add_parser("folder", parents=[url, common], help="images in class folders, or a tar or zip of them")
     commands.add_parser("photos", parents=[common], help="patches of the photographs inside scikit-image and -learn")
+
     show = commands.add_parser("show", help="print what a data set holds")
     show.add_argument("path", help="the data set: a path or any fsspec URL")
     return parser
 
 
+def _common_options() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--output", required=True, help="folder of the data set: a path or any fsspec URL")
+    common.add_argument("--resolution", required=True, type=int, help="height and width of the images, in pixels")
+    pixels = common.add_argument_group("pixels")
+    pixels.add_argument("--resample", choices=list(RESAMPLING), default="box", help="filter (default: %(default)s)")
+    pixels.add_argument("--crop", choices=CROPS, default="center", help="of the square (default: %(default)s)")
+    pixels.add_argument("--crop-seed", type=int, default=0, help="of random crops (default: %(default)s)")
+    pixels.add_argument(
+        "--short-side", type=int, help="resize to this first, then cut --resolution (default: cut, then resize)"
+    )
+    pixels.add_argument(
+        "--encoding",
+        choices=ENCODINGS,
+        default="png",
+        help="npy is half as large again, and read many times faster (default: %(default)s)",
+    )
+    which = common.add_argument_group("which images")
+    which.add_argument("--split", default="auto", help=f"what is held out: {RULES} (default: %(default)s)")
+    which.add_argument("--only", action="append", default=[], help="write this split alone; may be given again")
+    which.add_argument(
+        "--drop-duplicates", action="store_true", help="train on no image that equals another or a held-out one"
+    )
+    which.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.01,
+        help="share of images that may turn out not to be decodable (default: %(default)s)",
+    )
+    common.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: %(default)s)")
+    common.add_argument("--workers", type=int, help="processes, on Ray (default: all CPUs of the machine or cluster)")
+    common.add_argument("--name", help="of the data set (default: the last part of --output)")
+    common.add_argument("--overwrite", action="store_true", help="replace another data set at --output")
+    common.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    return common
+
+
 def _write(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    options = {"path": args.source, "eval_fraction": args.eval_fraction} if args.command == "folder" else {}
-    source = read_source(args.command, args.resolution, **options)
-    plan = make_plan(source, args.output, args.resolution, args.shard_size, args.resample)
+    preprocess = Preprocess(args.resolution, args.resample, args.encoding, args.crop, args.short_side, args.crop_seed)
+    of_source = {
+        "imagenet": lambda: {"val_labels": args.val_labels},
+        "lsun": lambda: {"categories": tuple(args.category)},
+        "celeba": lambda: {"crop": args.face},
+    }.get(args.command, dict)()
+    path = getattr(args, "source", None)
+    source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
+    plan = make_plan(source, args.output, preprocess, args.shard_size, args.drop_duplicates)
     if args.dry_run:
         _dry_run(plan, source)
         return
-    outcome = run_plan(plan, args.workers, args.max_rejects, args.overwrite, args.name, quiet=False)
+    outcome = run_plan(
+        plan,
+        workers=args.workers,
+        max_rejects=args.max_rejects,
+        overwrite=args.overwrite,
+        name=args.name,
+        quiet=False,
+    )
     if outcome.written == 0:
         print(f"already complete: {outcome.skipped} shards, all checksums hold")
     else:
@@ -93,12 +133,18 @@ def _write(args: argparse.Namespace) -> None:
     if outcome.rejects:
         first = outcome.rejects[0]
         print(f"left out {len(outcome.rejects)} images; the first: {first['source']} ({first['reason']})")
+    if outcome.duplicates:
+        d = outcome.duplicates[0]
+        print(
+            f"{len(outcome.duplicates)} images have the very pixels of another, the first: {d.split}/{d.key} those of "
+            f"{d.first}; {outcome.dropped or 'none'} dropped"
+        )
     print(_describe(outcome.manifest, plan.output))
 
 
 def _dry_run(plan: Plan, source: Source) -> None:
     other = find_other(plan)
-    print(f"would write to {plan.output}, {plan.resolution} pixels, {len(source.classes)} classes")
+    print(f"would write to {plan.output}, {plan.preprocess.resolution} pixels, {len(source.classes)} classes")
     for split, shards in plan.shards().items():
         print(f"  {split}: {len(source.splits[split]):,} images in {shards} shards")
     if other is not None:

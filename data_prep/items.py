@@ -1,25 +1,37 @@
-"""What a source hands to the writer: items, and the ways in which the pixels of an item are loaded.
+"""What a source hands to the writer: items, and the ways in which their bytes or pixels are loaded.
 
-Everything here is plain and picklable: items travel to worker processes, pixels do not.
+Everything here is plain and picklable: items travel to worker processes, pixels do not. How bytes become pixels of
+the data set is the business of `data_prep.pixels`.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
+
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
+Loaded = bytes | Image.Image | npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+
 
 class Loader(Protocol):
-    """Loads the pixels of one item; raises OSError or ValueError where they cannot be decoded."""
+    """Loads an item: the bytes of an image file, or pixels, as an image or as uint8 (H, W, 3).
 
-    def __call__(self) -> Image.Image: ...
+    Raises:
+        DataError, StorageError: it cannot be read, which ends the job. What can be read and not decoded is a reject.
+    """
+
+    def __call__(self) -> Loaded: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +42,7 @@ class Item:
         label: index into the source's classes; -1 for none.
         source: where it comes from, in a name that does not depend on the machine.
         size: bytes of its encoded form: with the name it tells one state of the source from another.
-        load: how to load the pixels.
+        load: how to load it.
     """
 
     label: int
@@ -47,37 +59,48 @@ class Source:
         name: of the kind of source.
         splits: items by split. Any sequence: a large source can make its items when they are asked for.
         classes: class names, to which labels are indices.
-        params: what the source does to pixels, for the manifest's preprocessing.
+        protocol: what tells figures on this data set from figures on others of its name, in a few words; shown
+            beside every bits/dim. Empty where nothing needs to be told apart.
+        box: (left, top, right, bottom) of the part of each image that is used at all, in its pixels.
+        remote: whether loading crosses a network: then workers load ahead.
+        params: what else the source does, for the manifest's preprocessing.
     """
 
     name: str
     splits: Mapping[str, Sequence[Item]]
     classes: tuple[str, ...] = ()
+    protocol: str = ""
+    box: Box | None = None
+    remote: bool = False
     params: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
-    """An image file."""
+    """An image file at any URL."""
 
-    path: str
+    url: str
 
-    def __call__(self) -> Image.Image:
-        return Image.open(self.path)
+    def __call__(self) -> bytes:
+        try:
+            return storage.read_bytes(self.url)
+        except (OSError, storage.StorageError) as e:
+            raise _unreadable(self.url, e) from None
 
 
 @dataclass(frozen=True, slots=True)
-class TarImage:
-    """An image inside an uncompressed tar, read by its offset."""
+class RangeImage:
+    """An image that lies uncompressed inside another file at any URL, as in a tar: read by its offset."""
 
-    path: str
+    url: str
     offset: int
     size: int
 
-    def __call__(self) -> Image.Image:
-        tar = _opened(self.path)
-        tar.seek(self.offset)
-        return Image.open(io.BytesIO(tar.read(self.size)))
+    def __call__(self) -> bytes:
+        try:
+            return storage.read_range(self.url, self.offset, self.size)
+        except (OSError, storage.StorageError) as e:
+            raise _unreadable(self.url, e) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +130,7 @@ def photograph(path: str, halve: bool) -> Image.Image:
     return rgb.crop((0, 0, 2 * width, 2 * height)).reduce(2)
 
 
-@lru_cache(maxsize=4)
-def _opened(path: str) -> BinaryIO:
-    return open(path, "rb")
+def _unreadable(url: str, e: Exception) -> DataError:
+    """A source that changes or breaks while it is read must not become rejects: another run would differ."""
+    cause = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+    return DataError(f"source {url} cannot be read: {cause}")

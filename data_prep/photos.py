@@ -7,8 +7,7 @@ not for results. The photographs, none of which is shipped with this package:
 - chelsea: Stefan van der Walt, CC0 (scikit-image)
 - coffee: Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0 (scikit-image)
 - motorcycle: left image of the Middlebury 2014 stereo benchmark, D. Scharstein et al., "High-resolution stereo
-datasets
-  with subpixel-accurate ground truth", GCPR 2014 (scikit-image)
+  datasets with subpixel-accurate ground truth", GCPR 2014 (scikit-image)
 - rocket: launch of DSCOVR, SpaceX, public domain (scikit-image)
 - china: danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035, CC BY 2.0 (scikit-learn)
 - flower: vultilion, https://www.flickr.com/photos/vultilion/6056698931, CC BY 2.0 (scikit-learn)
@@ -62,7 +61,7 @@ def photos(resolution: int) -> Source:
     if not classes:
         raise DataError(f"resolution {resolution}: the photographs are too small for patches of that size")
     params = {"stride": _stride(resolution), "test_share": TEST_SHARE, "halved": "jpeg"}
-    return Source("photos", splits, tuple(classes), params)
+    return Source("photos", splits, tuple(classes), params=params)
 
 
 def _cut(path: Path, side: int) -> dict[str, Iterator[Patch]]:

@@ -24,20 +24,23 @@ class Progress:
         if not quiet and self._stream.isatty():
             self._bar = tqdm(total=total, unit=" images", file=self._stream, smoothing=0.05, dynamic_ncols=True)
 
-    def update(self, n: int) -> None:
-        """`n` more images were made."""
-        self.made += n
+    def update(self, n: int, stood: bool = False) -> None:
+        """`n` more images are done; they are part of the rate unless they stood already."""
+        if stood:
+            self.skipped += n
+        else:
+            self.made += n
         if self._bar is not None:
+            self._bar.initial += n * stood
             self._bar.update(n)
         elif not self._quiet and time.monotonic() - self._said >= _LINE_EVERY:
             self._line()
 
-    def skip(self, n: int) -> None:
-        """`n` images were there already: done, but not part of the rate."""
-        self.skipped += n
+    def expect(self, n: int) -> None:
+        """`n` more images have come to be done."""
+        self.total += n
         if self._bar is not None:
-            self._bar.initial += n
-            self._bar.update(n)
+            self._bar.total += n
 
     @property
     def rate(self) -> float:

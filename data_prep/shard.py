@@ -1,48 +1,53 @@
-"""One shard: decode its items, crop and resize, write the tar and its sidecar. The task that workers run."""
+"""One shard: load its items, crop and resize, write the tar and its sidecar. The task that workers run."""
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
-from data_prep.items import Item
+from data_prep.items import Item, Loaded
+from data_prep.pixels import Preprocess, Undecodable, digest, encode, fit
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     DataError,
     Shard,
     Sidecar,
-    load_sidecar,
+    read_sidecar,
+    sidecar_from_json,
     sidecar_name,
     sidecar_to_json,
 )
 
-RESAMPLING = {
-    "box": Image.Resampling.BOX,
-    "lanczos": Image.Resampling.LANCZOS,
-    "bilinear": Image.Resampling.BILINEAR,
-}
-PNG_LEVEL = 6  # zlib: 1 saves a fifth of the encoding time and costs 3 % of size
-_DEEP_MODES = ("I", "F")  # more than 8 bits a channel: converting would clip, so they are rejected
-_TICK = 32  # images between two reports of progress
+_LOADING = 16  # items of a remote source that are loaded side by side
+_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a worker needs: which items go into which shard of which data set, fixed before any work."""
+    """All that a worker needs: which items go into which shard of which data set, fixed before any work.
+
+    Attributes:
+        numbered: (number of the item within its split, item).
+        drop: keys of duplicates that are to be left out, each with the reason; None accepts a shard that stands as it
+            is.
+        sidecar_sha256: of the sidecar, where a manifest of this plan tells it.
+    """
 
     output: str
+    split: str
     name: str
     plan: str
-    resolution: int
-    resample: str
-    numbered: tuple[tuple[int, Item], ...]  # (number of the item within its split, item)
+    preprocess: Preprocess
+    numbered: tuple[tuple[int, Item], ...]
+    remote: bool = False
+    drop: Mapping[str, str] | None = None
+    sidecar_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,29 +58,42 @@ class ShardDone:
     skipped: bool
 
 
-def run_task(task: ShardTask, tick: Callable[[int], None]) -> ShardDone:
+def run_task(task: ShardTask) -> ShardDone:
     """Write the shard of `task`, unless it is there with the right plan and the right bytes.
 
     Bytes go first and the sidecar after them, each atomically: a shard without a sidecar that matches is rewritten.
+
+    Raises:
+        DataError, StorageError: an item cannot be read, or the shard cannot be written.
     """
-    found = find_intact(task)
+    found = _find_intact(task)
     if found is not None:
         return ShardDone(found, skipped=True)
     with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
         local = Path(folder) / task.name
-        sidecar = _write_tar(task, local, tick)
+        sidecar = _write_tar(task, local)
         storage.put_file(local, storage.join(task.output, task.name))
     storage.write_bytes(storage.join(task.output, sidecar_name(task.name)), sidecar_to_json(sidecar))
     return ShardDone(sidecar, skipped=False)
 
 
-def find_intact(task: ShardTask) -> Sidecar | None:
+def item_key(number: int) -> str:
+    """WebDataset key of an item of that number within its split."""
+    return f"{number:08d}"
+
+
+def _find_intact(task: ShardTask) -> Sidecar | None:
     """The sidecar of the shard as it stands, or None where it has to be written."""
     try:
-        sidecar = load_sidecar(task.output, task.name)
+        text = read_sidecar(task.output, task.name)
+        if task.sidecar_sha256 not in (None, storage.sha256_bytes(text)):
+            return None
+        sidecar = sidecar_from_json(text, task.name)
     except DataError:
         return None
     if sidecar.plan != task.plan or sidecar.shard.name != task.name:
+        return None
+    if task.drop is not None and task.drop != {d["key"]: d["reason"] for d in sidecar.dropped}:
         return None
     url = storage.join(task.output, task.name)
     try:
@@ -91,59 +109,61 @@ def find_intact(task: ShardTask) -> Sidecar | None:
     return sidecar if found == sidecar.shard.sha256 else None
 
 
-def _write_tar(task: ShardTask, path: Path, tick: Callable[[int], None]) -> Sidecar:
-    """Write the tar at the local `path`: the same bytes for the same items on any machine of one Pillow version."""
-    keys: list[str] = []
-    labels: list[int] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
+def _write_tar(task: ShardTask, path: Path) -> Sidecar:
+    """Write the tar at the local `path`: the same bytes for the same items on any machine with the same codecs."""
+    encoding = task.preprocess.encoding
+    rows: list[tuple[str, int, int, int, str]] = []
     rejects: list[dict[str, str]] = []
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for i, (number, item) in enumerate(task.numbered, start=1):
-            key = f"{number:08d}"
+    dropped: list[dict[str, str]] = []
+    with open(path, "wb") as tar:
+        for number, item, loaded in _load(task):
+            key = item_key(number)
             try:
-                png = encode(item, task.resolution, task.resample)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-                reason = " ".join(str(e).replace(str(getattr(item.load, "path", "")), "").split())
-                rejects.append({"key": key, "source": item.source, "reason": f"{type(e).__name__}: {reason[:200]}"})
-            else:
-                keys.append(key)
-                labels.append(item.label)
-                offsets.append(_add(tar, f"{key}.png", png))
-                sizes.append(len(png))
-                about = json.dumps({"label": item.label, "source": item.source}, sort_keys=True)
-                _add(tar, f"{key}.json", about.encode())
-            if i % _TICK == 0 or i == len(task.numbered):
-                tick((i - 1) % _TICK + 1)
+                pixels = fit(loaded, item.source, task.preprocess)
+            except Undecodable as e:
+                rejects.append({"key": key, "source": item.source, "reason": str(e)})
+                continue
+            same = digest(pixels)
+            if task.drop is not None and key in task.drop:
+                dropped.append({"key": key, "source": item.source, "digest": same, "reason": task.drop[key]})
+                continue
+            image = encode(pixels, encoding)
+            rows.append((key, item.label, tar.tell() + _BLOCK, len(image), same))
+            about = json.dumps({"label": item.label, "source": item.source}, sort_keys=True).encode()
+            tar.write(_member(f"{key}.{encoding}", image) + _member(f"{key}.json", about))
+        tar.write(bytes(-(tar.tell() + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
+    keys, labels, offsets, sizes, digests = zip(*rows, strict=True) if rows else ((), (), (), (), ())
     shard = Shard(task.name, len(keys), path.stat().st_size, storage.sha256_file(path))
-    return Sidecar(shard, task.plan, tuple(rejects), tuple(keys), tuple(labels), tuple(offsets), tuple(sizes))
+    return Sidecar(shard, task.plan, tuple(rejects), keys, labels, offsets, sizes, digests, tuple(dropped))
 
 
-def encode(item: Item, resolution: int, resample: str) -> bytes:
-    """The item as a PNG of `resolution` x `resolution` RGB pixels: upright, the central square, resized.
-
-    Raises:
-        OSError, ValueError, SyntaxError: it cannot be decoded.
-    """
-    with item.load() as opened:
-        if opened.mode.split(";")[0] in _DEEP_MODES:
-            raise ValueError(f"mode {opened.mode}: more than 8 bits a channel")
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    if image.size != (resolution, resolution):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), RESAMPLING[resample], box=box)
-    image.info.clear()  # or colour profiles and comments would go along
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=PNG_LEVEL)
-    return buffer.getvalue()
+def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded]]:
+    """Every item with what it loads, in order; those of a remote source some ahead."""
+    if not task.remote:
+        for number, item in task.numbered:
+            yield number, item, item.load()
+        return
+    with ThreadPoolExecutor(_LOADING) as pool:
+        coming: deque[Future[Loaded]] = deque()
+        try:
+            for ahead, (number, item) in enumerate(task.numbered):
+                while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):
+                    coming.append(pool.submit(task.numbered[ahead + len(coming)][1].load))
+                yield number, item, coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Add a member with nothing of this machine or moment in its header; where its data starts."""
-    info = tarfile.TarInfo(name)  # mtime, uid and gid 0, mode 0644
-    info.size = len(data)
-    start = tar.fileobj.tell() + tarfile.BLOCKSIZE
-    tar.addfile(info, io.BytesIO(data))
-    return start
+# All fields of a ustar header that are the same for every member: mode 0644, and nothing of this machine or moment.
+_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A member of a tar, header and padding included; `tarfile` itself takes longer than the encoding of an image."""
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:136] = b"%011o\0" % len(data)
+    header[148:156] = b" " * 8  # the checksum counts itself as spaces
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data + bytes(-len(data) % _BLOCK)

@@ -1,24 +1,22 @@
-"""From a source to a data set: plan all shards, write them (by several processes), and the manifest last."""
+"""From a source to a data set: plan all shards, have them written, and the manifest last."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 import random
 import re
-import signal
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from data_prep.duplicates import Duplicate, find_duplicates
 from data_prep.items import Source
+from data_prep.parallel import run_tasks
+from data_prep.pixels import Preprocess
 from data_prep.progress import Progress
-from data_prep.shard import PNG_LEVEL, RESAMPLING, ShardDone, ShardTask, run_task
+from data_prep.shard import ShardTask, item_key
+from data_prep.splits import TRAIN
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
@@ -32,15 +30,11 @@ from eiwtrain.data.manifest import (
     load_sidecar,
     manifest_to_json,
     shard_name,
+    sidecar_to_json,
 )
 
-PREPROCESSING_VERSION = 1  # raise it when the same source would give other pixels
 _SHUFFLE_SEED = 20240704  # order of items in the shards; any number, the same for ever
-_IN_FLIGHT = 2  # tasks handed out per worker
-_POLL = 0.5  # seconds between two looks at the workers' count of images
 _OWN_FILES = re.compile(r"(manifest\.json|.+-\d{6}\.(tar|json))")
-
-_ticks: Any = None  # the count of images that workers share with their parent
 
 
 @dataclass(frozen=True)
@@ -49,9 +43,9 @@ class Plan:
 
     source: Source
     output: str
-    resolution: int
-    resample: str
+    preprocess: Preprocess
     shard_size: int
+    drop_duplicates: bool
     preprocessing: dict[str, Any]
     digest: str
     orders: dict[str, list[int]]  # per split, item numbers in the order in which they fill the shards
@@ -65,14 +59,23 @@ class Plan:
         """Number of shards of each split."""
         return {split: -(-len(order) // self.shard_size) for split, order in self.orders.items()}
 
-    def tasks(self) -> Iterator[tuple[str, ShardTask]]:
-        """(split, task) of every shard, made when it is asked for."""
-        for split, order in self.orders.items():
-            items = self.source.splits[split]
-            for number, start in enumerate(range(0, len(order), self.shard_size)):
-                chosen = tuple((i, items[i]) for i in order[start : start + self.shard_size])
-                name = shard_name(split, number)
-                yield split, ShardTask(self.output, name, self.digest, self.resolution, self.resample, chosen)
+    def numbers(self, split: str, shard: int) -> list[int]:
+        """Numbers, within the split, of the items of a shard."""
+        return self.orders[split][shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def task(self, split: str, shard: int) -> ShardTask:
+        """The task of one shard."""
+        items = self.source.splits[split]
+        chosen = tuple((i, items[i]) for i in self.numbers(split, shard))
+        name = shard_name(split, shard)
+        return ShardTask(self.output, split, name, self.digest, self.preprocess, chosen, self.source.remote)
+
+    def tasks(self, sidecar_sha256: Mapping[str, str]) -> Iterator[ShardTask]:
+        """The task of every shard, made when it is asked for; with checksums of sidecars, as far as they are known."""
+        for split, shards in self.shards().items():
+            for number in range(shards):
+                task = self.task(split, number)
+                yield replace(task, sidecar_sha256=sidecar_sha256.get(task.name))
 
 
 @dataclass(frozen=True)
@@ -83,29 +86,34 @@ class Outcome:
     written: int
     skipped: int
     rejects: tuple[dict[str, str], ...]
+    duplicates: tuple[Duplicate, ...]
+    dropped: int
 
 
-def make_plan(source: Source, output: str, resolution: int, shard_size: int, resample: str) -> Plan:
+def make_plan(
+    source: Source, output: str, preprocess: Preprocess, shard_size: int = 1000, drop_duplicates: bool = False
+) -> Plan:
     """Fix which item goes into which shard. The items of every split are shuffled by a fixed seed, so that no
     shard is all of one class and the first n samples of a split are a fair choice.
+
+    Args:
+        source: the items.
+        output: folder of the data set; a path or any fsspec URL.
+        preprocess: what is done to the pixels; its box is the source's.
+        shard_size: images a shard.
+        drop_duplicates: leave out images for training that equal another one (see `find_duplicates`).
 
     Raises:
         DataError: an argument is wrong.
     """
-    if resample not in RESAMPLING:
-        raise DataError(f"resample must be one of {', '.join(RESAMPLING)}, not '{resample}'")
     if shard_size < 1:
         raise DataError(f"shard size must be at least 1, not {shard_size}")
-    preprocessing = {
-        "name": "center-crop-resize",
-        "version": PREPROCESSING_VERSION,
-        "params": {
-            "resolution": resolution,
-            "resample": resample,
-            "png_level": PNG_LEVEL,
-            "source": {"name": source.name, **source.params},
-        },
-    }
+    preprocess = replace(preprocess, box=source.box)
+    preprocessing = preprocess.describe()
+    about = {"name": source.name} | ({"protocol": source.protocol} if source.protocol else {})
+    preprocessing["params"]["source"] = about | source.params
+    if drop_duplicates:
+        preprocessing["params"]["drop_duplicates"] = True
     orders = {}
     digest = hashlib.sha256(
         canonical_json({"preprocessing": preprocessing, "shard_size": shard_size, "classes": source.classes})
@@ -116,16 +124,8 @@ def make_plan(source: Source, output: str, resolution: int, shard_size: int, res
             digest.update(canonical_json([item.label, item.source, item.size]))
         orders[split] = list(range(len(items)))
         random.Random(_SHUFFLE_SEED).shuffle(orders[split])
-    return Plan(
-        source,
-        storage.absolute(output),
-        resolution,
-        resample,
-        shard_size,
-        preprocessing,
-        digest.hexdigest(),
-        orders,
-    )
+    where = storage.absolute(output)
+    return Plan(source, where, preprocess, shard_size, drop_duplicates, preprocessing, digest.hexdigest(), orders)
 
 
 def find_other(plan: Plan) -> str | None:
@@ -148,51 +148,30 @@ def find_other(plan: Plan) -> str | None:
     return None
 
 
-def write_shards(
-    source: Source,
-    output: str,
-    resolution: int,
-    *,
-    shard_size: int = 1000,
-    workers: int = 1,
-    max_rejects: float = 0.01,
-    resample: str = "box",
-    overwrite: bool = False,
-    name: str | None = None,
-    quiet: bool = True,
-) -> Manifest:
-    """Write the data set of `source` at `output`, going on where an earlier run ended; returns its manifest.
-
-    Args:
-        source: the items.
-        output: folder of the data set; a path or any fsspec URL.
-        resolution: height and width of the images, in pixels.
-        shard_size: images a shard.
-        workers: processes; the bytes are the same at any number. With 1 all is done in this process.
-        max_rejects: share of all images that may turn out not to be decodable.
-        resample: filter for resizing: box, lanczos or bilinear.
-        overwrite: replace another data set at `output`.
-        name: of the data set; by default the last part of `output`.
-        quiet: show no progress.
-
-    Raises:
-        DataError: the output holds another data set, or too many images were rejected.
-        StorageError: the output cannot be reached or written.
-    """
-    plan = make_plan(source, output, resolution, shard_size, resample)
-    return run_plan(plan, workers, max_rejects, overwrite, name, quiet).manifest
-
-
 def run_plan(
     plan: Plan,
-    workers: int = 1,
+    *,
+    workers: int | None = 1,
     max_rejects: float = 0.01,
     overwrite: bool = False,
     name: str | None = None,
     quiet: bool = True,
 ) -> Outcome:
-    """Write what `plan` says; arguments and errors as `write_shards`."""
-    if workers < 1:
+    """Write the data set of `plan`, going on where an earlier run ended.
+
+    Args:
+        workers: processes, None for all CPUs; the bytes are the same at any number. One works in this process, more
+            are Ray's.
+        max_rejects: share of all images that may turn out not to be decodable.
+        overwrite: replace another data set at the output.
+        name: of the data set; by default the last part of the output.
+        quiet: show no progress.
+
+    Raises:
+        DataError: the output holds another data set, an item cannot be read, or too many images were rejected.
+        StorageError: the output cannot be reached or written.
+    """
+    if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, not {workers}")
     if not 0 <= max_rejects <= 1:
         raise DataError(f"max rejects is a share from 0 to 1, not {max_rejects}")
@@ -202,40 +181,82 @@ def run_plan(
     storage.check_writable(plan.output)
     if other is not None:
         _clear(plan.output)
-    sidecars: dict[str, list[Sidecar]] = {split: [] for split in plan.orders}
+    sidecars: dict[str, dict[str, Sidecar]] = {split: {} for split in plan.orders}
+    written: set[str] = set()
     rejects: list[dict[str, str]] = []
-    written = skipped = 0
-    with Progress(plan.total, quiet=quiet) as progress:
-        for split, done in _run_tasks(plan, workers, progress):
-            sidecars[split].append(done.sidecar)
-            rejects += done.sidecar.rejects
-            written, skipped = written + (not done.skipped), skipped + done.skipped
+
+    def write(tasks: Iterator[ShardTask]) -> None:
+        for task, done in run_tasks(tasks, workers):
+            if task.drop is None:
+                rejects.extend(done.sidecar.rejects)
+            if not done.skipped:
+                written.add(task.name)
+            sidecars[task.split][task.name] = done.sidecar
+            progress.update(len(task.numbered), done.skipped)
             if len(rejects) > max_rejects * plan.total:
-                first = rejects[0]
                 raise DataError(
-                    f"{len(rejects)} of {plan.total} images cannot be decoded, more than "
-                    f"--max-rejects {max_rejects:g} allows; the first: {first['source']} ({first['reason']})"
+                    f"{len(rejects)} of {plan.total} images cannot be decoded, more than --max-rejects {max_rejects:g} "
+                    f"allows; the first: {rejects[0]['source']} ({rejects[0]['reason']})"
                 )
-    manifest = _make_manifest(plan, sidecars, name)
+
+    with Progress(plan.total, quiet=quiet) as progress:
+        write(plan.tasks(_known_sidecars(plan)))
+        found = {split: by_name.values() for split, by_name in sidecars.items()}
+        duplicates = find_duplicates(found)
+        if plan.drop_duplicates:
+            write(_without_duplicates(plan, duplicates, sidecars, progress))
+    manifest = _make_manifest(plan, sidecars, duplicates, name)
     if not _stands(manifest, plan.output):
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
-    return Outcome(manifest, written, skipped, tuple(rejects))
+    dropped = sum(len(sidecar.dropped) for sidecars_of in found.values() for sidecar in sidecars_of)
+    total = sum(plan.shards().values())
+    return Outcome(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
 
 
-def _make_manifest(plan: Plan, sidecars: dict[str, list[Sidecar]], name: str | None) -> Manifest:
+def _known_sidecars(plan: Plan) -> dict[str, str]:
+    """Checksums of the sidecars by name of the shard, where a manifest of this plan stands."""
+    try:
+        manifest = load_manifest(plan.output)
+    except DataError:
+        return {}
+    if manifest.plan != plan.digest:
+        return {}
+    return {shard.name: shard.sidecar_sha256 for split in manifest.splits.values() for shard in split.shards}
+
+
+def _without_duplicates(
+    plan: Plan, duplicates: list[Duplicate], sidecars: dict[str, dict[str, Sidecar]], progress: Progress
+) -> Iterator[ShardTask]:
+    """The shards for training that do not yet lack just their duplicates, to be written again."""
+    reasons = {d.key: f"same pixels as {d.first}" for d in duplicates if d.split == TRAIN}
+    for number in range(plan.shards().get(TRAIN, 0)):
+        drop = {key: reasons[key] for key in map(item_key, plan.numbers(TRAIN, number)) if key in reasons}
+        if drop != {d["key"]: d["reason"] for d in sidecars[TRAIN][shard_name(TRAIN, number)].dropped}:
+            task = replace(plan.task(TRAIN, number), drop=drop)
+            progress.expect(len(task.numbered))
+            yield task
+
+
+def _make_manifest(
+    plan: Plan, sidecars: dict[str, dict[str, Sidecar]], duplicates: list[Duplicate], name: str | None
+) -> Manifest:
     splits = {}
     for split, found in sidecars.items():
-        shards = tuple(sorted((s.shard for s in found), key=lambda shard: shard.name))
+        shards = tuple(
+            replace(found[shard].shard, sidecar_sha256=storage.sha256_bytes(sidecar_to_json(found[shard])))
+            for shard in sorted(found)
+        )
         splits[split] = Split(split, sum(s.samples for s in shards), shards)
     return Manifest(
         name=name if name is not None else plan.output.rstrip("/").rsplit("/", 1)[-1],
-        resolution=plan.resolution,
+        resolution=plan.preprocess.resolution,
         channels=3,
         preprocessing=plan.preprocessing,
         splits=splits,
         fingerprint=fingerprint(splits, plan.preprocessing),
         classes=plan.source.classes,
         plan=plan.digest,
+        duplicates={split: sum(d.split == split for d in duplicates) for split in splits},
     )
 
 
@@ -252,64 +273,3 @@ def _clear(output: str) -> None:
     for name in sorted(storage.listdir(output), key=lambda n: n != MANIFEST_NAME):
         if _OWN_FILES.fullmatch(name):
             storage.delete(storage.join(output, name))
-
-
-def _run_tasks(plan: Plan, workers: int, progress: Progress) -> Iterator[tuple[str, ShardDone]]:
-    """Every task's split and result, in the order in which they are done."""
-
-    def count(task: ShardTask, done: ShardDone) -> None:
-        if done.skipped:
-            progress.skip(len(task.numbered))
-
-    if workers == 1:
-        for split, task in plan.tasks():
-            done = run_task(task, progress.update)
-            count(task, done)
-            yield split, done
-        return
-
-    context = multiprocessing.get_context("spawn")
-    ticks = context.Value("q", 0)
-    tasks = plan.tasks()
-    running: dict[Future[ShardDone], tuple[str, ShardTask]] = {}
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (ticks,))
-    try:
-        while True:
-            while len(running) < workers * _IN_FLIGHT and (upcoming := next(tasks, None)) is not None:
-                running[pool.submit(_run_in_worker, upcoming[1])] = upcoming
-            if not running:
-                return
-            finished, _ = wait(running, timeout=_POLL, return_when=FIRST_COMPLETED)
-            progress.update(ticks.value - progress.made)
-            for future in finished:
-                split, task = running.pop(future)
-                done = future.result()
-                count(task, done)
-                yield split, done
-    except BrokenProcessPool:
-        raise storage.StorageError("a worker process died (out of memory?); run again to go on") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_in_worker(task: ShardTask) -> ShardDone:
-    def tick(n: int) -> None:
-        with _ticks.get_lock():
-            _ticks.value += n
-
-    return run_task(task, tick)
-
-
-def _start_worker(ticks: Any) -> None:
-    """Share the count, leave Ctrl-C to the parent, and end when the parent is killed."""
-    global _ticks
-    _ticks = ticks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -60,7 +60,7 @@ def score(
         if stopped():
             return None
         images, noise, labels = data.flow_inputs(batch, model.config.classes, device)
-        bound = model.iwbo(images, [noise, *(b.noise.to(device) for b in more)], labels)
+        bound = model.iwbo(images, [noise, *(b.noise(device) for b in more)], labels)
         bits = flow.bits_per_dim(bound, model.dims, model.config.n_bits).double().cpu()
         weight = batch.weight.double()
         sums += torch.stack([weight.sum(), (weight * bits).sum(), (weight * bits.square()).sum()])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import checkpoint, storage
+from eiwtrain import checkpoint, ray_session, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
 from eiwtrain.signals import Stop, Stopped
@@ -23,56 +22,28 @@ _HEAR_SECONDS = 10.0  # within which a living worker hears of a stop, whatever i
 _END_SECONDS = 30.0
 _WAITING_SECONDS = 60.0  # after which a job whose workers have not started says what it waits for
 
-_OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
-
 # Told to glibc where workers start: a freed activation stays with the process, or each would be unmapped and faulted
 # in again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
 WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
-# The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
-_FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
-
-
-def joins_cluster() -> bool:
-    """Whether the job is to run on a cluster that is there: Ray sets the variable in a submitted job."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
 
 def train(config: Config, tracked: TrackedRun, began: float, console: Console, stop: Stop) -> dict[str, Any]:
     """Start or join Ray, run the workers, pass on what they say; returns how it ended."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if not joins_cluster():
-        # Ray's servers listen on every interface, so this cluster asks for a token, of its own: left to itself Ray
-        # would keep one in ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     from eiwtrain.mailbox import start_mailbox
     from eiwtrain.worker import Job
 
-    where: dict[str, Any] = {}
-    if not joins_cluster():
-        where = {
-            "address": "local",
-            "num_cpus": max(config.max_workers * config.workers.cpus, os.cpu_count() or 1),  # logical: also on one core
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
-    try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **where)
+    try:  # logical CPUs: also on one core
+        ray_session.start(max(config.max_workers * config.workers.cpus, os.cpu_count() or 1))
     except SystemExit:  # how Ray answers SIGTERM meanwhile
         raise Stopped(signal.SIGTERM) from None
-    except (ConnectionError, ValueError, RuntimeError) as e:
-        raise ConfigError(f"RAY_ADDRESS: Ray cannot be {'joined' if joins_cluster() else 'started'}: {e}") from None
+    except ray_session.RayError as e:
+        raise ConfigError(str(e)) from None
     stop.listen()
     try:
         mailbox = start_mailbox()
-        environment = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED)}
-        job = Job(config, tracked, mailbox, environment, began)
+        job = Job(config, tracked, mailbox, ray_session.forwarded_environment(), began)
         console.note(f"starting {config.max_workers} workers ({duration(time.time() - began)} since the start)")
         fit = Fit(config, job)
         return _listen(config, fit, mailbox, console, stop)

@@ -35,16 +35,18 @@ class Meter:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._steps = self._images = 0
+        self._steps = self._images = self.faults = 0
         self._bits = self._waited = self._worked = 0.0
 
-    def add(self, images: int, bits_per_dim: float, waited: float, worked: float) -> None:
-        """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds."""
+    def add(self, images: int, bits_per_dim: float, waited: float, worked: float, faults: int = 0) -> None:
+        """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds, while so many
+        failures of storage were ridden out."""
         self._steps += 1
         self._images += images
         self._bits += bits_per_dim
         self._waited += waited
         self._worked += worked
+        self.faults += faults
 
     @property
     def seconds(self) -> float:
@@ -68,14 +70,23 @@ class Meter:
 
 
 def curves(
-    meter: Meter, bits_per_dim: float, penalty: float, norm: float, lr: float, goodput: float, entropy: Tensor
+    meter: Meter,
+    bits_per_dim: float,
+    penalty: float,
+    norm: float,
+    lr: float,
+    goodput: float,
+    entropy: Tensor,
+    faults: int,
 ) -> dict[str, float]:
     """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
 
-    All but the times are of the step itself, so a step that is made again after a resume gives the same point.
+    All but the times and the faults are of the step itself, so a step that is made again after a resume gives the same
+    point.
 
     Args:
         entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
+        faults: failures of storage that all workers have ridden out since they were started.
     """
     values = {
         "train/bits_per_dim": bits_per_dim,
@@ -85,6 +96,7 @@ def curves(
         "time/images_per_second": meter.images_per_second,
         "time/data_wait": meter.data_wait,
         "time/goodput": goodput,
+        "storage/faults": float(faults),
     }
     for level, (leaves, stays) in enumerate(entropy.tolist()):
         values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}
@@ -100,5 +112,6 @@ def progress(meter: Meter, step: int, max_steps: int, global_batch: int) -> dict
         "bits_per_dim": meter.bits_per_dim,
         "images_per_second": meter.images_per_second,
         "data_wait": meter.data_wait,
+        "faults": meter.faults,
         "eta": (max_steps - step) * global_batch / meter.images_per_second,
     }

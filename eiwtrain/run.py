@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import launch, preflight, storage
+from eiwtrain import launch, preflight, ray_session, storage
 from eiwtrain.config import Config, ConfigError, describe_fields
 from eiwtrain.config_file import load_config
 from eiwtrain.console import Console, duration
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         with Stop(console) as stop:
             config = load_config(args.config, args.overrides)
             with storage.impatient():  # somebody may be waiting for the answer
-                preflight.check_gpus(config, launch.joins_cluster())
+                preflight.check_gpus(config, ray_session.joins_cluster())
                 preflight.check_cluster()
                 manifest = preflight.find_data(config)
                 if args.dry_run:
@@ -182,7 +182,7 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, conso
 def _command(argv: list[str]) -> str:
     """The command that goes on with this run."""
     command = ["-m", "eiwtrain.run", *argv]
-    if launch.joins_cluster():
+    if ray_session.joins_cluster():
         return "ray job submit --working-dir . -- " + shlex.join(["python", *command])
     on_path = str(Path(sys.executable).parent) in os.environ.get("PATH", "").split(":")
     return shlex.join(["python" if on_path else _shortest(sys.executable), *command])

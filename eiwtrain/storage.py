@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import random
+import stat
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
+import fsspec.asyn
 
-T = TypeVar("T")
+from eiwtrain.retry import StorageError as StorageError
+from eiwtrain.retry import faults as faults
+from eiwtrain.retry import impatient as impatient
+from eiwtrain.retry import retrying as retrying
 
 _CHUNK = 1 << 20  # bytes a read while hashing or copying
-_ATTEMPTS = 6  # with doubling waits from 0.5 s: about 16 s in all, on top of the client's own retries
-_attempts: ContextVar[int] = ContextVar("attempts", default=_ATTEMPTS)
-_NETWORK_WORDS = ("Connect", "Timeout", "HTTPClient", "Disconnected", "Payload")
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LARGE = 100 << 20  # bytes from which s3fs uploads in parts
+_PART_TRIES = 5  # of each such part, by the client: one that fails shall not cost the others
 
-
-class StorageError(RuntimeError):
-    """Storage cannot be reached or refuses; the message names the URL and the cause in one line."""
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # else a child waits for its parent's thread for ever
 
 
 def is_local(url: str) -> bool:
@@ -50,68 +48,51 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path inside it.
+def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
+    """The fsspec file system of `url` and the path inside it. Listings are not cached: others write too.
 
-    Call it inside the process that uses it: remote file systems do not survive a fork.
+    Call it where it is used, not once for all: in a forked process fsspec refuses a file system made before the fork,
+    and gives a new one.
+
+    Args:
+        url: a path or any fsspec URL.
+        tries: of each request, by an S3 client itself. One by default, as `retrying` does the rest: on its own
+            s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a server that says nothing.
 
     Raises:
         StorageError: the scheme is unknown or its package is not installed.
     """
+    s3 = url.startswith(("s3://", "s3a://"))
+    options: dict[str, Any] = {}
+    if s3:
+        config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        retries = {"mode": "standard", "total_max_attempts": tries}
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": retries} | config}
     try:
-        return fsspec.core.url_to_fs(url)
+        fs, path = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as e:
         raise StorageError(f"{url}: {e}") from None
-
-
-def retrying(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again after a growing, jittered wait when it fails in a way that may pass.
-
-    Raises:
-        StorageError: it failed for good, or `_ATTEMPTS` times; the cause is in the message.
-        FileNotFoundError: as `call` raised it (callers tell "absent" from "broken").
-    """
-    attempts = _attempts.get()
-    for attempt in range(attempts):
-        try:
-            return call()
-        except FileNotFoundError:
-            raise
-        except Exception as e:
-            if not _may_pass(e) or attempt == attempts - 1:
-                raise StorageError(f"{what}: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
-            time.sleep(0.5 * 2**attempt * random.uniform(0.7, 1.3))
-    raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def impatient() -> Iterator[None]:
-    """In this context nothing is tried twice, beyond what the storage's own client does."""
-    token = _attempts.set(1)
-    try:
-        yield
-    finally:
-        _attempts.reset(token)
-
-
-def _may_pass(e: Exception) -> bool:
-    """Whether another try may succeed: the network's failures, not refusals. botocore's are no OSErrors."""
-    if isinstance(e, OSError):
-        return not isinstance(e, _FINAL)
-    name = type(e).__name__
-    return type(e).__module__.split(".")[0] in ("botocore", "aiohttp") and any(w in name for w in _NETWORK_WORDS)
+    if s3:
+        fs.retries = 1
+    fs.invalidate_cache()
+    return fs, path
 
 
 def exists(url: str) -> bool:
     """Whether a file or folder is at `url`."""
     fs, path = filesystem(url)
-    return retrying(url, lambda: fs.exists(path))
+    if is_local(url):
+        return bool(fs.exists(path))
+    try:
+        retrying(url, lambda: fs.info(path))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def listdir(url: str) -> list[str]:
     """Names directly under `url`, sorted; empty where there is nothing."""
     fs, path = filesystem(url)
-    fs.invalidate_cache()
     try:
         entries = retrying(url, lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
@@ -127,7 +108,6 @@ def size(url: str) -> int:
         FileNotFoundError: nothing is there.
     """
     fs, path = filesystem(url)
-    fs.invalidate_cache()
     return int(retrying(url, lambda: fs.size(path)))
 
 
@@ -139,12 +119,65 @@ def read_bytes(url: str) -> bytes:
         StorageError: it cannot be read.
     """
     fs, path = filesystem(url)
-    return retrying(url, lambda: fs.cat_file(path))
+
+    def read() -> bytes:
+        size = fs.size(path)
+        data: bytes = fs.cat_file(path)
+        _check_length(len(data), size)
+        return data
+
+    return retrying(url, read)
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """Exactly `length` bytes of the file at `url`, from byte `start` on.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StorageError: it cannot be read, or ends before `start + length`.
+    """
+    if length == 0:  # HTTP ranges cannot say so
+        return b""
+    fs, path = filesystem(url)
+
+    def read() -> bytes:
+        data: bytes
+        if is_local(url):
+            with open(path, "rb") as f:
+                f.seek(start)
+                data = f.read(length)
+        else:
+            data = fs.cat_file(path, start=start, end=start + length)
+        if len(data) != length and (size := fs.size(path)) < start + length:
+            raise StorageError(f"{url}: it has {size} bytes, and bytes {start} to {start + length - 1} were asked for")
+        _check_length(len(data), length)
+        return data
+
+    return retrying(url, read)
+
+
+def find(url: str) -> list[tuple[str, int]]:
+    """(path relative to `url`, bytes) of every file in the folder `url` and those below it, sorted by path; empty
+    where there is nothing. Links are followed; links to nothing are left out.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+    fs, path = filesystem(url)
+    if is_local(url):
+        return sorted(_walk(Path(path)))
+    try:
+        found = retrying(url, lambda: fs.find(path, detail=True))
+    except FileNotFoundError:
+        return []
+    top = path.rstrip("/") + "/"
+    # a name that ends in a slash is a store's placeholder for a folder
+    return sorted((n.removeprefix(top), int(f["size"])) for n, f in found.items() if n.startswith(top) and n[-1] != "/")
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Publish `data` at `url`: a reader sees the old bytes, or none, or all of the new ones, never a part."""
-    fs, path = filesystem(url)
+    fs, path = filesystem(url, _PART_TRIES if len(data) >= _LARGE else 1)
     if is_local(url):
         _replace(Path(path), lambda temp: temp.write_bytes(data))
     else:  # an object store's put is atomic by itself
@@ -153,7 +186,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 def put_file(local: str | os.PathLike[str], url: str) -> None:
     """Publish the local file at `url`, atomically as `write_bytes`."""
-    fs, path = filesystem(url)
+    fs, path = filesystem(url, _PART_TRIES if Path(local).stat().st_size >= _LARGE else 1)
     if is_local(url):
         _replace(Path(path), lambda temp: _copy(Path(local), temp))
     else:
@@ -168,7 +201,13 @@ def get_file(url: str, local: str | os.PathLike[str]) -> None:
         StorageError: it cannot be read.
     """
     fs, path = filesystem(url)
-    _replace(Path(local), lambda temp: retrying(url, lambda: fs.get_file(path, str(temp))))
+
+    def get(temp: Path) -> None:
+        size = fs.size(path)
+        fs.get_file(path, str(temp))
+        _check_length(temp.stat().st_size, size)
+
+    _replace(Path(local), lambda temp: retrying(url, lambda: get(temp)))
 
 
 def delete(url: str) -> None:
@@ -231,10 +270,29 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def _check_length(came: int, expected: int) -> None:
+    if came != expected:
+        raise ConnectionError(f"{came} bytes came where there should be {expected}")
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    def fail(e: OSError) -> None:
+        if not isinstance(e, (FileNotFoundError, NotADirectoryError)):
+            raise StorageError(f"{e.filename}: {type(e).__name__}: {e.strerror}") from e
+
+    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        for name in names:
+            file = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                about = file.stat()
+                if stat.S_ISREG(about.st_mode):
+                    yield file.relative_to(root).as_posix(), about.st_size
+
+
 def _put(url: str, call: Callable[[], Any]) -> None:
     try:
         retrying(url, call)
-    except FileNotFoundError as e:  # no such bucket
+    except FileNotFoundError as e:  # no such bucket, where the store does not say so
         raise StorageError(f"{url}: {' '.join(str(e).split())}") from e
 
 

@@ -91,6 +91,7 @@ class Worker:
         )
         self.tracker = Tracker(job.tracked, warn=self.note) if self.rank == 0 else None
         self.meter = report.Meter()
+        self.faults = 0
 
     def run(self) -> dict[str, Any]:
         """The loop. Returns `{"finished": summary}` or `{"stopped": reason, ...}`; raises `Fatal`."""
@@ -128,17 +129,19 @@ class Worker:
         lr = learning_rate(state.step, self.config.train)
         norm = state.advance([m.loss for m in micro_batches], lr)
 
-        measured = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches), self._wants_stop()]
-        bits, penalty, stop = sum_over_ranks(measured, self.device)
+        bits_and_penalty = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches)]
+        measured = [*bits_and_penalty, sum(b.faults for b in own) + data.new_faults(), self._wants_stop()]
+        bits, penalty, faults, stop = sum_over_ranks(measured, self.device)
         if not (math.isfinite(bits) and math.isfinite(norm)):
             self._fail_on_non_finite(own, bits / images, norm)
         worked = time.perf_counter() - started - waited
         state.clock.productive += worked
         state.clock.data_wait += waited
-        self.meter.add(images, bits / images, waited, worked)
+        self.meter.add(images, bits / images, waited, worked, int(faults))
+        self.faults += int(faults)
         if self.tracker is not None and state.step % self.config.tracking.log_every == 0:
             entropy, goodput = micro_batches[-1].entropy, state.clock.goodput
-            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, goodput, entropy)
+            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, goodput, entropy, self.faults)
             self.tracker.metrics(state.step, curves)
         self._progress()
         return stop > 0
@@ -268,6 +271,7 @@ class Worker:
             flip=c.data.flip,
             lanes=c.data.lanes,
             block=c.data.shuffle_block,
+            warn=self.note,
         )
 
     def _first(self, reader: data.ShardReader, n: int) -> data.Batch:

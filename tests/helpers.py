@@ -56,7 +56,8 @@ def write_shards(output: Path, n: int = 60, resolution: int = 8) -> None:
 
     images = output.with_name(output.name + "-images")
     write_images(images, n, resolution)
-    data_prep.prepare("folder", str(output), resolution, path=str(images), eval_fraction=0.2, shard_size=16)
+    split = {"split": "hash:0.2"}
+    data_prep.prepare("folder", str(output), resolution, path=str(images), of_source=split, shard_size=16)
 
 
 def tiny_config(folder: Path, **overrides: Any) -> dict[str, Any]:

@@ -12,6 +12,13 @@ from eiwtrain.config import Config
 from eiwtrain.state import flow_config
 
 
+class MidQuantum(data.Batch):
+    """A batch whose noise is 1/2: what rounds must not lie at a quantum's edge."""
+
+    def noise(self, device=None):
+        return torch.full(self.images.shape, 0.5)
+
+
 def tiny_model(**model):
     torch.manual_seed(0)
     built = flow.EIWFlow(flow_config(Config.model_validate(tiny_config(Path("/x"), model=model)), 3))
@@ -47,7 +54,7 @@ def score(folder, **kwargs):
 def test_the_score_is_the_mean_over_images_with_its_standard_error(shards):
     model, images = tiny_model(), reader(shards)
     (batch,) = data.eval_batches(images, images=100, seed=0, micro_batch=len(images))
-    bits = model.bits_per_dim(flow.dequantize(batch.images, batch.noise, 8)).detach().double()
+    bits = model.bits_per_dim(flow.dequantize(batch.images, batch.noise(), 8)).detach().double()
     result = score(shards, micro_batch=5)
     assert result.images == len(images)
     assert result.bits_per_dim == pytest.approx(float(bits.mean()), rel=1e-5)
@@ -87,10 +94,12 @@ def test_a_class_conditional_model_is_scored_with_the_labels_of_the_images(shard
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     batch = data.first_batch(reader(shards), 6, seed=0)
     assert set(batch.labels.tolist()) == {0, 1}
-    expected = model.bits_per_dim(batch.images, batch.noise, batch.labels).mean().item()
+    expected = model.bits_per_dim(batch.images, batch.noise(), batch.labels).mean().item()
     assert evaluate.score(model, [batch]).bits_per_dim == pytest.approx(expected, rel=1e-6)
-    assert not torch.allclose(*(model.log_prob(batch.images, batch.noise, x) for x in (batch.labels, 1 - batch.labels)))
-    middle = batch._replace(noise=torch.full(batch.images.shape, 0.5))
+    assert not torch.allclose(
+        *(model.log_prob(batch.images, batch.noise(), x) for x in (batch.labels, 1 - batch.labels))
+    )
+    middle = MidQuantum(*batch)
     assert torch.equal(sample.reconstruct(model, middle), batch.images)
     with pytest.raises(data.DataError, match=r"sample \d+ has no class"):
         evaluate.score(model, [batch._replace(labels=batch.labels - 1)])
@@ -115,7 +124,7 @@ def test_png_yardstick_counts_whole_files():
 def test_reconstructions_are_exact_and_samples_repeat(shards):
     model = tiny_model()
     batch = data.first_batch(reader(shards), 4, seed=0)
-    batch = batch._replace(noise=torch.full(batch.images.shape, 0.5))  # what rounds must not lie at a quantum's edge
+    batch = MidQuantum(*batch)
     assert torch.equal(sample.reconstruct(model, batch), batch.images)
     first, again, other = (sample.sample(model, 3, 0.8, seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
@@ -125,7 +134,7 @@ def test_reconstructions_are_exact_and_samples_repeat(shards):
 
 def test_the_overview_shows_two_temperatures_and_reconstructions(shards):
     batch = data.first_batch(reader(shards), 4, seed=0)
-    batch = batch._replace(noise=torch.full(batch.images.shape, 0.5))
+    batch = MidQuantum(*batch)
     picture = sample.overview(tiny_model(), batch, 4, (0.7, 1.0), 0)
     tile, title, gap = 64, 18, 2
     assert picture.size == (4 * (tile + gap) + gap, 4 * (title + tile + 2 * gap))

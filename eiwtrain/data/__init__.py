@@ -9,7 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eiwtrain.data.loader import Batch, eval_batches, first_batch, flow_inputs, labels_for, train_batches
+    from eiwtrain.data.loader import (
+        Batch,
+        eval_batches,
+        first_batch,
+        flow_inputs,
+        labels_for,
+        new_faults,
+        train_batches,
+    )
     from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
     from eiwtrain.data.order import SampleOrder
     from eiwtrain.data.stream import ShardReader
@@ -27,6 +35,7 @@ _HOME = {
     "flow_inputs": "loader",
     "labels_for": "loader",
     "load_manifest": "manifest",
+    "new_faults": "loader",
     "train_batches": "loader",
 }
 
@@ -43,6 +52,7 @@ __all__ = [
     "flow_inputs",
     "labels_for",
     "load_manifest",
+    "new_faults",
     "train_batches",
 ]
 

@@ -1,4 +1,4 @@
-"""Shards of remote storage, kept on local disk within a bound and shared by all processes of the node.
+"""Files of a remote data set, kept on local disk within a bound and shared by all processes of the node.
 
 Not for local data sets, which are read in place; only the note that their checksum was seen to hold is kept here.
 """
@@ -10,12 +10,12 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eiwtrain import storage
-from eiwtrain.data.manifest import DataError, Shard
+from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
 
 DEFAULT_CACHE_BYTES = 64 << 30
 _LOCKS = 64  # downloads of one node that can go on side by side
@@ -48,18 +48,46 @@ class ShardCache:
             DataError: it is missing, or its size or checksum is not the manifest's.
             StorageError: storage cannot be reached.
         """
-        path = self.path(shard)
-        with self._lock(f"fetch-{int(shard.sha256[:8], 16) % _LOCKS}"):
-            if not path.exists():
+        return self._fetch(
+            storage.join(url, shard.name), self.path(shard), shard.bytes, lambda part: check_shard(part, shard)
+        )
+
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard is here."""
+        return self.path(shard).exists()
+
+    def sidecar(self, url: str, shard: Shard) -> Sidecar:
+        """The shard's sidecar, verified, and kept as the shard is where the data set is remote; raises as `fetch`."""
+        where = storage.join(url, sidecar_name(shard.name))
+        if storage.is_local(url):
+            text = read_sidecar(url, shard.name)
+            _check_sidecar(text, shard)
+            return sidecar_from_json(text, where)
+        path = self.folder / f"{shard.sidecar_sha256}.json"
+        while True:
+            self._fetch(where, path, 0, lambda part: _check_sidecar(part.read_bytes(), shard))
+            with suppress(FileNotFoundError):  # it may be evicted between the two
+                return sidecar_from_json(path.read_bytes(), where)
+
+    def _fetch(self, url: str, path: Path, size: int, check: Callable[[Path], None]) -> Path:
+        """Have the file of `size` bytes at `url` at `path`, checked; what arrives as another is asked for once more."""
+        with self._lock(f"fetch-{int(path.name[:8], 16) % _LOCKS}"):
+            for last in (False, True):
+                if path.exists():
+                    break
                 with self._lock("evict"):
-                    self._evict(shard.bytes)
-                part = self.folder / f"{shard.sha256}.{uuid.uuid4().hex}.part"
+                    self._evict(size)
+                part = self.folder / f"{path.name}.{uuid.uuid4().hex}.part"
                 try:
-                    storage.get_file(storage.join(url, shard.name), part)
-                    check_shard(part, shard)
+                    storage.get_file(url, part)
+                    check(part)
                     part.replace(path)
                 except FileNotFoundError:
-                    raise DataError(f"shard {shard.name} is missing from {url}") from None
+                    name, _, folder = url.rpartition("/")[::-1]
+                    raise DataError(f"shard {name} is missing from {folder}") from None
+                except DataError:
+                    if last:
+                        raise
                 finally:
                     part.unlink(missing_ok=True)
             touch(path)
@@ -90,7 +118,7 @@ class ShardCache:
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
                 stat = entry.stat()
-                if entry.name.endswith(".tar"):
+                if entry.name.endswith((".tar", ".json")):
                     files.append((stat.st_mtime, stat.st_size, entry.path))
                 elif entry.name.endswith((".part", ".tmp")):
                     if time.time() - stat.st_mtime > _ABANDONED:
@@ -120,12 +148,18 @@ def check_shard(path: Path, shard: Shard) -> None:
     """
     size = path.stat().st_size
     if size != shard.bytes:
-        raise DataError(f"shard {shard.name} is damaged: {size} bytes, the manifest says {shard.bytes}")
+        raise DataError(f"shard {shard.name} is damaged or replaced: {size} bytes, the manifest says {shard.bytes}")
     found = storage.sha256_file(path)
     if found != shard.sha256:
         raise DataError(
-            f"shard {shard.name} is damaged: sha256 is {found[:12]}..., the manifest says {shard.sha256[:12]}..."
+            f"shard {shard.name} is damaged or replaced: sha256 is {found[:12]}..., "
+            f"the manifest says {shard.sha256[:12]}..."
         )
+
+
+def _check_sidecar(text: bytes, shard: Shard) -> None:
+    if storage.sha256_bytes(text) != shard.sidecar_sha256:
+        raise DataError(f"shard {shard.name}: its sidecar is not the one of the manifest, or damaged")
 
 
 def touch(path: Path) -> None:

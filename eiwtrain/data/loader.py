@@ -13,43 +13,59 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
+from eiwtrain.data.noise import coins, sample_keys, uniform
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
+from eiwtrain.data.prefetch import Lookahead, Prefetcher, short_cache
 from eiwtrain.data.stream import ShardReader
 from eiwtrain.storage import StorageError
 
 _PREFETCH = 4  # micro-batches that each loader worker makes ahead
+_EVAL_SHARDS = 3  # that an evaluation fetches ahead
 _TRAIN, _EVAL = 0, 1  # streams of noise that never meet
-_WORD = 1 << 64
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+# A batch as it travels from a worker: images, (n, H, W, C); keys, indices and labels in one small array, since every
+# tensor costs a file descriptor; faults.
+_Made = tuple[torch.Tensor, npt.NDArray[np.int64], int]
 
 
 class Batch(NamedTuple):
     """A micro-batch of exactly n rows, some of which may be padding.
 
     Attributes:
-        images: uint8 (n, C, H, W).
-        noise: float32 (n, C, H, W) in [0, 1), for dequantization.
-        weight: float32 (n,): 1 for a sample, 0 for padding. Over a step's micro-batches of all ranks it sums to the
-            global batch.
+        images: uint8 (n, C, H, W); in memory as (n, H, W, C).
+        keys: int64 (n,): of each sample's noise.
         indices: int64 (n,): sample index within the split, -1 for padding.
         labels: int64 (n,): classes, -1 for an image of none.
+        faults: failures of storage that were ridden out while it was made, in the process that made it.
     """
 
     images: torch.Tensor
-    noise: torch.Tensor
-    weight: torch.Tensor
+    keys: torch.Tensor
     indices: torch.Tensor
     labels: torch.Tensor
+    faults: int = 0
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 (n,): 1 for a sample, 0 for padding. Over a step's micro-batches of all ranks, the global batch."""
+        return (self.indices >= 0).float()
+
+    def noise(self, device: torch.device | None = None) -> torch.Tensor:
+        """float32 (n, C, H, W) in [0, 1), for dequantization, made on the device."""
+        return uniform(self.keys.to(device), tuple(self.images.shape[1:]))
 
 
 def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -70,6 +86,7 @@ def train_batches(
     flip: bool = False,
     lanes: int = DEFAULT_LANES,
     block: int = DEFAULT_BLOCK,
+    warn: Callable[[str], None] | None = None,
 ) -> Iterator[list[Batch]]:
     """The training stream from step `start_step` on, without end: each item is the share of `rank` in one step.
 
@@ -83,6 +100,7 @@ def train_batches(
         workers: processes that read and decode ahead; 0 does it here. They ignore SIGINT and SIGTERM.
         flip: mirror every other sample, drawn anew each epoch.
         lanes, block: see `SampleOrder`; change them and the order changes.
+        warn: is told, in a line, when the cache of remote shards is too small to work.
 
     Raises:
         ValueError: a size below 1, or a rank outside the world.
@@ -93,7 +111,10 @@ def train_batches(
     if not 0 <= rank < world_size or start_step < 0 or workers < 0:
         raise ValueError(f"rank {rank} of {world_size}, start_step {start_step}, workers {workers}: out of range")
     order = SampleOrder(reader.shard_sizes, reader.manifest.fingerprint, seed, lanes, block)
-    shares = _TrainShares(reader, order, seed, global_batch, micro_batch, rank, world_size, flip)
+    ahead = Lookahead(reader, order, global_batch, rank, world_size)
+    if warn is not None and (short := short_cache(ahead, start_step)):
+        warn(short)
+    shares = _TrainShares(reader, ahead, seed, global_batch, micro_batch, rank, world_size, flip)
     count = micro_batches(global_batch, micro_batch, world_size)
     return _steps(_load(shares, _Numbers(start_step * count), workers), count)
 
@@ -132,7 +153,7 @@ def flow_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What a flow of so many classes takes of a batch, on a device: pixels, noise, labels. Raises as `labels_for`."""
     labels = labels_for(batch, classes)
-    return batch.images.to(device), batch.noise.to(device), labels if labels is None else labels.to(device)
+    return batch.images.to(device).contiguous(), batch.noise(device), labels if labels is None else labels.to(device)
 
 
 def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:
@@ -154,7 +175,7 @@ class _TrainShares(Dataset[Any]):
     def __init__(
         self,
         reader: ShardReader,
-        order: SampleOrder,
+        ahead: Lookahead,
         seed: int,
         global_batch: int,
         micro_batch: int,
@@ -162,7 +183,7 @@ class _TrainShares(Dataset[Any]):
         world_size: int,
         flip: bool,
     ) -> None:
-        self.reader, self.order, self.seed, self.flip = reader, order, seed, flip
+        self.reader, self.ahead, self.order, self.seed, self.flip = reader, ahead, ahead.order, seed, flip
         self.global_batch, self.micro_batch, self.rank, self.world_size = (
             global_batch,
             micro_batch,
@@ -170,8 +191,9 @@ class _TrainShares(Dataset[Any]):
             world_size,
         )
 
-    def __getitem__(self, number: int) -> Batch | Exception:
+    def __getitem__(self, number: int) -> _Made | Exception:
         step, micro = divmod(number, micro_batches(self.global_batch, self.micro_batch, self.world_size))
+        self.ahead.at(step)
         share = self.order.rank_positions(step, self.global_batch, self.rank, self.world_size)
         own = share[micro * self.micro_batch : (micro + 1) * self.micro_batch]
         spare = share[:1] if len(share) else self.order.batch_positions(step, self.global_batch)[:1]
@@ -186,17 +208,21 @@ class _EvalShares(Dataset[Any]):
         self, reader: ShardReader, total: int, seed: int, draw: int, micro_batch: int, rank: int, world_size: int
     ) -> None:
         self.reader, self.total, self.seed, self.draw = reader, total, seed, draw
+        self.prefetcher = Prefetcher(reader)
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
 
-    def __getitem__(self, number: int) -> Batch | Exception:
-        own = np.arange(self.rank, self.total, self.world_size)[number * self.micro_batch :][: self.micro_batch]
+    def __getitem__(self, number: int) -> _Made | Exception:
+        share = np.arange(self.rank, self.total, self.world_size)
+        own = share[number * self.micro_batch :][: self.micro_batch]
         indices = own if len(own) else np.zeros(1, np.int64)
+        (first, last), _ = self.reader.place(np.array([indices[0], self.total - 1]))
+        self.prefetcher.want(range(first, min(first + _EVAL_SHARDS, last) + 1))
         return _caught(
             self.reader, indices, np.full_like(indices, self.draw), len(own), self.micro_batch, self.seed, _EVAL, False
         )
 
 
-def _caught(reader: ShardReader, *args: Any) -> Batch | Exception:
+def _caught(reader: ShardReader, *args: Any) -> _Made | Exception:
     """The batch, or the error as a value: raised in a worker, its one line would be buried in a traceback."""
     try:
         return _make_batch(reader, *args)
@@ -213,44 +239,34 @@ def _make_batch(
     seed: int,
     stream: int,
     flip: bool,
-) -> Batch:
+) -> _Made:
     """The samples, then padding up to `rows` that repeats the first of them; the first `real` rows count."""
-    shape = (rows, *reader.image_shape)
-    images, noise = np.empty(shape, np.uint8), np.empty(shape, np.float32)
-    images[: len(indices)] = reader.read(indices)
-    philox = np.random.Philox(0)
-    for row, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist(), strict=True)):
-        if _draw(philox, (seed, stream, epoch, index), noise[row]) and flip:
-            images[row] = images[row, :, :, ::-1].copy()
-    labels = np.empty(rows, np.int64)
-    labels[: len(indices)] = reader.labels(indices)
-    for padded in (images, noise, labels):
-        padded[len(indices) :] = padded[0]
-    weight = np.zeros(rows, np.float32)
-    weight[:real] = 1
-    kept = np.full(rows, -1, np.int64)
-    kept[:real] = indices[:real]
-    return Batch(*(torch.from_numpy(a) for a in (images, noise, weight, kept, labels)))
+    channels, height, width = reader.image_shape
+    images = torch.empty((rows, height, width, channels), dtype=torch.uint8)
+    if get_worker_info() is not None:
+        images.share_memory_()  # where the images have to be: else they would be copied there
+    pixels, n = images.numpy(), len(indices)
+    words = np.empty((3, rows), np.int64)
+    keys = sample_keys(seed, stream, epochs, indices)
+    words[0, :n], words[1, :n] = keys.view(np.int64), indices
+    words[2, :n] = reader.read_into(pixels[:n], indices)
+    if flip:
+        turned = np.flatnonzero(coins(keys))
+        pixels[turned] = pixels[turned, :, ::-1]
+    for padded in (pixels, words.T):
+        padded[n:] = padded[0]
+    words[1, real:] = -1
+    return images, words, new_faults()
 
 
-def _draw(philox: np.random.Philox, key: tuple[int, int, int, int], noise: npt.NDArray[np.float32]) -> bool:
-    """Fill `noise` with uniforms in [0, 1) and toss a coin, both functions of the key alone.
+_faults_told = 0
 
-    Raw Philox words, 24 bits to a float: the same in every version of NumPy, and a third faster than a
-    generator of its own for each sample.
-    """
-    seed, stream, epoch, index = key
-    state = philox.state
-    state["state"] = {
-        "counter": np.array([0, stream, epoch, index], np.uint64),
-        "key": np.array([seed % _WORD, 0], np.uint64),
-    }
-    state["buffer_pos"] = 4  # the buffer of four words is empty
-    philox.state = state
-    words = philox.random_raw(1 + -(-noise.size // 2))
-    uniform = words[1:].astype("<u8", copy=False).view("<u4")[: noise.size] >> 8
-    np.multiply(uniform.astype(np.float32), np.float32(2**-24), out=noise.reshape(-1))
-    return bool(int(words[0]) & 1)
+
+def new_faults() -> int:
+    """Failures of storage that this process has ridden out since it was last asked."""
+    global _faults_told
+    told, _faults_told = _faults_told, storage.faults()
+    return _faults_told - told
 
 
 class _Numbers:
@@ -311,7 +327,9 @@ def _raising(items: Iterator[Any]) -> Iterator[Batch]:
     for item in items:
         if isinstance(item, Exception):
             raise item
-        yield item
+        images, words, faults = item
+        keys, indices, labels = torch.from_numpy(words)
+        yield Batch(images.permute(0, 3, 1, 2), keys, indices, labels, faults)
 
 
 def _steps(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:

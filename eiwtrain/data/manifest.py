@@ -5,8 +5,8 @@ The one thing that `data_prep` (which writes) and `eiwtrain.data` (which reads) 
 A data set is a folder at any fsspec URL:
 
     manifest.json        written last: without it there is no data set
-    train-000000.tar     WebDataset tar: key.png + key.json per image
-    train-000000.json    its sidecar: checksum, rejects, and where each image lies inside the tar
+    train-000000.tar     WebDataset tar: key.png (or key.npy) + key.json per image
+    train-000000.json    its sidecar: checksum, what was left out, and where each image lies inside the tar
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 from eiwtrain import storage
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT = "eiwtrain-data-1"
-SIDECAR_FORMAT = "eiwtrain-shard-1"
+MANIFEST_FORMAT = "eiwtrain-data-2"
+SIDECAR_FORMAT = "eiwtrain-shard-2"
+ENCODINGS = ("png", "npy")
 
 
 class DataError(ValueError):
@@ -30,12 +31,16 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, how many images it holds, its size in bytes and its hex SHA-256."""
+    """One tar: its file name, how many images it holds, its size in bytes, its hex SHA-256 and that of its sidecar.
+
+    Inside the sidecar itself the last is empty.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    sidecar_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Manifest:
         fingerprint: SHA-256 over the shards' checksums and the preprocessing: equal exactly when the bytes are.
         classes: class names; a sample's label is an index into them, -1 where it has none.
         plan: SHA-256 of what was asked of `data_prep`; tells an unfinished or repeated run from another data set.
+        duplicates: by split, how many of its images have the very pixels of another one, of any split, that comes
+            before it when the splits for evaluation come first.
     """
 
     name: str
@@ -70,6 +77,18 @@ class Manifest:
     fingerprint: str
     classes: tuple[str, ...] = ()
     plan: str = ""
+    duplicates: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def encoding(self) -> str:
+        """How the images are stored, one of `ENCODINGS`."""
+        return str(self.preprocessing["params"].get("encoding", "png"))
+
+    @property
+    def protocol(self) -> str:
+        """What tells figures on this data set from figures on others of its name; empty where nothing does."""
+        source = self.preprocessing["params"].get("source", {})
+        return str(source.get("protocol", "")) if isinstance(source, dict) else ""
 
     def split(self, name: str) -> Split:
         """The split of that name.
@@ -92,8 +111,9 @@ class Sidecar:
         shard: name, samples, bytes, sha256.
         plan: the plan of the data set it belongs to.
         rejects: {"key", "source", "reason"} of each item that could not be decoded.
-        keys, labels, offsets, sizes: one entry per image: WebDataset key, class index, first byte and length of the
-            PNG inside the tar.
+        keys, labels, offsets, sizes, digests: one entry per image: WebDataset key, class index, first byte and length
+            of the image inside the tar, digest of its pixels.
+        dropped: {"key", "source", "digest", "reason"} of each image that was left out as a duplicate.
     """
 
     shard: Shard
@@ -102,7 +122,9 @@ class Sidecar:
     keys: tuple[str, ...] = ()
     labels: tuple[int, ...] = ()
     offsets: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = field(default=())
+    sizes: tuple[int, ...] = ()
+    digests: tuple[str, ...] = ()
+    dropped: tuple[dict[str, str], ...] = ()
 
 
 def shard_name(split: str, number: int) -> str:
@@ -164,6 +186,7 @@ def manifest_to_json(manifest: Manifest) -> bytes:
         },
         "fingerprint": manifest.fingerprint,
         "plan": manifest.plan,
+        "duplicates": manifest.duplicates,
     }
     return (json.dumps(content, indent=1) + "\n").encode()
 
@@ -183,7 +206,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     splits = {}
     for name in (fields := top.mapping("splits")).values:
         split = fields.mapping(name)
-        shards = tuple(_shard(s) for s in split.mappings("shards"))
+        shards = tuple(_shard(s, s.text("sidecar_sha256")) for s in split.mappings("shards"))
         if sum(s.samples for s in shards) != split.integer("samples"):
             raise DataError(f"{where}: field 'splits.{name}.samples' is not the sum over its shards")
         splits[name] = Split(name, split.integer("samples"), shards)
@@ -196,7 +219,10 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         fingerprint=top.text("fingerprint"),
         classes=tuple(top.listed("classes", str)),
         plan=top.text("plan"),
+        duplicates={name: top.mapping("duplicates").integer(name) for name in top.mapping("duplicates").values},
     )
+    if manifest.encoding not in ENCODINGS:
+        raise DataError(f"{where}: images are stored as '{manifest.encoding}', this version reads {ENCODINGS}")
     if manifest.fingerprint != fingerprint(splits, manifest.preprocessing):
         raise DataError(f"{where}: field 'fingerprint' does not match the shards and the preprocessing")
     return manifest
@@ -209,27 +235,28 @@ def load_sidecar(url: str, shard: str) -> Sidecar:
         DataError: absent or damaged.
         StorageError: storage cannot be reached.
     """
+    return sidecar_from_json(read_sidecar(url, shard), storage.join(url, sidecar_name(shard)))
+
+
+def read_sidecar(url: str, shard: str) -> bytes:
+    """The bytes of the sidecar of the shard named `shard`; raises as `load_sidecar`."""
     where = storage.join(url, sidecar_name(shard))
     try:
-        text = storage.read_bytes(where)
+        return storage.read_bytes(where)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"shard {shard}: its sidecar {where} is not there") from None
-    return sidecar_from_json(text, where)
 
 
 def sidecar_to_json(sidecar: Sidecar) -> bytes:
     """`sidecar` as the bytes of its file."""
+    shard = vars(sidecar.shard)
     content = {
         "format": SIDECAR_FORMAT,
-        **vars(sidecar.shard),
+        **{k: v for k, v in shard.items() if k != "sidecar_sha256"},
         "plan": sidecar.plan,
-        "rejects": list(sidecar.rejects),
-        "index": {
-            "key": sidecar.keys,
-            "label": sidecar.labels,
-            "offset": sidecar.offsets,
-            "size": sidecar.sizes,
-        },
+        "rejects": sidecar.rejects,
+        "dropped": sidecar.dropped,
+        "index": _columns(sidecar),
     }
     return (json.dumps(content, separators=(",", ":")) + "\n").encode()
 
@@ -251,12 +278,24 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
         labels=tuple(index.listed("label", int)),
         offsets=tuple(index.listed("offset", int)),
         sizes=tuple(index.listed("size", int)),
+        digests=tuple(index.listed("digest", str)),
+        dropped=tuple(dropped.values for dropped in top.mappings("dropped")),
     )
-    columns = {"key": sidecar.keys, "label": sidecar.labels, "offset": sidecar.offsets, "size": sidecar.sizes}
-    for name, column in columns.items():
+    for name, column in _columns(sidecar).items():
         if len(column) != sidecar.shard.samples:
             raise DataError(f"{where}: field 'index.{name}' has {len(column)} entries, not {sidecar.shard.samples}")
     return sidecar
+
+
+def _columns(sidecar: Sidecar) -> dict[str, tuple[Any, ...]]:
+    """The index, one entry per image in each column."""
+    return {
+        "key": sidecar.keys,
+        "label": sidecar.labels,
+        "offset": sidecar.offsets,
+        "size": sidecar.sizes,
+        "digest": sidecar.digests,
+    }
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
@@ -275,8 +314,10 @@ def _check_format(top: _Fields, expected: str) -> None:
         raise DataError(f"{top.where}: format is {found!r}, this version reads '{expected}'")
 
 
-def _shard(fields: _Fields) -> Shard:
-    return Shard(fields.text("name"), fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"))
+def _shard(fields: _Fields, sidecar_sha256: str = "") -> Shard:
+    return Shard(
+        fields.text("name"), fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"), sidecar_sha256
+    )
 
 
 @dataclass(frozen=True)

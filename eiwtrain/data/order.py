@@ -62,6 +62,7 @@ class SampleOrder:
         self._lane_starts = np.cumsum(self._lane_lengths) - self._lane_lengths
         self._shards_of = lru_cache(_KEPT_EPOCHS)(self._shuffle_shards)
         self._block_of = lru_cache(4 * lanes)(self._shuffle_block)
+        self._shards_under = lru_cache(4 * lanes)(self._find_shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleOrder, (self._sizes.tolist(), self.fingerprint, self.seed, self.lanes, self.block)
@@ -83,9 +84,19 @@ class SampleOrder:
         indices = np.empty_like(slots)
         for epoch in np.unique(epochs).tolist():
             rows = np.flatnonzero(epochs == epoch)
-            ends, shift = self._shards_of(epoch)
+            _, ends, shift = self._shards_of(epoch)
             indices[rows] = slots[rows] + shift[np.searchsorted(ends, slots[rows], side="right")]
         return epochs.reshape(shape), indices.reshape(shape)
+
+    def shards_near(self, positions: npt.ArrayLike) -> list[int]:
+        """The shards, each once, of all samples that lie in one block with one of the positions: as long as its lanes
+        stay in these blocks, a stream reads from no others."""
+        epochs, local = self._locate(np.reshape(positions, -1))
+        lanes, blocks = local % self.lanes, local // self.lanes // self.block
+        found: dict[int, None] = {}
+        for epoch, block, lane in np.unique(np.stack([epochs, blocks, lanes]), axis=1).T.tolist():
+            found.update(dict.fromkeys(self._shards_under(epoch, lane, block)))
+        return list(found)
 
     def lanes_of(self, positions: npt.ArrayLike) -> Ints:
         """The lane of each position."""
@@ -110,11 +121,19 @@ class SampleOrder:
             raise ValueError("a position cannot be negative")
         return np.divmod(positions, self.samples)
 
-    def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints]:
-        """Per shard, in the epoch's order: where it ends in the concatenation, and sample index minus slot."""
+    def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints, Ints]:
+        """The epoch's order of shards; for each, where it ends in the concatenation, and sample index minus slot."""
         order = seeded_permutation(len(self._sizes), self.fingerprint, self.seed, epoch)
         ends = np.cumsum(self._sizes[order])
-        return ends, self._starts[order] - (ends - self._sizes[order])
+        return order, ends, self._starts[order] - (ends - self._sizes[order])
+
+    def _find_shards(self, epoch: int, lane: int, block: int) -> list[int]:
+        """The shards that the block lies in."""
+        start = int(self._lane_starts[lane]) + block * self.block
+        stop = min(start + self.block, int(self._lane_starts[lane] + self._lane_lengths[lane]))
+        order, ends, _ = self._shards_of(epoch)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        return [shard for shard in order[first : last + 1].tolist() if self._sizes[shard]]
 
     def _shuffle_block(self, epoch: int, lane: int, block: int) -> Ints:
         length = min(self.block, int(self._lane_lengths[lane]) - block * self.block)

@@ -6,19 +6,20 @@ import io
 import mmap
 import os
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from eiwtrain import storage
 from eiwtrain.data.cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_dir, touch
-from eiwtrain.data.manifest import DataError, Manifest, load_sidecar
+from eiwtrain.data.manifest import DataError, Manifest
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -38,9 +39,9 @@ class _Open:
 class _Index(NamedTuple):
     """Of a shard's images: where their bytes are, and their classes."""
 
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
+    offsets: array[int]
+    sizes: array[int]
+    labels: array[int]
 
 
 class ShardReader:
@@ -73,9 +74,19 @@ class ShardReader:
         self.manifest = manifest
         self.split = manifest.split(split)
         self.cache = ShardCache(Path(cache_dir) if cache_dir is not None else default_cache_dir(), cache_bytes)
-        self._ends = np.cumsum(self.shard_sizes)
+        sizes = np.array(self.shard_sizes, np.int64)
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+        channels, height, width = self.image_shape
+        npy = manifest.encoding == "npy"
+        self._decode = _DecodeNpy(_npy_header((height, width, channels))) if npy else _decode_png
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._index: dict[int, _Index] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether shards are read where they are, and none is fetched."""
+        return storage.is_local(self.url)
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -102,21 +113,51 @@ class ShardReader:
 
     def read(self, indices: Iterable[int]) -> Pixels:
         """The images of the indices: uint8 (n, C, H, W). Raises as `reader[index]`."""
-        wanted = np.fromiter((int(i) for i in indices), np.int64)
+        wanted = np.fromiter(indices, np.int64)
         channels, height, width = self.image_shape
         pixels = np.empty((len(wanted), height, width, channels), np.uint8)
-        for row, index in enumerate(wanted.tolist()):
-            pixels[row] = self._decode(*self._place(index))
+        self.read_into(pixels, wanted)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
-    def labels(self, indices: Iterable[int]) -> npt.NDArray[np.int64]:
-        """The classes of the images, (n,), -1 for an image of none. Raises as `reader[index]`."""
-        found = []
-        for index in indices:
-            number, local = self._place(int(index))
-            self._load_index(number)
-            found.append(self._index[number].labels[local])
-        return np.array(found, np.int64)
+    def read_into(self, out: Pixels, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Read the images of the indices, (n,), into `out`, (n, H, W, C); returns their classes, (n,), -1 for none.
+
+        Raises as `reader[index]`.
+        """
+        numbers, rows = self.place(indices)
+        labels = np.empty(len(indices), np.int64)
+        for i, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
+            data = self._map(number)
+            index = self._index[number]
+            start = index.offsets[row]
+            labels[i] = index.labels[row]
+            try:
+                self._decode(data[start : start + index.sizes[row]], out[i])
+            except (ValueError, RuntimeError) as e:  # PngError is a RuntimeError
+                name, problem = self.split.shards[number].name, str(e).splitlines()[0]
+                raise DataError(f"shard {name}: image {row} cannot be decoded ({problem})") from None
+        return labels
+
+    def place(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Which shards the images are in, and their numbers there; (n,) each.
+
+        Raises:
+            IndexError: there are fewer.
+        """
+        if outside := [i for i in indices.tolist() if not 0 <= i < len(self)]:
+            raise IndexError(f"sample {outside[0]} of split '{self.split.name}', which has {len(self)}")
+        numbers = np.searchsorted(self._ends, indices, side="right").astype(np.int64)
+        return numbers, indices - self._starts[numbers]
+
+    def has(self, number: int) -> bool:
+        """Whether shard `number` can be read without asking remote storage."""
+        return self.is_local or self.cache.has(self.split.shards[number])
+
+    def fetch(self, number: int) -> None:
+        """Bring shard `number` and its sidecar to this machine. Safe in any thread. Raises as `reader[index]`."""
+        if not self.is_local:
+            self.cache.sidecar(self.url, self.split.shards[number])
+            self.cache.fetch(self.url, self.split.shards[number])
 
     def close(self) -> None:
         """Unmap all shards; the next read maps anew."""
@@ -126,31 +167,9 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_index": {}}
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Which shard image `index` is in, and its number there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of split '{self.split.name}', which has {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, index - int(self._ends[number]) + self.split.shards[number].samples
-
-    def _decode(self, number: int, local: int) -> Pixels:
-        data = self._map(number)
-        index = self._index[number]
-        start = int(index.offsets[local])
-        shard = self.split.shards[number]
-        try:
-            with Image.open(io.BytesIO(data[start : start + int(index.sizes[local])])) as image:
-                pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as e:
-            raise DataError(f"shard {shard.name}: image {local} cannot be decoded ({e})") from None
-        expected = (*self.image_shape[1:], self.image_shape[0])
-        if pixels.shape != expected:
-            raise DataError(f"shard {shard.name}: image {local} has shape {pixels.shape}, not {expected}")
-        return pixels
-
     def _map(self, number: int) -> mmap.mmap:
         """The bytes of shard `number`, mapped now if they were not."""
-        remote = not storage.is_local(self.url)
+        remote = not self.is_local
         if number in self._open:
             self._open.move_to_end(number)
             found = self._open[number]
@@ -178,7 +197,7 @@ class ShardReader:
 
     def _local_path(self, number: int) -> Path:
         shard = self.split.shards[number]
-        if not storage.is_local(self.url):
+        if not self.is_local:
             return self.cache.fetch(self.url, shard)
         path = Path(storage.join(self.url, shard.name))
         self.cache.verify_local(path, shard)
@@ -188,9 +207,32 @@ class ShardReader:
         if number in self._index:
             return
         shard = self.split.shards[number]
-        sidecar = load_sidecar(self.url, shard.name)
-        if sidecar.shard != shard:
+        sidecar = self.cache.sidecar(self.url, shard)
+        if replace(sidecar.shard, sidecar_sha256=shard.sidecar_sha256) != shard:
             raise DataError(f"shard {shard.name}: its sidecar is of other bytes than the manifest")
-        self._index[number] = _Index(
-            np.array(sidecar.offsets, np.int64), np.array(sidecar.sizes, np.int32), np.array(sidecar.labels, np.int32)
-        )
+        columns = sidecar.offsets, sidecar.sizes, sidecar.labels
+        self._index[number] = _Index(*(array("q", column) for column in columns))
+
+
+def _decode_png(data: bytes, out: Pixels) -> None:
+    """The pixels of a PNG into `out`, (H, W, C)."""
+    imagecodecs.png_decode(data, out=out)
+
+
+@dataclass(frozen=True)
+class _DecodeNpy:
+    """The pixels of a .npy file of that header into `out`, (H, W, C)."""
+
+    header: bytes
+
+    def __call__(self, data: bytes, out: Pixels) -> None:
+        if not data.startswith(self.header) or len(data) != len(self.header) + out.size:
+            raise ValueError(f"not a .npy file of uint8 {out.shape}")
+        out.reshape(-1)[:] = np.frombuffer(data, np.uint8, offset=len(self.header))
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """What NumPy writes before uint8 of that shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +61,11 @@ def write_data_set(url: str, sizes: dict[str, list[int]]) -> Manifest:
             data = buffer.getvalue()
             shard = Shard(shard_name(split, number), count, len(data), storage.sha256_bytes(data))
             labels = tuple(i % 3 for i in range(index - count, index))
-            sidecar = Sidecar(shard, "plan", (), tuple(keys), labels, tuple(offsets), tuple(lengths))
+            sidecar = Sidecar(shard, "plan", (), tuple(keys), labels, tuple(offsets), tuple(lengths), ("",) * count)
+            text = sidecar_to_json(sidecar)
             storage.write_bytes(storage.join(url, shard.name), data)
-            storage.write_bytes(storage.join(url, sidecar_name(shard.name)), sidecar_to_json(sidecar))
-            shards.append(shard)
+            storage.write_bytes(storage.join(url, sidecar_name(shard.name)), text)
+            shards.append(replace(shard, sidecar_sha256=storage.sha256_bytes(text)))
         splits[split] = Split(split, sum(counts), tuple(shards))
     manifest = Manifest(
         "noise", SIDE, 3, preprocessing, splits, fingerprint(splits, preprocessing), ("a", "b", "c"), "plan"

@@ -52,7 +52,7 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set(["format"], "other-9"), "format is 'other-9', this version reads 'eiwtrain-data-1'"),
+        (_set(["format"], "other-9"), "format is 'other-9', this version reads 'eiwtrain-data-2'"),
         (_set(["resolution"], None), "field 'resolution' is missing"),
         (_set(["resolution"], "32"), "field 'resolution' is '32', not a whole number"),
         (_set(["channels"], True), "field 'channels' is True"),

@@ -32,7 +32,7 @@ def test_a_mendable_error_is_one_line_and_code_2_and_writes_nothing(tmp_path: Pa
     output = tmp_path / "set"
     run = _run("folder", "--source", tmp_path / "nowhere", "--output", output, "--resolution", 8)
     assert run.returncode == 2
-    assert run.stderr == f"data_prep: source {tmp_path / 'nowhere'}: no such folder or tar\n"
+    assert run.stderr == f"data_prep: source {tmp_path / 'nowhere'}: no such folder, tar or zip\n"
     assert run.stdout == ""
     assert not output.exists()
 
@@ -43,7 +43,9 @@ def test_a_mendable_error_is_one_line_and_code_2_and_writes_nothing(tmp_path: Pa
         (["--shard-size", "0"], "shard size must be at least 1"),
         (["--workers", "0"], "workers must be at least 1"),
         (["--max-rejects", "2"], "max rejects is a share"),
-        (["--eval-fraction", "-1"], "eval fraction must be"),
+        (["--split", "hash:2"], "needs a share above 0 and below 1"),
+        (["--only", "val"], "there is no split 'val' to write"),
+        (["--short-side", "7"], "short side must be at least the resolution"),
         (["--resolution", "0"], "resolution must be"),
         (["--output", "nosuch://bucket/set"], "nosuch"),
     ],
@@ -77,7 +79,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
 ) -> None:
     output = tmp_path / "set"
     base = ["folder", "--source", str(pictures), "--output", str(output), "--resolution", "8", "--shard-size", "5"]
-    assert main([*base, "--eval-fraction", "0", "--dry-run"]) == 0
+    assert main([*base, "--split", "all", "--dry-run"]) == 0
     assert "train: 20 images in 4 shards" in capsys.readouterr().out
     assert not output.exists()
 
@@ -93,7 +95,7 @@ def test_a_finished_data_set_is_said_to_be_finished_and_shown(
     assert main(["show", str(tmp_path / "set")]) == 0
     shown = capsys.readouterr().out
     manifest = load_manifest(str(tmp_path / "set"))
-    for part in (manifest.fingerprint, "center-crop-resize v1", f"train: {manifest.splits['train'].samples} images"):
+    for part in (manifest.fingerprint, "center-crop-resize v2", f"train: {manifest.splits['train'].samples} images"):
         assert part in shown
     assert main(["show", str(tmp_path)]) == 2
     assert "no data set at" in capsys.readouterr().err

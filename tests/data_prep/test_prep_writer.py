@@ -21,10 +21,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import prepare, writer
-from data_prep.items import Item
+from data_prep import parallel, prepare
+from data_prep.pixels import Preprocess, fit
 from data_prep.progress import Progress
-from data_prep.shard import encode
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 
@@ -40,8 +39,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _prepare(images: Path, output: Any, **options: Any) -> Any:
-    return prepare("folder", str(output), 8, path=str(images), **({"shard_size": 16} | options))
+def _prepare(images: Path, output: Any, preprocess: dict[str, Any] | None = None, **options: Any) -> Any:
+    return prepare("folder", str(output), 8, path=str(images), preprocess=preprocess, **({"shard_size": 16} | options))
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -52,6 +51,7 @@ def _times(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
+@pytest.mark.cluster
 def test_bytes_are_the_same_at_any_number_of_workers(images: Path, tmp_path: Path) -> None:
     one = _prepare(images, tmp_path / "1" / "set")
     two = _prepare(images, tmp_path / "2" / "set", workers=2)
@@ -122,7 +122,7 @@ def test_what_was_damaged_is_mended(images: Path, tmp_path: Path, damaged: str) 
 def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_task, done = writer.run_task, []
+    run_task, done = parallel.run_task, []
 
     def stop_after_two(*args: Any) -> Any:
         if len(done) == 2:
@@ -130,7 +130,7 @@ def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
         done.append(run_task(*args))
         return done[-1]
 
-    monkeypatch.setattr(writer, "run_task", stop_after_two)
+    monkeypatch.setattr(parallel, "run_task", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         _prepare(images, tmp_path)
     with pytest.raises(DataError, match="no data set"):
@@ -143,6 +143,7 @@ def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
     assert {name: _times(tmp_path)[name] for name in times} == times
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_killed_command_leaves_no_data_set_and_the_same_command_completes_it(
     tmp_path: Path, number: signal.Signals, code: int
@@ -179,7 +180,7 @@ def test_another_data_set_is_not_overwritten_unasked(images: Path, tmp_path: Pat
     before = _bytes(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"holds another data set \('.*', 8 pixels, .*--overwrite"):
-        _prepare(images, tmp_path, resample="lanczos")
+        _prepare(images, tmp_path, {"resample": "lanczos"})
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(DataError, match="holds unfinished shards of another data set"):
         _prepare(images, tmp_path, shard_size=50)
@@ -240,9 +241,8 @@ def test_images_are_upright_cropped_and_resized() -> None:
     exif[0x0112] = 6  # "turn 90 degrees clockwise to see it upright"
     buffer = io.BytesIO()
     rotated.save(buffer, "PNG", exif=exif)
-    for picture in (Image.fromarray(wide), Image.open(buffer)):
-        with Image.open(io.BytesIO(encode(Item(0, "x", 0, lambda p=picture: p), 4, "box"))) as image:
-            made = np.asarray(image)
+    for loaded in (wide, Image.fromarray(wide), buffer.getvalue()):
+        made = fit(loaded, "x", Preprocess(4))
         assert made.shape == (4, 4, 3)
         assert (made[:2, :, 0] == 100).all()
         assert (made[2:] == 200).all()
@@ -250,8 +250,7 @@ def test_images_are_upright_cropped_and_resized() -> None:
 
 def test_images_of_the_right_size_keep_their_pixels_and_gray_becomes_rgb() -> None:
     gray = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
-    with Image.open(io.BytesIO(encode(Item(0, "x", 0, lambda: Image.fromarray(gray)), 8, "lanczos"))) as image:
-        assert np.array_equal(np.asarray(image), np.repeat(gray[:, :, None], 3, 2))
+    assert np.array_equal(fit(Image.fromarray(gray), "x", Preprocess(8, "lanczos")), np.repeat(gray[:, :, None], 3, 2))
 
 
 def test_progress_writes_tidy_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +258,7 @@ def test_progress_writes_tidy_lines_where_there_is_no_terminal(monkeypatch: pyte
     monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     with Progress(10_000, stream) as progress:
-        progress.skip(1000)
+        progress.update(1000, stood=True)
         for _ in range(12):
             now[0] += 1
             progress.update(100)

@@ -1,0 +1,80 @@
+"""Who does the tasks: this process, or workers of Ray, of this machine or of a cluster. Not what a task is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec.config
+
+from data_prep.shard import ShardDone, ShardTask, run_task
+from eiwtrain import ray_session
+from eiwtrain.data.manifest import DataError
+from eiwtrain.storage import StorageError
+
+_IN_FLIGHT = 2  # tasks handed out per worker
+_RETRIES = 3  # of a task whose worker or node has died
+
+
+def run_tasks(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, ShardDone]]:
+    """Every task with its result, in the order in which they are done.
+
+    With one worker all is done in this process; None takes all CPUs of the machine, or of the cluster.
+
+    Raises:
+        DataError, StorageError: as a task raised it; or workers died again and again, or Ray cannot be had.
+    """
+    if workers == 1:
+        return ((task, run_task(task)) for task in tasks)
+    return _run_on_ray(tasks, workers)
+
+
+def _run_on_ray(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, ShardDone]]:
+    if (task := next(tasks, None)) is None:
+        return
+    if not ray_session.is_running():
+        _start(workers or os.cpu_count() or 1)
+    import ray
+
+    workers = workers or int(ray.cluster_resources().get("CPU", 1))
+    remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_in_worker)
+    environment = ray_session.forwarded_environment()
+    running: dict[Any, ShardTask] = {}
+    while task is not None or running:
+        while task is not None and len(running) < workers * _IN_FLIGHT:
+            running[remote.remote(task, environment)] = task
+            task = next(tasks, None)
+        finished, _ = ray.wait(list(running), num_returns=1)
+        for reference in finished:
+            try:
+                done = ray.get(reference)
+            except ray.exceptions.RayError as e:
+                cause = str(e).strip().splitlines()[0]
+                raise StorageError(f"workers of Ray died (out of memory?): {cause}; run again to go on") from None
+            if isinstance(done, Exception):
+                raise done
+            yield running.pop(reference), done
+
+
+def _start(workers: int) -> None:
+    """Start or join Ray, and keep SIGTERM as it was."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray_session.start(workers)
+    except ray_session.RayError as e:
+        raise StorageError(str(e)) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _run_in_worker(task: ShardTask, environment: dict[str, str]) -> ShardDone | Exception:
+    """The result, or the error as a value: raised, its one line would be buried in a traceback."""
+    os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
+    try:
+        return run_task(task)
+    except (DataError, StorageError) as e:
+        return e

@@ -1,0 +1,190 @@
+"""What is done to the pixels of every image: decode, upright, RGB, crop, resize; and the lossless encodings.
+
+A pure function of an image's bytes and name and of `Preprocess`, which goes into the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from data_prep.items import Box, Loaded
+from eiwtrain.data.manifest import ENCODINGS, DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+VERSION = 2  # raise it when the same image would give other pixels
+MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is likelier than an image model
+RESAMPLING = {
+    "box": Image.Resampling.BOX,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+CROPS = ("center", "random")
+_DEEP_MODES = ("I", "F")  # more than 8 bits a channel: converting would clip, so they are rejected
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MOST_PIXELS = 50_000_000  # of a resized image, 150 MB: a short side of 96 makes 1.8 GB of an image of 1 x 65,000
+_PNG_LEVEL = 4  # zlib's: 6 takes half as long again, for half a percent of size
+
+
+class Undecodable(ValueError):
+    """No image of 8 bits a channel, or one that is cut off; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From an image of any size to `resolution` x `resolution` RGB pixels.
+
+    Without `short_side` the largest square is cut and resized; with it the image is resized until its shorter side
+    has so many pixels, and a square of `resolution` is cut.
+
+    Attributes:
+        resolution: height and width of the result, in pixels.
+        resample: filter for resizing, a key of `RESAMPLING`.
+        encoding: png, or npy (no compression: half as large again, read many times faster).
+        crop: where the square is cut: center, or random (by `seed` and the item's name).
+        short_side: in pixels.
+        seed: of random crops.
+        box: part of each image that is used at all, (left, top, right, bottom) in its pixels; cut first.
+    """
+
+    resolution: int
+    resample: str = "box"
+    encoding: str = "png"
+    crop: str = "center"
+    short_side: int | None = None
+    seed: int = 0
+    box: Box | None = None
+
+    def __post_init__(self) -> None:
+        """Raises DataError for a value that cannot be."""
+        for name, choices in (("resample", tuple(RESAMPLING)), ("encoding", ENCODINGS), ("crop", CROPS)):
+            if getattr(self, name) not in choices:
+                raise DataError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
+        if not 1 <= self.resolution <= MAX_RESOLUTION:
+            raise DataError(f"resolution must be 1 to {MAX_RESOLUTION}, not {self.resolution}")
+        if self.short_side is not None and self.short_side < self.resolution:
+            raise DataError(f"short side must be at least the resolution, {self.resolution}, not {self.short_side}")
+
+    def describe(self) -> dict[str, Any]:
+        """{"name", "version", "params"} for the manifest; parameters that play no part are left out."""
+        params = {k: v for k, v in asdict(self).items() if v is not None}
+        if self.crop == "center":
+            del params["seed"]
+        name = f"{self.crop}-crop-resize" if self.short_side is None else f"short-side-{self.crop}-crop"
+        return {"name": name, "version": VERSION, "params": params}
+
+
+def fit(loaded: Loaded, name: str, preprocess: Preprocess) -> Pixels:
+    """What was loaded under that name as uint8 (resolution, resolution, 3).
+
+    Raises:
+        Undecodable: it is no image that can be used.
+    """
+    fits = (preprocess.resolution, preprocess.resolution) if preprocess.short_side is None else None
+    if isinstance(loaded, np.ndarray) and loaded.shape[:2] == fits and preprocess.box is None:
+        return loaded
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _rgb(loaded)
+    except (MemoryError, Undecodable):
+        raise
+    except UnidentifiedImageError:  # its text has an address in memory, another one in every run
+        raise Undecodable("no image of a known format") from None
+    except Exception as e:  # Pillow's plugins raise whatever they stumble over
+        raise Undecodable(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+    if preprocess.box is not None:
+        image = _within(image, preprocess.box)
+    if image.size != fits:
+        image = _square(image, name, preprocess)
+    return np.asarray(image)
+
+
+def digest(pixels: Pixels) -> str:
+    """24 hex characters that are equal for equal pixels and, but for one chance in 2^96, for no others."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:24]
+
+
+def encode(pixels: Pixels, encoding: str) -> bytes:
+    """uint8 (H, W, 3) as the bytes of a PNG or a .npy file."""
+    if encoding == "png":
+        return bytes(imagecodecs.png_encode(pixels, level=_PNG_LEVEL))
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, pixels, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _rgb(loaded: Loaded) -> Image.Image:
+    """Upright, RGB."""
+    if isinstance(loaded, np.ndarray):
+        return Image.fromarray(loaded)
+    if isinstance(loaded, Image.Image):
+        return loaded.convert("RGB")
+    with Image.open(io.BytesIO(loaded)) as opened:
+        if opened.mode.split(";")[0] in _DEEP_MODES:
+            raise Undecodable(f"mode {opened.mode}: more than 8 bits a channel")
+        return _upright(opened).convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, where that can be read.
+
+    Not by `ImageOps.exif_transpose`: it writes all of the EXIF anew, which fails on much that is in photographs.
+    """
+    image.load()  # turns a TIFF, and forgets its orientation
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as above
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _within(image: Image.Image, box: Box) -> Image.Image:
+    if box[2] > image.width or box[3] > image.height:
+        raise Undecodable(f"{image.width}x{image.height} pixels are too few for the crop {box}")
+    return image.crop(box)
+
+
+def _square(image: Image.Image, name: str, p: Preprocess) -> Image.Image:
+    """A square of the image, resized."""
+    if p.short_side is None:
+        side, size = min(image.size), (p.resolution, p.resolution)
+    else:
+        scale = p.short_side / min(image.size)
+        width, height = (max(p.short_side, round(scale * n)) for n in image.size)
+        if width * height > _MOST_PIXELS:
+            raise Undecodable(
+                f"{image.width}x{image.height} pixels are too elongated for a short side of {p.short_side}"
+            )
+        image = image.resize((width, height), RESAMPLING[p.resample])
+        side, size = p.resolution, None
+    spare = image.width - side, image.height - side
+    if p.crop == "center":
+        left, top = spare[0] // 2, spare[1] // 2
+    else:
+        left, top = (number % (most + 1) for number, most in zip(_two_numbers(p.seed, name), spare, strict=True))
+    box = (left, top, left + side, top + side)
+    return image.crop(box) if size is None else image.resize(size, RESAMPLING[p.resample], box=box)
+
+
+def _two_numbers(seed: int, name: str) -> tuple[int, int]:
+    """Far above any side of an image, and a function of the seed and the name alone."""
+    words = hashlib.sha256(f"{seed}:".encode() + name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(words[:8], "big"), int.from_bytes(words[8:16], "big")

@@ -1,0 +1,127 @@
+"""Rules that say which images are trained on and which are held out, where the source does not, or not as wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.items import Item, Source
+from eiwtrain.data.manifest import DataError
+
+TRAIN, TEST = "train", "test"
+AUTO_SHARE = 0.1  # held out of a source without a split for evaluation
+RULES = "auto, own, hash:SHARE, last:N or all"
+
+
+def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> Source:
+    """The source with its splits made by a rule, and of those the ones in `only` (all where it is empty).
+
+    - `own`: as the source has them.
+    - `auto`: the same; where there is none but `train`, a tenth of it is held out as by `hash`.
+    - `hash:SHARE`: that share of `train` becomes `test`, chosen by a hash of the name: the same image stays on its
+      side when others come or go.
+    - `last:N`: the last n images of `train`, in the source's order, become `test`.
+    - `all`: the images of all splits become `train`.
+
+    Raises:
+        DataError: no such rule; it would hold out of a source that has a split for evaluation; a split would be
+            empty; or `only` names one that is not there.
+    """
+    kind, _, value = rule.partition(":")
+    splits = dict(source.splits)
+    if kind == "all" and not value:
+        splits = {TRAIN: _Joined(list(splits.values()))}
+    elif (rule == "auto" and list(splits) == [TRAIN]) or kind in ("hash", "last"):
+        splits = _held_out(source, rule)
+    elif rule not in ("own", "auto"):
+        raise DataError(f"split must be {RULES}, not '{rule}'")
+    for name in only:
+        if name not in splits:
+            raise DataError(f"there is no split '{name}' to write; there are {', '.join(splits)}")
+    kept = {name: items for name, items in splits.items() if not only or name in only}
+    if empty := [name for name, items in kept.items() if not items]:
+        raise DataError(f"split '{empty[0]}' would have no images")
+    return replace(source, splits=kept)
+
+
+class _Chosen(Sequence[Item]):
+    """Some items of a sequence, which it still makes when they are asked for."""
+
+    def __init__(self, items: Sequence[Item], indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Chosen: ...
+    def __getitem__(self, index: int | slice) -> Item | _Chosen:
+        if isinstance(index, slice):
+            return _Chosen(self._items, self._indices[index])
+        return self._items[int(self._indices[index])]
+
+
+class _Joined(Sequence[Item]):
+    """The items of several sequences, one after the other, which they still make when they are asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Chosen: ...
+    def __getitem__(self, index: int | slice) -> Item | _Chosen:
+        at = range(len(self))[index]
+        if isinstance(at, range):
+            return _Chosen(self, at)
+        part = bisect_right(self._ends, at)
+        return self._parts[part][at - self._ends[part]]  # counted from the end of that part
+
+
+def _held_out(source: Source, rule: str) -> dict[str, Sequence[Item]]:
+    """`train` in two parts; without `test` where `auto` finds so few images that none is chosen."""
+    kind, _, value = rule.partition(":")
+    if list(source.splits) != [TRAIN]:
+        raise DataError(
+            f"--split {rule} would hold images out of 'train', but the source has splits of its own: "
+            f"{', '.join(source.splits)}; use own or all"
+        )
+    items = source.splits[TRAIN]
+    if kind == "last":
+        if not value.isdecimal() or not 1 <= int(value) < len(items):
+            raise DataError(f"--split last:N needs a number from 1 to below {len(items)}, the images, not '{value}'")
+        first = len(items) - int(value)
+        return {TRAIN: _Chosen(items, range(first)), TEST: _Chosen(items, range(first, len(items)))}
+    share = AUTO_SHARE if kind == "auto" else _number(value)
+    if not 0 < share < 1:
+        raise DataError(f"--split hash:SHARE needs a share above 0 and below 1, not '{value}'")
+    held = np.fromiter((_share(item.source) < share for item in items), bool, len(items))
+    splits = {TRAIN: _Chosen(items, np.flatnonzero(~held)), TEST: _Chosen(items, np.flatnonzero(held))}
+    return {TRAIN: items} if kind == "auto" and not splits[TEST] else dict(splits)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _share(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64

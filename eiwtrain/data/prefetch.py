@@ -1,0 +1,112 @@
+"""Remote shards brought to this machine before they are read: which ones come soon, and the threads that fetch them.
+
+What a shard is, and where it is kept, is the business of the reader and its cache.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+from eiwtrain.data.manifest import DataError
+from eiwtrain.data.order import SampleOrder
+from eiwtrain.data.stream import ShardReader
+from eiwtrain.storage import StorageError
+
+_THREADS = 4  # downloads side by side of one process
+
+
+class Prefetcher:
+    """Fetches the shards that are wanted, in the order in which they are told, each once.
+
+    Failures are left to the reader, which meets them when it needs the shard. Picklable; threads start with the first
+    wish, and never keep a process from ending.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+        self._wanted: SimpleQueue[int] = SimpleQueue()
+        self._known: frozenset[int] = frozenset()
+        self._threads: list[threading.Thread] = []
+
+    def want(self, shards: Iterable[int]) -> None:
+        """These shards are wanted, the first ones first; what was wanted before and is not among them no longer is."""
+        if self.reader.is_local:
+            return
+        asked = list(shards)
+        new = [number for number in asked if number not in self._known and not self.reader.has(number)]
+        self._known = frozenset(asked)
+        for number in new:
+            self._wanted.put(number)
+        while len(self._threads) < min(_THREADS, len(new)):
+            self._threads.append(threading.Thread(target=self._work, daemon=True, name="prefetch"))
+            self._threads[-1].start()
+
+    def _work(self) -> None:
+        while True:
+            number = self._wanted.get()
+            if number in self._known:
+                with suppress(DataError, StorageError):
+                    self.reader.fetch(number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Prefetcher, (self.reader,)
+
+
+class Lookahead:
+    """What a rank's training stream reads from, now and for about a block of each of its lanes.
+
+    Args:
+        reader, order: of the stream.
+        global_batch: samples of a step, of all ranks.
+        rank, world_size: whose share of each step.
+    """
+
+    def __init__(self, reader: ShardReader, order: SampleOrder, global_batch: int, rank: int, world_size: int) -> None:
+        self.reader, self.order = reader, order
+        self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
+        self._steps = max(1, order.lanes * order.block // global_batch)  # that a block of each lane lasts
+        self._prefetcher = Prefetcher(reader)
+        self._seen = 0  # steps before this one have been looked at
+        self._until: dict[int, int] = {}  # by shard, in the order of need: the last of those steps that reads from it
+
+    def at(self, step: int) -> None:
+        """The stream is at this step: have its shards fetched and, where the cache has room, those after them."""
+        if self.reader.is_local:
+            return
+        for later in range(max(step, self._seen), step + self._steps + 1):
+            self._until.update(dict.fromkeys(self.shards(later), later))
+        self._seen = max(self._seen, step + self._steps + 1)
+        self._until = {shard: last for shard, last in self._until.items() if last >= step}
+        wanted = list(self._until)
+        while self.node_bytes(wanted) > self.reader.cache.limit and wanted:
+            wanted.pop()
+        self._prefetcher.want(wanted)
+
+    def shards(self, step: int) -> list[int]:
+        """Those that the present blocks of the rank's lanes lie in."""
+        return self.order.shards_near(self.order.rank_positions(step, self.global_batch, self.rank, self.world_size))
+
+    def node_bytes(self, shards: list[int]) -> int:
+        """Bytes of as many shards for each rank of this node."""
+        return _ranks_here() * sum(self.reader.split.shards[number].bytes for number in shards)
+
+
+def short_cache(ahead: Lookahead, step: int) -> str | None:
+    """A line that says so when the cache cannot hold what is read from at any one time; None when it can."""
+    needed, limit = ahead.node_bytes(ahead.shards(step)), ahead.reader.cache.limit
+    if ahead.reader.is_local or needed <= limit:
+        return None
+    return (
+        f"data.cache_bytes: {limit:,} bytes are less than the {needed:,} that this node reads from at any one time: "
+        "shards will be fetched again and again; raise it, or make new shards that are smaller"
+    )
+
+
+def _ranks_here() -> int:
+    """Ranks of this node, as Ray Train and torchrun tell them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,169 @@
+"""Tries again what may pass, and names in one line what is final: how a call to remote storage fails.
+
+Not for what is called: that is `eiwtrain.storage`, which hands these names on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import logging
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_PATIENCE = 300.0  # seconds after a call's first failure for which it is tried again; see EIWTRAIN_RETRY_SECONDS
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds; the bound of a wait doubles from the one to the other
+_LOG_EVERY = 10.0  # seconds between two lines about the same call
+_KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE and AWS_ENDPOINT_URL"
+
+# What may pass, as seen from s3fs with SeaweedFS behind a faulty proxy. A refusal, a wrong name, a full disk do not.
+_PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
+_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload")
+_PASSING_ERRNO = (errno.EAGAIN, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_PASSING_NAMES = {  # Python's, botocore's and aiohttp's, by name: the last two need not be installed
+    "ConnectionError",
+    "TimeoutError",
+    "HTTPClientError",
+    "ResponseParserError",
+    "IncompleteReadError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "gaierror",
+}
+
+_log = logging.getLogger("eiwtrain.storage")
+_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+_jitter = random.SystemRandom()  # ranks that share a seed shall not come back at the same moment
+_faults = 0
+_counting = threading.Lock()
+
+
+class StorageError(RuntimeError):
+    """Storage cannot be reached or refuses; the message names the URL and the cause in one line."""
+
+
+def retrying(what: str, call: Callable[[], T]) -> T:
+    """`call()`, again and again when it fails in a way that may pass, until it succeeds or, since its first failure,
+    `EIWTRAIN_RETRY_SECONDS` (300) have gone by. Waits are random, up to a bound that doubles from 0.5 s to 10 s.
+
+    Args:
+        what: the URL, for messages.
+        call: may raise StorageError for what is final.
+
+    Raises:
+        StorageError: it failed for good, or for too long; the cause is in the message.
+        FileNotFoundError: as `call` raised it (callers tell "absent" from "broken").
+    """
+    first = said = -math.inf
+    for tries in itertools.count():
+        try:
+            return call()
+        except StorageError:
+            raise
+        except Exception as e:
+            if isinstance(e, FileNotFoundError) and _code(e) not in ("NoSuchBucket", "NoSuchUpload"):
+                raise
+            now = time.monotonic()
+            first = first if tries else now
+            left = first + _patience_seconds() - now
+            if left <= 0 or not _may_pass(e):
+                spent = f" (tried for {now - first:.0f} s)" if tries else ""
+                raise StorageError(f"{what}: {_describe(e)}{spent}") from e
+            if now - said >= _LOG_EVERY:
+                said = now
+                _log.warning("%s: %s; trying again for up to %.0f s", what, _describe(e), left)
+        _count_fault()
+        time.sleep(min(left, _jitter.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries, 10)))))
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """In this context nothing is tried twice."""
+    token = _patience.set(0.0)
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+def faults() -> int:
+    """Failures that this process has ridden out so far: failed tries that were followed by another."""
+    return _faults
+
+
+def _count_fault() -> None:
+    global _faults
+    with _counting:
+        _faults += 1
+
+
+def _patience_seconds() -> float:
+    """For how long the calls of this context are tried again."""
+    patience = _patience.get()
+    if patience is None:
+        text = os.environ.get("EIWTRAIN_RETRY_SECONDS", str(_PATIENCE))
+        try:
+            patience = float(text)
+        except ValueError:
+            patience = math.nan
+        if not patience >= 0:
+            raise StorageError(f"EIWTRAIN_RETRY_SECONDS must be a number of seconds, not '{text}'")
+    return patience
+
+
+def _answer(e: BaseException | None) -> tuple[int, str, str] | None:
+    """HTTP status, code and message of the S3 server's answer that led to `e`; None where it did not answer."""
+    while e is not None:
+        if isinstance(answer := getattr(e, "response", None), dict) and "Error" in answer:
+            status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status, str(answer["Error"].get("Code", "")), str(answer["Error"].get("Message", ""))
+        e = e.__cause__
+    return None
+
+
+def _code(e: Exception) -> str:
+    answer = _answer(e)
+    return answer[1] if answer else ""
+
+
+def _may_pass(e: Exception) -> bool:
+    """Whether another try may succeed."""
+    if answer := _answer(e):
+        return answer[0] in _PASSING_STATUS or answer[1] in _PASSING_CODES
+    names = {c.__name__ for c in type(e).__mro__}
+    if "SSLError" in names:  # a wrong certificate or no TLS at all; a reset during the handshake has another name
+        return False
+    return bool(names & _PASSING_NAMES) or getattr(e, "errno", None) in _PASSING_ERRNO
+
+
+def _describe(e: Exception) -> str:
+    """The cause in one line, and where to look when it is the credentials or the bucket."""
+    if answer := _answer(e):
+        status, code, message = answer
+        text = f"{status} {message}" if code == str(status) else f"{status} {code}: {message}"
+        if code == "NoSuchBucket":
+            text = f"the bucket does not exist ({text})"
+        elif code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
+            text = f"wrong credentials ({text}); look at {_KEYS}"
+        elif status in (401, 403):
+            text = f"access is refused ({text}): the credentials are wrong or do not allow it; look at {_KEYS}"
+    else:
+        text = f"{type(e).__name__}: {e}"
+        if type(e).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            text += f"; look at {_KEYS}"
+        cause = e.__cause__ or e.__context__
+        while cause is not None and (cause.__cause__ or cause.__context__) is not None:
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError) and str(cause) not in text:
+            text += f" ({cause})"
+    return " ".join(text.split())[:400]
