@@ -47,7 +47,7 @@ def model_of(saved: checkpoint.Checkpoint) -> flow.EIWFlow:
 
 def metadata_of(saved: checkpoint.Checkpoint) -> dict[str, Any]:
     """What an exported model says of its origin."""
-    keys = ("data_fingerprint", "eval_bits_per_dim")
+    keys = ("data", "data_fingerprint", "eval_bits_per_dim")
     return {"step": saved.step, "samples_seen": saved.samples_seen} | {k: saved.state.get(k) for k in keys}
 
 

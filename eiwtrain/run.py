@@ -111,6 +111,8 @@ def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int
     else:
         counts = ", ".join(f"{s.samples:,} {name}" for name, s in manifest.splits.items())
         console.note(f"data      {config.data.path}: {counts} images, fingerprint {manifest.fingerprint[:12]}")
+        if manifest.protocol:
+            console.note(f"          {manifest.protocol}")
     found = preflight.find_checkpoint(config, manifest)
     console.note(f"start     {'a new run' if found is None else f'step {found.step:,}, {found.url}'}")
     preflight.check_storage(config)
@@ -165,6 +167,7 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, conso
         f"  held-out     {s['test_bits_per_dim']:.3f} ± {s['test_standard_error']:.3f} bits/dim "
         f"on {s['test_images']:,} images (PNG needs {s['png_bits_per_dim']:.3f} for the same)"
     )
+    console.note(f"  data         {s['data']}")
     console.note(f"  throughput   {s['images_per_second']:,.1f} images/s on {s['workers']} workers")
     console.note(f"  goodput      {s['goodput']:.0%} of the wall time went into training steps")
     console.note(f"  drift        {s['drift']:.1e} relative error of images through the flow and back")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from eiwtrain import checkpoint, flow
 from eiwtrain.config import Config
+from eiwtrain.data.manifest import Manifest
 from eiwtrain.engine import Engine
 from eiwtrain.evaluate import Score
 from eiwtrain.goodput import Clock
@@ -52,8 +53,7 @@ class TrainState:
     def __init__(
         self,
         config: Config,
-        channels: int,
-        fingerprint: str,
+        manifest: Manifest,
         device: torch.device,
         batching: tuple[int, int],
         began: float,
@@ -63,17 +63,16 @@ class TrainState:
         """Restore the newest intact checkpoint, or begin anew. Collective.
 
         Args:
-            channels: of the images.
-            fingerprint: of the data set.
+            manifest: of the data set.
             batching: rows of a micro-batch, micro-batches of a step.
             began: Unix time at which this attempt's driver started.
             first: training images, uint8 (n, C, H, W), noise and labels, the same on every rank: they initialise
                 actnorm and give a restored optimizer its first, empty step.
             note: says something to the user.
         """
-        self.config, self.fingerprint, self.device = config, fingerprint, device
+        self.config, self.manifest, self.device = config, manifest, device
         torch.manual_seed(config.train.seed)
-        self.flow = flow.EIWFlow(flow_config(config, channels)).to(device)
+        self.flow = flow.EIWFlow(flow_config(config, manifest.channels)).to(device)
         saved, tensors = _newest_intact(config.root, device, note)
         if saved is None:
             images, noise, _ = first()
@@ -123,7 +122,8 @@ class TrainState:
         state: dict[str, Any] = {
             "config": self.config.model_dump(mode="json"),
             "flow": self.flow.config.to_dict(),
-            "data_fingerprint": self.fingerprint,
+            "data": self.manifest.title,
+            "data_fingerprint": self.manifest.fingerprint,
             "score": asdict(self.score) if self.score else None,
             "eval_bits_per_dim": self.score.bits_per_dim if self.score else None,
             "world_size": dist.get_world_size(),

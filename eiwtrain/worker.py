@@ -81,8 +81,7 @@ class Worker:
         self.eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
         self.state = TrainState(
             job.config,
-            manifest.channels,
-            manifest.fingerprint,
+            manifest,
             self.device,
             (self.micro_batch, accumulation),
             job.began,
@@ -90,6 +89,8 @@ class Worker:
             note=self.note,
         )
         self.tracker = Tracker(job.tracked, warn=self.note) if self.rank == 0 else None
+        if self.tracker is not None:
+            self.tracker.tags({"data": manifest.title, "data_fingerprint": manifest.fingerprint})
         self.meter = report.Meter()
         self.faults = 0
 
@@ -211,7 +212,7 @@ class Worker:
         state.score = score
         self.note(
             f"step {state.step:,}: held-out {score.bits_per_dim:.4f} ± {score.standard_error:.4f} bits/dim "
-            f"on {score.images:,} images"
+            f"on {score.images:,} images of {self.eval_set.manifest.title}"
         )
         if self.tracker is not None:
             drift = self._drift()
@@ -235,6 +236,7 @@ class Worker:
         export.export(state.averaged, model, export.metadata_of(state.newest))
         clock = state.clock
         summary = {
+            "data": self.eval_set.manifest.title,
             "steps": state.step,
             "images": state.samples_seen,
             "test_bits_per_dim": score.bits_per_dim,

@@ -10,6 +10,7 @@ from torch import nn
 
 from eiwtrain import checkpoint, flow
 from eiwtrain.config import Config
+from eiwtrain.data.manifest import Manifest
 from eiwtrain.engine import BETAS, Engine
 from eiwtrain.state import TrainState, flow_config
 from eiwtrain.worker import MicroBatch, batching
@@ -17,7 +18,7 @@ from eiwtrain.worker import MicroBatch, batching
 pytestmark = pytest.mark.cluster
 
 STEPS, LR = 4, 1e-2
-FINGERPRINT = "f" * 64
+DATA = Manifest("noise", 8, 3, {"name": "none", "version": 1, "params": {}}, {}, fingerprint="f" * 64)
 
 
 def config(folder, stage=1, backprop="invertible", precision="fp32", **train):
@@ -38,7 +39,7 @@ def first():
 
 def make_state(config):
     rows, accumulation = batching(config.train, dist.get_world_size())
-    return TrainState(config, 3, FINGERPRINT, torch.device("cpu"), (rows, accumulation), 0.0, first=first, note=print)
+    return TrainState(config, DATA, torch.device("cpu"), (rows, accumulation), 0.0, first=first, note=print)
 
 
 def losses(config, x):

@@ -90,6 +90,11 @@ class Manifest:
         source = self.preprocessing["params"].get("source", {})
         return str(source.get("protocol", "")) if isinstance(source, dict) else ""
 
+    @property
+    def title(self) -> str:
+        """What to call it beside a score: its name, and its protocol where it has one."""
+        return f"{self.name} ({self.protocol})" if self.protocol else self.name
+
     def split(self, name: str) -> Split:
         """The split of that name.
 
