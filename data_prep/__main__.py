@@ -1,25 +1,31 @@
 """The command line: `python -m data_prep SOURCE --source URL --output URL --resolution N`, and `show`, `verify PATH`.
 
-Ends with 0 when the data set stands, 2 with one line on stderr for what the caller can mend, 130 or 143 when
-stopped: then the same command goes on where it was.
+Ends with 0 when the data set stands, 1 when `verify` finds problems, 2 with one line on stderr for what the caller can
+mend, 130 or 143 when stopped: then the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
-from data_prep.items import Source
+from data_prep.inspect import contact_sheet, describe, size_estimate
+from data_prep.parallel import run_tasks
 from data_prep.pixels import CROPS, RESAMPLING, Preprocess
 from data_prep.sources import read_source
 from data_prep.splits import RULES
+from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
-from eiwtrain.data.manifest import ENCODINGS, DataError, Manifest, load_manifest
+from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,8 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
     try:
+        if args.command == "verify":
+            return _verify(args)
         if args.command == "show":
-            _show(args.path)
+            _show(args)
         else:
             _write(args)
     except (DataError, storage.StorageError, OSError) as e:
@@ -54,16 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     celeba = commands.add_parser("celeba", parents=[url, common], help="CelebA, aligned, with its official splits")
     celeba.add_argument(
         "--face",
-        choices=("center", "nvae"),
-        default="center",
-        help="where 148 pixels are cut (default: %(default)s)",
+        choices=("realnvp", "center"),
+        default="realnvp",
+        help="where 148 pixels are cut: as RealNVP and NVAE do, or 5 pixels above (default: %(default)s)",
     )
     commands.add_parser("cifar10", parents=[url, common], help="CIFAR-10's python or binary batches")
     commands.add_parser("folder", parents=[url, common], help="images in class folders, or a tar or zip of them")
     commands.add_parser("photos", parents=[common], help="patches of the photographs inside scikit-image and -learn")
 
-    show = commands.add_parser("show", help="print what a data set holds")
+    show = commands.add_parser("show", help="print what a data set holds, and draw its first images")
     show.add_argument("path", help="the data set: a path or any fsspec URL")
+    show.add_argument("--sheet", default="contact-sheet.png", help="where its first images go (default: %(default)s)")
+    show.add_argument("--no-sheet", action="store_true", help="print alone")
+    show.add_argument("--split", help="of this split alone")
+    check = commands.add_parser("verify", help="read all of a data set back and check it")
+    check.add_argument("path", help="the data set: a path or any fsspec URL")
+    check.add_argument("--workers", type=int, help="processes, on Ray (default: all CPUs of the machine or cluster)")
     return parser
 
 
@@ -116,7 +130,7 @@ def _write(args: argparse.Namespace) -> None:
     source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
     plan = make_plan(source, args.output, preprocess, args.shard_size, args.drop_duplicates)
     if args.dry_run:
-        _dry_run(plan, source)
+        _dry_run(plan)
         return
     outcome = run_plan(
         plan,
@@ -139,34 +153,39 @@ def _write(args: argparse.Namespace) -> None:
             f"{len(outcome.duplicates)} images have the very pixels of another, the first: {d.split}/{d.key} those of "
             f"{d.first}; {outcome.dropped or 'none'} dropped"
         )
-    print(_describe(outcome.manifest, plan.output))
+    print(describe(outcome.manifest, plan.output))
 
 
-def _dry_run(plan: Plan, source: Source) -> None:
+def _dry_run(plan: Plan) -> None:
     other = find_other(plan)
-    print(f"would write to {plan.output}, {plan.preprocess.resolution} pixels, {len(source.classes)} classes")
+    print(f"would write to {plan.output}, {plan.preprocess.resolution} pixels, {len(plan.source.classes)} classes")
     for split, shards in plan.shards().items():
-        print(f"  {split}: {len(source.splits[split]):,} images in {shards} shards")
+        print(f"  {split}: {len(plan.orders[split]):,} images in {shards} shards")
+    if plan.source.protocol:
+        print(f"  {plan.source.protocol}")
+    size = size_estimate(plan)
+    print(f"  about {size.bytes / 1e6:,.1f} MB, from encoding {size.images} of them")
     if other is not None:
         print(f"  but it holds {other}: --overwrite would be needed")
 
 
-def _show(path: str) -> None:
-    print(_describe(load_manifest(path), path))
+def _show(args: argparse.Namespace) -> None:
+    manifest = load_manifest(args.path)
+    print(describe(manifest, args.path))
+    if not args.no_sheet:
+        contact_sheet(args.path, manifest, args.split).save(args.sheet)
+        print(f"  contact sheet: {args.sheet}")
 
 
-def _describe(manifest: Manifest, where: str) -> str:
-    lines = [
-        f"{manifest.name}: {manifest.resolution}x{manifest.resolution}x{manifest.channels} at {where}",
-        f"  classes: {len(manifest.classes)}",
-    ]
-    for split in manifest.splits.values():
-        size = sum(s.bytes for s in split.shards) / 1e6
-        lines.append(f"  {split.name}: {split.samples:,} images in {len(split.shards)} shards, {size:,.1f} MB")
-    made = manifest.preprocessing
-    lines.append(f"  preprocessing: {made['name']} v{made['version']} {json.dumps(made['params'], sort_keys=True)}")
-    lines.append(f"  fingerprint: {manifest.fingerprint}")
-    return "\n".join(lines)
+def _verify(args: argparse.Namespace) -> int:
+    def run(call: Callable[[T], R], checks: Iterable[T]) -> Iterator[R]:
+        return (found for _, found in run_tasks(call, iter(checks), args.workers))
+
+    problems = verify(args.path, run=run, quiet=False)
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problems" if problems else "sound: every byte and every image is as the manifest says")
+    return 1 if problems else 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

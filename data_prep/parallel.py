@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import fsspec.config
 
-from data_prep.shard import ShardDone, ShardTask, run_task
 from eiwtrain import ray_session
 from eiwtrain.data.manifest import DataError
 from eiwtrain.storage import StorageError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _IN_FLIGHT = 2  # tasks handed out per worker
 _RETRIES = 3  # of a task whose worker or node has died
 
 
-def run_tasks(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, ShardDone]]:
-    """Every task with its result, in the order in which they are done.
+def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
+    """Every task with what `call` makes of it, in the order in which they are done. All three can be pickled.
 
     With one worker all is done in this process; None takes all CPUs of the machine, or of the cluster.
 
@@ -28,11 +30,11 @@ def run_tasks(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tuple
         DataError, StorageError: as a task raised it; or workers died again and again, or Ray cannot be had.
     """
     if workers == 1:
-        return ((task, run_task(task)) for task in tasks)
-    return _run_on_ray(tasks, workers)
+        return ((task, call(task)) for task in tasks)
+    return _run_on_ray(call, tasks, workers)
 
 
-def _run_on_ray(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tuple[ShardTask, ShardDone]]:
+def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
     if (task := next(tasks, None)) is None:
         return
     if not ray_session.is_running():
@@ -42,10 +44,10 @@ def _run_on_ray(tasks: Iterator[ShardTask], workers: int | None) -> Iterator[tup
     workers = workers or int(ray.cluster_resources().get("CPU", 1))
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_in_worker)
     environment = ray_session.forwarded_environment()
-    running: dict[Any, ShardTask] = {}
+    running: dict[Any, Any] = {}
     while task is not None or running:
         while task is not None and len(running) < workers * _IN_FLIGHT:
-            running[remote.remote(task, environment)] = task
+            running[remote.remote(call, task, environment)] = task
             task = next(tasks, None)
         finished, _ = ray.wait(list(running), num_returns=1)
         for reference in finished:
@@ -70,11 +72,11 @@ def _start(workers: int) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _run_in_worker(task: ShardTask, environment: dict[str, str]) -> ShardDone | Exception:
+def _run_in_worker(call: Callable[[T], R], task: T, environment: dict[str, str]) -> R | Exception:
     """The result, or the error as a value: raised, its one line would be buried in a traceback."""
     os.environ.update(environment)
     fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
     try:
-        return run_task(task)
+        return call(task)
     except (DataError, StorageError) as e:
         return e

@@ -15,7 +15,7 @@ from data_prep.items import Source
 from data_prep.parallel import run_tasks
 from data_prep.pixels import Preprocess
 from data_prep.progress import Progress
-from data_prep.shard import ShardTask, item_key
+from data_prep.shard import ShardTask, item_key, run_task
 from data_prep.splits import TRAIN
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
@@ -34,7 +34,7 @@ from eiwtrain.data.manifest import (
 )
 
 _SHUFFLE_SEED = 20240704  # order of items in the shards; any number, the same for ever
-_OWN_FILES = re.compile(r"(manifest\.json|.+-\d{6}\.(tar|json))")
+OWN_FILES = re.compile(r"(manifest\.json|.+-\d{6}\.(tar|json))")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def find_other(plan: Plan) -> str | None:
             what = f"'{manifest.name}', {manifest.resolution} pixels"
             return f"another data set ({what}, made from another source or with other settings)"
     for name in names:
-        if name.endswith(".json") and _OWN_FILES.fullmatch(name) and name != MANIFEST_NAME:
+        if name.endswith(".json") and OWN_FILES.fullmatch(name) and name != MANIFEST_NAME:
             with suppress(DataError):  # a damaged sidecar is rewritten with its shard
                 if load_sidecar(plan.output, name.removesuffix(".json") + ".tar").plan != plan.digest:
                     return "unfinished shards of another data set"
@@ -186,7 +186,7 @@ def run_plan(
     rejects: list[dict[str, str]] = []
 
     def write(tasks: Iterator[ShardTask]) -> None:
-        for task, done in run_tasks(tasks, workers):
+        for task, done in run_tasks(run_task, tasks, workers):
             if task.drop is None:
                 rejects.extend(done.sidecar.rejects)
             if not done.skipped:
@@ -271,5 +271,5 @@ def _stands(manifest: Manifest, output: str) -> bool:
 def _clear(output: str) -> None:
     """Remove the data set at `output`, nothing else; manifest first: what remains when killed is no data set."""
     for name in sorted(storage.listdir(output), key=lambda n: n != MANIFEST_NAME):
-        if _OWN_FILES.fullmatch(name):
+        if OWN_FILES.fullmatch(name):
             storage.delete(storage.join(output, name))

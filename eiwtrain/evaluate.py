@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     kind = f"IWBO({args.iwbo})" if args.iwbo > 1 else "ELBO" if model.dequantizer else "one draw of uniform noise"
     print(
-        f"bits/dim {result.bits_per_dim:.4f} ± {result.standard_error:.4f} ({kind}) on {result.images} images of {reader.manifest.title}, "
-        f"split {args.split}; PNG {png:.4f}"
+        f"bits/dim {result.bits_per_dim:.4f} ± {result.standard_error:.4f} ({kind}) on {result.images} images "
+        f"of {reader.manifest.title}, split {args.split}; PNG {png:.4f}"
     )
     return 0
 

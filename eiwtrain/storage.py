@@ -74,7 +74,8 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
         raise StorageError(f"{url}: {e}") from None
     if s3:
         fs.retries = 1
-    fs.invalidate_cache()
+    else:
+        fs.invalidate_cache()
     return fs, path
 
 

@@ -175,6 +175,18 @@ def test_an_answer_that_is_too_short_is_never_taken_for_the_file(monkeypatch, cl
     assert clock.now > 1290
 
 
+def test_what_a_store_has_cached_is_not_trusted(root):
+    fs, _ = storage.filesystem(root)
+    invalidated = []
+    fs.invalidate_cache = lambda path=None: invalidated.append(path)
+    try:
+        for call in (storage.exists, storage.listdir, storage.find):
+            call(storage.join(root, "absent"))
+    finally:
+        del fs.invalidate_cache
+    assert len(invalidated) >= 3
+
+
 def test_deleting_what_is_absent_is_fine(root):
     storage.write_bytes(storage.join(root, "d", "x"), b"1")
     storage.delete(storage.join(root, "d"))

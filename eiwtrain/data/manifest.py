@@ -205,7 +205,8 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     top = _Fields(_parse(text, where), where)
     _check_format(top, MANIFEST_FORMAT)
     preprocessing = top.mapping("preprocessing")
-    for key in ("name", "version", "params"):
+    preprocessing.mapping("params")
+    for key in ("name", "version"):
         if key not in preprocessing.values:
             raise DataError(f"{where}: field 'preprocessing.{key}' is missing")
     splits = {}
@@ -278,13 +279,13 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
     sidecar = Sidecar(
         shard=_shard(top),
         plan=top.text("plan"),
-        rejects=tuple(reject.values for reject in top.mappings("rejects")),
+        rejects=_texts(top.mappings("rejects"), "key", "source", "reason"),
         keys=tuple(index.listed("key", str)),
         labels=tuple(index.listed("label", int)),
         offsets=tuple(index.listed("offset", int)),
         sizes=tuple(index.listed("size", int)),
         digests=tuple(index.listed("digest", str)),
-        dropped=tuple(dropped.values for dropped in top.mappings("dropped")),
+        dropped=_texts(top.mappings("dropped"), "key", "source", "reason", "digest"),
     )
     for name, column in _columns(sidecar).items():
         if len(column) != sidecar.shard.samples:
@@ -301,6 +302,11 @@ def _columns(sidecar: Sidecar) -> dict[str, tuple[Any, ...]]:
         "size": sidecar.sizes,
         "digest": sidecar.digests,
     }
+
+
+def _texts(entries: list[_Fields], *names: str) -> tuple[dict[str, str], ...]:
+    """The entries, which must have strings of these names."""
+    return tuple({name: entry.text(name) for name in names} for entry in entries)
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
-"""Sources: which images, which split, which label; photographs whose regions share no pixel."""
+"""The folder and photos sources: which images, which split, which label; regions that share no pixel."""
 
 from __future__ import annotations
 
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.items import Patch, Source, photograph
 from data_prep.sources import read_source
+from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
 
@@ -39,8 +43,20 @@ def _tar(path: Path, names: list[str]) -> Path:
     return path
 
 
-def _read(path: Path, eval_fraction: float = 0.0) -> Source:
-    return read_source("folder", 4, str(path), eval_fraction)
+def _zip(path: Path, names: list[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for n, name in enumerate(names):
+            archive.writestr(name, _png(n))
+    return path
+
+
+def _everywhere(folder: Path, names: list[str]) -> list[Path]:
+    """The images as a folder, as a tar and as a zip."""
+    return [_folder(folder / "images", names), _tar(folder / "images.tar", names), _zip(folder / "images.zip", names)]
+
+
+def _read(path: Path, split: str = "own") -> Source:
+    return read_source("folder", 4, str(path), split=split)
 
 
 def _names(source: Source) -> dict[str, list[tuple[str, int]]]:
@@ -52,17 +68,29 @@ EXPECTED = {"train": [("cat/a.png", 0), ("cat/deep/er/c.PNG", 0), ("dog/a.jpeg",
 
 
 def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for path in (_folder(tmp_path / "folder", NAMES), _tar(tmp_path / "a.tar", NAMES)):
+    for path in _everywhere(tmp_path, NAMES):
         source = _read(path)
         assert _names(source) == EXPECTED
         assert source.classes == ("cat", "dog")
 
 
-def test_a_tar_is_read_by_offset_and_its_single_top_folder_is_looked_into(tmp_path: Path) -> None:
-    source = pickle.loads(pickle.dumps(_read(_tar(tmp_path / "a.tar", [f"./pets/{n}" for n in NAMES]))))
-    assert _names(source) == EXPECTED
-    reds = [item.load().getpixel((0, 0))[0] for item in source.splits["train"]]
-    assert reds == [NAMES.index(name) for name, _ in EXPECTED["train"]]
+def test_a_single_top_folder_is_looked_into(tmp_path: Path) -> None:
+    for path in _everywhere(tmp_path, [f"./pets/{n}" for n in NAMES]):
+        source = pickle.loads(pickle.dumps(_read(path)))
+        assert _names(source) == EXPECTED
+        assert [item.load() for item in source.splits["train"]] == [_png(NAMES.index(n)) for n, _ in EXPECTED["train"]]
+        assert not source.remote
+
+
+def test_images_far_away_are_the_same_and_said_to_be_far(tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}"
+    for path in _everywhere(tmp_path, NAMES):
+        fsspec.filesystem("memory").put(str(path), f"/{tmp_path.name}/{path.name}", recursive=True)
+        source = read_source("folder", 4, f"{url}/{path.name}", split="own")
+        assert _names(source) == EXPECTED
+        assert [item.load() for item in source.splits["train"]] == [_png(NAMES.index(n)) for n, _ in EXPECTED["train"]]
+        assert source.remote
+    storage.delete(url)
 
 
 def test_flat_images_have_no_label(tmp_path: Path) -> None:
@@ -73,17 +101,22 @@ def test_flat_images_have_no_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["test", "val", "valid", "validation", "eval", "Test"])
 def test_split_folders_are_the_splits(tmp_path: Path, name: str) -> None:
-    for path in (
-        _folder(tmp_path / "folder", ["train/cat/1.png", f"{name}/cat/2.png", f"{name}/eel/3.png"]),
-        _tar(tmp_path / "a.tar", ["train/cat/1.png", f"{name}/cat/2.png", f"{name}/eel/3.png"]),
-    ):
-        source = _read(path, eval_fraction=0.5)
+    for path in _everywhere(tmp_path, ["train/cat/1.png", f"{name}/cat/2.png", f"{name}/eel/3.png"]):
+        source = _read(path, split="auto")
         assert _names(source) == {"train": [("cat/1.png", 0)], "test": [("cat/2.png", 0), ("eel/3.png", 1)]}
 
 
 def test_several_evaluation_folders_keep_their_names(tmp_path: Path) -> None:
     source = _read(_folder(tmp_path, ["train/1.png", "val/2.png", "test/3.png"]))
     assert {split: len(items) for split, items in source.splits.items()} == {"train": 1, "test": 1, "val": 1}
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("deeper", ["", "cat/", "cat/deep/"])
+def test_a_split_that_stands_alone_is_trained_on(tmp_path: Path, name: str, deeper: str) -> None:
+    source = _read(_folder(tmp_path, [f"{name}/{deeper}1.png", f"{name}/{deeper}2.png"]))
+    label = 0 if deeper else -1
+    assert _names(source) == {"train": [(f"{deeper}1.png", label), (f"{deeper}2.png", label)]}
 
 
 def test_a_class_called_train_among_others_is_a_class(tmp_path: Path) -> None:
@@ -100,36 +133,31 @@ def test_images_beside_the_split_folders_are_refused_not_mixed(tmp_path: Path, s
 @pytest.mark.parametrize("top", ["", "train/"])
 def test_without_split_folders_a_hash_of_the_name_chooses(tmp_path: Path, top: str) -> None:
     names = [f"{top}c{n % 3}/{n}.png" for n in range(600)]
-    source = _read(_tar(tmp_path / "a.tar", names), eval_fraction=0.2)
+    source = _read(_tar(tmp_path / "a.tar", names), "hash:0.2")
     test = {i.source for i in source.splits["test"]}
     assert 80 < len(test) < 160  # four standard deviations about 120
     assert not test & {i.source for i in source.splits["train"]}
-    fewer = _read(_tar(tmp_path / "b.tar", names[:300]), eval_fraction=0.2)
+    fewer = _read(_tar(tmp_path / "b.tar", names[:300]), "hash:0.2")
     assert {i.source for i in fewer.splits["test"]} == test & {n.removeprefix(top) for n in names[:300]}
 
 
 def test_sources_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text").write_text("no tar")
-    with tarfile.open(tmp_path / "a.tar.gz", "w:gz"):
-        pass
     _folder(tmp_path / "one", ["1.png"])
-    for arguments, message in [
-        (("folder", 4, str(tmp_path / "nowhere")), "no such folder or tar"),
-        (("folder", 4, str(tmp_path / "empty")), "no images in it"),
-        (("folder", 4, str(tmp_path / "text")), "neither a folder nor an uncompressed tar"),
-        (("folder", 4, str(tmp_path / "a.tar.gz")), "neither a folder nor an uncompressed tar"),
-        (("folder", 4, "s3://bucket/images"), "not a URL"),
-        (("folder", 4, None), "needs the path"),
-        (("folder", 4, str(tmp_path / "one"), 1.5), "eval fraction"),
-        (("folder", 4, str(tmp_path / "one"), 0.999999), "none of 1 images is left"),
-        (("folder", 0, str(tmp_path / "one")), "resolution must be"),
-        (("photos", 8, "x"), "takes no path"),
-        (("photos", 512, None), "too small"),
-        (("fotos", 8, None), "no source called 'fotos'; there are folder, photos"),
-    ]:
+    one = str(tmp_path / "one")
+    refused: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        (("folder", 4, str(tmp_path / "nowhere")), {}, "no such folder, tar or zip"),
+        (("folder", 4, str(tmp_path / "empty")), {}, "no images in it"),
+        (("folder", 4, None), {}, "needs a path"),
+        (("folder", 4, one), {"split": "half"}, "split must be auto, own"),
+        (("folder", 4, one), {"only": ["test"]}, "there is no split 'test'"),
+        (("photos", 8, "x"), {}, "takes no path"),
+        (("photos", 512, None), {}, "too small"),
+        (("fotos", 8, None), {}, "no source called 'fotos'; there are imagenet, .*folder, photos"),
+    ]
+    for arguments, options, message in refused:
         with pytest.raises(DataError, match=message) as caught:
-            read_source(*arguments)  # type: ignore[arg-type]
+            read_source(*arguments, **options)
         assert "\n" not in str(caught.value)
 
 

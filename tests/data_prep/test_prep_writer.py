@@ -21,7 +21,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_prep import parallel, prepare
+from data_prep import prepare, writer
 from data_prep.pixels import Preprocess, fit
 from data_prep.progress import Progress
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
@@ -122,7 +122,7 @@ def test_what_was_damaged_is_mended(images: Path, tmp_path: Path, damaged: str) 
 def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_task, done = parallel.run_task, []
+    run_task, done = writer.run_task, []
 
     def stop_after_two(*args: Any) -> Any:
         if len(done) == 2:
@@ -130,7 +130,7 @@ def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
         done.append(run_task(*args))
         return done[-1]
 
-    monkeypatch.setattr(parallel, "run_task", stop_after_two)
+    monkeypatch.setattr(writer, "run_task", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         _prepare(images, tmp_path)
     with pytest.raises(DataError, match="no data set"):

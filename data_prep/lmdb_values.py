@@ -1,0 +1,185 @@
+"""Where the values of an LMDB data file lie, found by reading its B-tree page by page, from any fsspec URL.
+
+Not for writing, nor for anything but the one plain table of keys and values that LSUN's files hold. Why not liblmdb: it
+maps the file, which so has to be local, and dies (SIGBUS) where that is cut off; and its Python binding reads every
+value to tell its size, that is all of the file. The layout is that of LMDB 0.9 on 64-bit little-endian machines:
+`MDB_page`, `MDB_node` and `MDB_meta` of its mdb.c, data version 1.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_HEADER = struct.Struct("<QHHHH")  # page number, padding, flags, end of the node offsets, start of the nodes
+_TABLE = "IHHQQQQQ"  # page size, flags, depth, branch pages, leaf pages, overflow pages, entries, root
+_META = struct.Struct("<IIQQ" + 2 * _TABLE + "QQ")  # magic, version, address, size, free list, table, last page, number
+_NODE = struct.Struct("<HHHH")  # low and high half of a value's size or a page number, flags, bytes of the key
+_NUMBER = struct.Struct("<Q")
+_BRANCH, _LEAF = 0x01, 0x02  # of a page
+_TYPES = 0x2F  # bits of a page's flags that say what it is
+_BIG = 0x01  # of a node: in place of the value stands the number of the page where it begins
+_READING = 32  # pages read side by side: on a network nearly all of the time is waiting
+_BATCH = 4096  # pages held at once
+
+
+class LmdbFile(NamedTuple):
+    """A data file (`data.mdb`) of `size` bytes that begins at byte `offset` of the file at `url`."""
+
+    url: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Values:
+    """Where the values of a table lie, in the order of their keys, in columns: 20 bytes each and the key's own.
+
+    Attributes:
+        keys: all of them end to end.
+        ends: where each key ends in `keys`.
+        starts: first byte of each value in the file that holds the data file.
+        sizes: of the values, in bytes.
+    """
+
+    keys: bytearray = field(default_factory=bytearray)
+    ends: array[int] = field(default_factory=lambda: array("Q"))
+    starts: array[int] = field(default_factory=lambda: array("Q"))
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def key(self, row: int) -> bytes:
+        """The key of a row from 0 on."""
+        return bytes(self.keys[self.ends[row - 1] if row else 0 : self.ends[row]])
+
+
+def list_values(file: LmdbFile) -> Values:
+    """All values of the table, without reading any of them.
+
+    Raises:
+        DataError: it is no such file, holds more than a plain table, is cut off or damaged.
+        StorageError: it cannot be read.
+    """
+    table = _table(file)
+    values = Values()
+    if table.entries == 0:
+        return values
+    numbers = [table.root]
+    for _ in range(table.depth - 1):
+        numbers = [number for page in _pages(file, table, numbers, _BRANCH) for number in page.children()]
+        if len(numbers) > table.pages:
+            raise _damaged(file, "its tree has more pages than it says")
+    for page in _pages(file, table, numbers, _LEAF):
+        page.append_to(values)
+    if len(values) != table.entries:
+        raise _damaged(file, f"{len(values):,} entries, not {table.entries:,} as it says")
+    return values
+
+
+class _Table(NamedTuple):
+    page_size: int
+    depth: int
+    pages: int
+    entries: int
+    root: int
+
+
+def _table(file: LmdbFile) -> _Table:
+    """The table as of the last transaction: of two meta pages the newer counts."""
+    first = _meta(file, 0)
+    page_size = first[4]
+    if page_size not in {1 << n for n in range(9, 17)}:
+        raise _damaged(file, f"pages of {page_size} bytes")
+    second = _meta(file, page_size)
+    newer = max(first, second, key=lambda meta: int(meta[-1]))
+    _, _, depth, branches, leaves, _, entries, root = newer[12:20]
+    return _Table(page_size, depth, branches + leaves, entries, root)
+
+
+def _meta(file: LmdbFile, start: int) -> tuple[int, ...]:
+    if file.size < start + _HEADER.size + _META.size:
+        raise DataError(f"{file.url}: {file.size:,} bytes are too few for the data file of an LMDB")
+    meta = _META.unpack(storage.read_range(file.url, file.offset + start + _HEADER.size, _META.size))
+    if meta[0] != _MAGIC:
+        raise DataError(f"{file.url}: not the data file of an LMDB of a 64-bit little-endian machine")
+    if meta[1] != _VERSION:
+        raise DataError(f"{file.url}: an LMDB of data version {meta[1]}; this reads {_VERSION}, that of LMDB 0.9")
+    return meta
+
+
+class _Page(NamedTuple):
+    """A branch or leaf page, its number known to be right."""
+
+    file: LmdbFile
+    number: int
+    data: bytes
+    nodes: int
+
+    def children(self) -> list[int]:
+        """Numbers of the pages below a branch page, in the order of the keys."""
+        return [low | high << 16 | top << 32 for _, low, high, top, _ in self._nodes()]
+
+    def append_to(self, values: Values) -> None:
+        """The keys and places of a leaf page's values."""
+        page_size = len(self.data)
+        for at, low, high, flags, key_size in self._nodes():
+            end, size = at + _NODE.size + key_size, low | high << 16
+            if flags == _BIG and end + _NUMBER.size <= page_size:
+                start = _NUMBER.unpack_from(self.data, end)[0] * page_size + _HEADER.size
+            elif flags == 0 and end + size <= page_size:
+                start = self.number * page_size + end
+            elif flags & ~_BIG:
+                raise DataError(f"{self.file.url}: an LMDB of more than single values with their keys; not LSUN's")
+            else:
+                raise _damaged(self.file, f"page {self.number:,}")
+            if start + size > self.file.size:
+                raise _cut_off(self.file)
+            values.keys.extend(self.data[at + _NODE.size : end])
+            values.ends.append(len(values.keys))
+            values.starts.append(self.file.offset + start)
+            values.sizes.append(size)
+
+    def _nodes(self) -> Iterator[tuple[int, int, int, int, int]]:
+        """(offset, and the fields) of each node."""
+        try:
+            for at in struct.unpack_from(f"<{self.nodes}H", self.data, _HEADER.size):
+                yield at, *_NODE.unpack_from(self.data, at)
+        except struct.error:
+            raise _damaged(self.file, f"page {self.number:,}") from None
+
+
+def _pages(file: LmdbFile, table: _Table, numbers: Sequence[int], kind: int) -> Iterator[_Page]:
+    """The pages of those numbers, in order."""
+    size = table.page_size
+    if (max(numbers, default=0) + 1) * size > file.size:
+        raise _cut_off(file)
+
+    def read(number: int) -> bytes:
+        return storage.read_range(file.url, file.offset + number * size, size)
+
+    with ThreadPoolExecutor(_READING) as pool:
+        for first in range(0, len(numbers), _BATCH):
+            batch = numbers[first : first + _BATCH]
+            for number, data in zip(batch, pool.map(read, batch), strict=True):
+                said, _, flags, lower, _ = _HEADER.unpack_from(data)
+                if said != number or flags & _TYPES != kind:
+                    raise _damaged(file, f"page {number:,}")
+                yield _Page(file, number, data, (lower - _HEADER.size) // 2)
+
+
+def _damaged(file: LmdbFile, what: str) -> DataError:
+    return DataError(f"{file.url}: a damaged LMDB ({what}); fetch it again")
+
+
+def _cut_off(file: LmdbFile) -> DataError:
+    return DataError(f"{file.url}: the LMDB is cut off: it goes on beyond its {file.size:,} bytes; fetch it again")

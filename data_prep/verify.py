@@ -1,0 +1,136 @@
+"""Read a whole data set back and say all that is wrong with it. Mends nothing: the command that wrote it does that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from data_prep.duplicates import find_duplicates
+from data_prep.progress import Progress
+from data_prep.shard_check import Problems, ShardCheck, ShardFound, verify_shard
+from data_prep.writer import OWN_FILES
+from eiwtrain import storage
+from eiwtrain.data.manifest import (
+    MANIFEST_NAME,
+    DataError,
+    Manifest,
+    Shard,
+    Sidecar,
+    Split,
+    fingerprint,
+    manifest_from_json,
+    sidecar_name,
+)
+
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")  # what `storage` leaves when it is killed
+
+Run = Callable[[Callable[[ShardCheck], ShardFound], Iterable[ShardCheck]], Iterable[ShardFound]]
+
+
+def verify(url: str, *, run: Run = map, quiet: bool = True) -> list[str]:
+    """Read back all of the data set at `url`: the manifest, every sidecar, every tar and every image in it.
+
+    Each tar is walked without its index, which is compared with what is found; each image is decoded and the digest of
+    its pixels compared. A remote tar is copied to this machine for as long as it is read.
+
+    Args:
+        run: like `map`, but free to yield in any order: for workers elsewhere.
+        quiet: show no progress.
+
+    Returns:
+        The problems, one line each, in the order of the manifest; empty when all is well. Those of one kind in one
+        shard are one line: the first, and how many there are.
+
+    Raises:
+        DataError: there is no data set.
+        StorageError: it cannot be reached.
+    """
+    url = storage.absolute(url)
+    manifest, problems = _read_manifest(url)
+    if manifest is None:
+        return problems
+    found: dict[tuple[str, int], ShardFound] = {}
+    with Progress(sum(split.samples for split in manifest.splits.values()), quiet=quiet) as progress:
+        for done in run(verify_shard, list(_checks(url, manifest))):
+            found[done.check.split, done.check.number] = done
+            progress.update(done.check.shard.samples)
+    in_order = [found[split.name, n] for split in manifest.splits.values() for n in range(len(split.shards))]
+    problems += [line for done in in_order for line in done.problems]
+    problems += _across_shards(manifest, in_order)
+    return problems + _strays(manifest, storage.listdir(url))
+
+
+def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
+    """The manifest and what is wrong with it; figures that contradict the rest of it are mended, to go on with."""
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        text = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no data set at {url}: {MANIFEST_NAME} is not there") from None
+    try:
+        return manifest_from_json(text, MANIFEST_NAME), []
+    except DataError as e:
+        problem = str(e)
+    problems = []
+    try:
+        content = json.loads(text)
+        for name, split in content["splits"].items():
+            samples = sum(shard["samples"] for shard in split["shards"])
+            if split["samples"] != samples:
+                said = f"{split['samples']} images, its shards {samples}"
+                problems.append(f"{MANIFEST_NAME}: split '{name}' has {said}")
+            split["samples"] = samples
+        splits = {n: Split(n, 0, tuple(Shard(**s) for s in split["shards"])) for n, split in content["splits"].items()}
+        if content["fingerprint"] != fingerprint(splits, content["preprocessing"]):
+            problems.append(f"{MANIFEST_NAME}: the fingerprint is not that of the shards and the preprocessing")
+        content["fingerprint"] = fingerprint(splits, content["preprocessing"])
+        return manifest_from_json(json.dumps(content).encode(), MANIFEST_NAME), problems
+    except (DataError, ValueError, TypeError, KeyError, AttributeError):  # more than those figures is wrong
+        return None, [problem]
+
+
+def _checks(url: str, manifest: Manifest) -> Iterator[ShardCheck]:
+    about = (manifest.plan, manifest.resolution, manifest.encoding, len(manifest.classes))
+    for split in manifest.splits.values():
+        for number, shard in enumerate(split.shards):
+            yield ShardCheck(url, split.name, number, shard, *about)
+
+
+def _across_shards(manifest: Manifest, found: list[ShardFound]) -> list[str]:
+    """Keys that come twice, and the figure of duplicates, as far as the sidecars tell."""
+    sidecars: dict[str, list[Sidecar]] = {split: [] for split in manifest.splits}
+    problems = Problems()
+    seen: dict[tuple[str, str], str] = {}
+    for done in found:
+        if done.sidecar is None:
+            continue
+        split, name = done.check.split, done.check.shard.name
+        sidecars[split].append(done.sidecar)
+        left_out = (*done.sidecar.rejects, *done.sidecar.dropped)
+        for key in (*done.sidecar.keys, *(entry["key"] for entry in left_out)):
+            if (split, key) in seen:
+                where = f"also in {seen[split, key]}" if seen[split, key] != name else "twice"
+                problems.add(sidecar_name(name), f"key {key} is there {where}", where)
+            seen[split, key] = name
+    if all(done.sidecar is not None for done in found):
+        counts = Counter(duplicate.split for duplicate in find_duplicates(sidecars))
+        for split in sorted({*manifest.splits, *manifest.duplicates}):
+            said = manifest.duplicates.get(split)
+            if said != counts[split]:
+                problems.add(MANIFEST_NAME, f"split '{split}' has {counts[split]} duplicates, the manifest says {said}")
+    return problems.lines()
+
+
+def _strays(manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Files as `data_prep` writes them that belong to no shard; what else is there is nobody's business."""
+    shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
+    own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
+    strays = []
+    for name in sorted(set(names) - own):
+        if _PARTIAL.fullmatch(name):
+            strays.append(f"{name}: left over from a write that was cut short; it can be deleted")
+        elif OWN_FILES.fullmatch(name):
+            strays.append(f"{name}: belongs to no shard of the manifest")
+    return strays

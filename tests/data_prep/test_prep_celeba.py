@@ -1,0 +1,204 @@
+"""CelebA: the official splits, the two squares in use, and what of a download can be missing or mixed up."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import celeba as module
+from data_prep import prepare
+from data_prep.celeba import celeba
+from eiwtrain.data.manifest import DataError
+
+SPLITS = {"train": [1, 2, 5, 8], "val": [3, 7], "test": [4, 6, 9]}
+NUMBERS = sorted(n for numbers in SPLITS.values() for n in numbers)
+TEXT = "list_eval_partition.txt"
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.jpg"
+
+
+def _face(number: int, size: tuple[int, int] = (178, 218)) -> bytes:
+    """Blots."""
+    coarse = np.random.default_rng(number).integers(0, 256, (9, 7, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def _partition(suffix: str) -> bytes:
+    of = {n: i for i, numbers in enumerate(SPLITS.values()) for n in numbers}
+    if suffix == ".csv":
+        return ("image_id,partition\r\n" + "".join(f"{_name(n)},{of[n]}\r\n" for n in NUMBERS)).encode()
+    return "".join(f"{_name(n)} {of[n]}\n" for n in NUMBERS).encode()
+
+
+def _faces(folder: str) -> dict[str, bytes]:
+    return {f"{folder}/{_name(n)}": _face(n) for n in NUMBERS}
+
+
+def _unpacked(root: Path, files: Mapping[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def _zip(path: Path, files: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def _folder(root: Path) -> Path:
+    _unpacked(root, {**_faces("img_align_celeba"), TEXT: _partition(".txt")})
+    return root / "img_align_celeba"
+
+
+def _above(root: Path) -> Path:
+    return _folder(root).parent
+
+
+def _archive(root: Path) -> Path:
+    _unpacked(root, {TEXT: _partition(".txt")})
+    return _zip(root / "img_align_celeba.zip", {**_faces("img_align_celeba"), "__MACOSX/._000001.jpg": b"junk"})
+
+
+def _official(root: Path) -> Path:
+    _unpacked(root, {f"Eval/{TEXT}": _partition(".txt")})
+    return _zip(root / "Img" / "img_align_celeba.zip", _faces("img_align_celeba"))
+
+
+def _kaggle(root: Path) -> Path:
+    csv = {"list_eval_partition.csv": _partition(".csv"), "list_attr_celeba.csv": b"image_id,Bald\n"}
+    return _zip(root / "archive.zip", {**_faces("img_align_celeba/img_align_celeba"), **csv})
+
+
+def _kaggle_unpacked(root: Path) -> Path:
+    csv = {"list_eval_partition.csv": _partition(".csv")}
+    _unpacked(root, {**_faces("img_align_celeba/img_align_celeba"), **csv})
+    return root / "img_align_celeba" / "img_align_celeba"
+
+
+LAYOUTS = [_folder, _above, _archive, _official, _kaggle, _kaggle_unpacked]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_official_splits_in_every_layout(tmp_path: Path, layout: Callable[[Path], Path]) -> None:
+    source = celeba(str(layout(tmp_path)))
+    assert list(source.splits) == ["train", "val", "test"]
+    for split, items in source.splits.items():
+        assert [item.source for item in items] == [_name(n) for n in SPLITS[split]]
+        assert [item.load() for item in items] == [_face(n) for n in SPLITS[split]]
+        assert [item.size for item in items] == [len(_face(n)) for n in SPLITS[split]]
+        assert {item.label for item in items} == {-1}
+    assert source.classes == ()
+    assert not source.remote
+
+
+@pytest.mark.parametrize(("crop", "top"), [("center", 35), ("realnvp", 40)])
+def test_the_square_of_148_pixels_is_resized(tmp_path: Path, crop: str, top: int) -> None:
+    path, output = _archive(tmp_path / "celeba"), tmp_path / "out"
+    manifest = prepare("celeba", str(output), 64, path=str(path), of_source={"crop": crop}, workers=1)
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 4, "val": 2, "test": 3}
+    assert manifest.protocol == f"CelebA, 148 pixels from 15,{top} ({crop}), subset of 9 images"
+    assert tuple(manifest.preprocessing["params"]["box"]) == (15, top, 163, top + 148)
+    for split, numbers in SPLITS.items():
+        with tarfile.open(output / f"{split}-000000.tar") as tar:
+            members = tar.getmembers()
+            assert len(members) == 2 * len(numbers)
+            for image, about in zip(members[::2], members[1::2], strict=True):
+                number = numbers[int(image.name.removesuffix(".png"))]
+                assert json.load(tar.extractfile(about)) == {"label": -1, "source": _name(number)}  # type: ignore[arg-type]
+                square = Image.open(io.BytesIO(_face(number))).crop((15, top, 163, top + 148))
+                expected = np.asarray(square.resize((64, 64), Image.Resampling.BOX), int)
+                with Image.open(tar.extractfile(image)) as made:  # type: ignore[arg-type]
+                    assert np.abs(np.asarray(made, int) - expected).max() <= 2
+
+
+def test_the_two_squares_differ(tmp_path: Path) -> None:
+    path = str(_folder(tmp_path))
+    assert celeba(path).box == celeba(path, "realnvp").box
+    assert celeba(path).box != celeba(path, "center").box
+    with pytest.raises(DataError, match=r"crop must be one of realnvp, center, not 'middle'$"):
+        celeba(path, "middle")
+
+
+def test_a_whole_celeba_is_no_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IMAGES", len(NUMBERS))
+    source = celeba(str(_folder(tmp_path)))
+    assert source.protocol == "CelebA, 148 pixels from 15,40 (realnvp)"
+    assert source.params == {}
+
+
+def test_absent_images_make_a_subset_which_is_told(tmp_path: Path) -> None:
+    path = _folder(tmp_path)
+    for number in SPLITS["val"]:
+        (path / _name(number)).unlink()
+    source = celeba(str(path))
+    assert {split: len(items) for split, items in source.splits.items()} == {"train": 4, "test": 3}
+    assert source.protocol.endswith(", subset of 7 images")
+    assert source.params == {"absent": 2, "first_absent": _name(SPLITS["val"][0])}
+
+
+def test_a_bucket_is_read_with_its_split_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _unpacked(tmp_path / "memory:", {TEXT: _partition(".txt")})
+    monkeypatch.chdir(tmp_path)  # where nobody is to look for what lies above a bucket
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(_above(tmp_path / "here")), "/celeba", recursive=True)
+    try:
+        for path in ("memory://celeba", "memory://celeba/img_align_celeba/"):
+            source = celeba(path)
+            assert source.remote
+            assert [item.load() for item in source.splits["test"]] == [_face(n) for n in SPLITS["test"]]
+        bucket.rm(f"/celeba/{TEXT}")
+        with pytest.raises(DataError, match=f"no {TEXT} in it or beside it"):
+            celeba("memory://celeba")
+    finally:
+        bucket.rm("/celeba", recursive=True)
+
+
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    def changed(name: str, files: Mapping[str, bytes]) -> str:
+        _folder(tmp_path / name)
+        _unpacked(tmp_path / name, files)
+        return str(tmp_path / name)
+
+    lost = _folder(tmp_path / "x" / "y" / "lost")
+    (lost.parent / TEXT).unlink()
+    _unpacked(tmp_path / "empty", {TEXT: _partition(".txt"), "a.png": b""})
+    for path, message in [
+        (str(lost), f"no {TEXT} in it or beside it"),
+        (str(tmp_path / "empty"), r"no images in it \(000001.jpg"),
+        (changed("strange", {"img_align_celeba/me.jpg": _face(0), "img_align_celeba/you.jpg": _face(0)}),
+         "2 images that the split file does not name, the first of them me.jpg"),
+        (changed("twice", {f"img_celeba/{_name(4)}": _face(4)}),
+         "two images of one name, img_align_celeba/000004.jpg and img_celeba/000004.jpg"),
+        (changed("wild", {f"img_align_celeba/{_name(1)}": _face(1, (409, 687))}),
+         "000001.jpg is 409x687 pixels, not 178x218: give img_align_celeba"),
+        (changed("line", {TEXT: _partition(".txt") + b"000010.jpg 3\n"}),
+         f"{TEXT}, line 10: '000010.jpg 3' is not the name of an image and 0, 1 or 2"),
+    ]:  # fmt: skip
+        with pytest.raises(DataError, match=message) as caught:
+            celeba(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_none_or_too_small_is_a_reject(tmp_path: Path) -> None:
+    path = _folder(tmp_path / "celeba")
+    (path / _name(1)).write_bytes(b"no image")
+    (path / _name(2)).write_bytes(_face(2, (100, 100)))
+    manifest = prepare("celeba", str(tmp_path / "out"), 16, path=str(path), max_rejects=0.5)
+    assert manifest.splits["train"].samples == 2

@@ -1,0 +1,372 @@
+"""Files of a source: the same names, order and bytes from a folder, a tar and a zip, here and far away."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import os
+import pickle
+import re
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.files import Entry, list_files, list_tar
+from data_prep.items import RangeImage
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+from eiwtrain.storage import StorageError
+
+FILES = {
+    "b/2.png": b"two",
+    "b/10.png": b"ten" * 1000,
+    "b-c/1.JPG": b"",
+    "B/1.webp": b"B",
+    "deep/er/and/deeper/x.tiff": bytes(range(256)) * 20,
+    "a name, with #spaces? 100%.png": b"spaces",
+    "höhe/写真.jpeg": b"unicode",
+    "folder.png/1.png": b"in a folder with the name of an image",
+    "top.gif": b"gif",
+}
+OTHERS = {"b/.hidden.png": b"h", ".git/x.png": b"g", "__MACOSX/._2.png": b"m", "notes.txt": b"n", "png": b"p"}
+IN_ORDER = sorted(FILES, key=lambda name: name.split("/"))
+KINDS = ("folder", "tar", "zip", "deflated zip")
+
+
+@pytest.fixture(params=["here", "memory", pytest.param("s3", marks=pytest.mark.cluster)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of an empty folder: local, in memory, on a real S3 server."""
+    if request.param == "here":
+        yield str(tmp_path / "place")
+    elif request.param == "memory":
+        url = f"memory://{tmp_path.name}"
+        yield url
+        storage.delete(url)
+    else:
+        yield request.getfixturevalue("s3")
+
+
+def put(url: str, kind: str, files: dict[str, bytes]) -> str:
+    """The files as that kind at the URL, in the order given."""
+    if kind == "folder":
+        for name, data in files.items():
+            storage.write_bytes(storage.join(url, name), data)
+    elif kind == "tar":
+        storage.write_bytes(url, tar_of(files))
+    else:
+        storage.write_bytes(url, zip_of(files, zipfile.ZIP_DEFLATED if "deflated" in kind else zipfile.ZIP_STORED))
+    return url
+
+
+def tar_of(
+    files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, links: dict[str, tuple[bytes, str]] | None = None
+) -> bytes:
+    """A tar of files, and then links: (type, target) by name."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, (kind, target) in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    return buffer.getvalue()
+
+
+def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def names(entries: list[Entry]) -> list[str]:
+    return ["/".join(entry.parts) for entry in entries]
+
+
+def contents(entries: list[Entry]) -> dict[str, bytes]:
+    assert len(set(names(entries))) == len(entries)
+    return {"/".join(entry.parts): entry.load() for entry in entries}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_files_from_every_kind_and_place(place: str, kind: str) -> None:
+    entries = list_files(put(storage.join(place, "images"), kind, OTHERS | FILES))
+    assert names(entries) == IN_ORDER
+    assert [entry.size for entry in entries] == [len(FILES[name]) for name in IN_ORDER]
+    assert contents(pickle.loads(pickle.dumps(entries))) == FILES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_suffixes_say_what_is_wanted(tmp_path: Path, kind: str) -> None:
+    url = put(str(tmp_path / "x"), kind, {"a.TAR": b"a", "b/c.tar": b"c", "d.tar.gz": b"d", "e.png": b"e"})
+    assert names(list_files(url, (".tar",))) == ["a.TAR", "b/c.tar"]
+    assert names(list_files(url, ("",))) == ["a.TAR", "b/c.tar", "d.tar.gz", "e.png"]
+
+
+@pytest.mark.parametrize("write", [tar_of, zip_of])
+def test_of_the_same_name_the_last_counts(tmp_path: Path, write: Callable[[dict[str, bytes]], bytes]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (tmp_path / "x").write_bytes(write({"a.png": b"old", "b.png": b"b", "./a.png": b"new"}))
+    assert contents(list_files(str(tmp_path / "x"))) == {"a.png": b"new", "b.png": b"b"}
+
+
+letters = st.sampled_from(["a", "b", "B", "-", " ", "é", "🖼"])
+some_names = st.lists(
+    st.lists(st.text(letters, min_size=1, max_size=3), min_size=1, max_size=3), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(some_names, st.randoms(use_true_random=False))
+def test_the_order_is_that_of_the_names_not_of_the_archive(lists: list[list[str]], random: Any) -> None:
+    files = {"/".join(parts) + ".png": str(parts).encode() for parts in lists}
+    expected = sorted(files, key=lambda name: name.split("/"))
+    memory = fsspec.filesystem("memory")
+    for write in (tar_of, zip_of):
+        shuffled = random.sample(expected, len(expected))
+        memory.pipe_file("/order/x", write({name: files[name] for name in shuffled}))
+        entries = list_files("memory://order/x")
+        assert names(entries) == expected
+        assert contents(entries) == files
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_all_formats_with_long_names(tmp_path: Path, form: int) -> None:
+    files = {"n" * 60 + "/" + "m" * 90 + ".png": b"1", "a.png": b"2"}
+    if form != tarfile.USTAR_FORMAT:
+        files["ö" * 120 + "/" + "x" * 300 + ".png"] = b"3"
+    (tmp_path / "x.tar").write_bytes(tar_of(files, form))
+    assert contents(list_files(str(tmp_path / "x.tar"))) == files
+
+
+def test_names_that_are_no_text_are_kept_as_they_are(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xe9t\xe9.png")
+    put(str(tmp_path / "folder"), "folder", {name: b"1"})
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(tmp_path / "folder" / name, name)
+    for path in ("folder", "x.tar"):
+        assert contents(list_files(str(tmp_path / path))) == {name: b"1"}
+
+
+@pytest.mark.timeout(60)  # or it would go on for ever where links lead round
+def test_links_in_a_folder_are_followed_but_not_for_ever(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    put(str(root), "folder", {"a/1.png": b"1", "b/2.png": b"2"})
+    put(str(outside), "folder", {"3.png": b"3", "4": b"4"})
+    for link, target in {
+        "a/up": root,
+        "a/self.png": "self.png",
+        "b/a": root / "a",
+        "c": outside,
+        "four.png": outside / "4",
+        "nothing.png": tmp_path / "nothing",
+    }.items():
+        (root / link).symlink_to(target)
+    os.mkfifo(root / "pipe.png")
+    expected = {"a/1.png": b"1", "b/2.png": b"2", "b/a/1.png": b"1", "c/3.png": b"3", "four.png": b"4"}
+    assert names(list_files(str(root))) == list(expected)  # to read the pipe would be to wait for ever
+    assert contents(list_files(str(root))) == expected
+    (tmp_path / "link").symlink_to(root)
+    assert contents(list_files(str(tmp_path / "link"))) == expected
+
+
+def test_links_in_a_tar_are_followed(tmp_path: Path) -> None:
+    files = {"./a/1.png": b"one", "blobs/77": b"77", "a/z.png": b"old"}
+    links = {
+        "hard.png": (tarfile.LNKTYPE, "./a/1.png"),
+        "b/c/soft.png": (tarfile.SYMTYPE, "../../blobs/77"),
+        "b/chain.png": (tarfile.SYMTYPE, "c/soft.png"),
+        "b/end.png": (tarfile.SYMTYPE, "chain.png"),
+        "a/z.png": (tarfile.SYMTYPE, "1.png"),
+        "nothing.png": (tarfile.SYMTYPE, "/elsewhere/1.png"),
+        "round.png": (tarfile.SYMTYPE, "round.png"),
+    }
+    (tmp_path / "x.tar").write_bytes(tar_of(files, links=links))
+    expected = {"a/1.png": b"one", "a/z.png": b"one", "hard.png": b"one"}
+    expected |= dict.fromkeys(("b/c/soft.png", "b/chain.png", "b/end.png"), b"77")
+    assert contents(list_files(str(tmp_path / "x.tar"))) == expected
+
+
+@pytest.mark.parametrize("place", ["here", "memory"], indirect=True)
+def test_a_tar_inside_a_tar_is_listed_where_it_lies(place: str) -> None:
+    inner = {"first.tar": {"1.png": b"1" * 700, "2.png": b"2"}, "second.tar": {"3.png": b"3"}}
+    outer = put(storage.join(place, "outer.tar"), "tar", {name: tar_of(files) for name, files in inner.items()})
+    for entry in list_files(outer, (".tar",)):
+        assert isinstance(entry.load, RangeImage)
+        found = list_tar(entry.load.url, offset=entry.load.offset, size=entry.size)
+        assert contents(found) == inner["/".join(entry.parts)]
+        with pytest.raises(DataError, match="a broken tar"):
+            list_tar(entry.load.url, offset=entry.load.offset, size=600)
+    with pytest.raises(DataError, match="a broken tar"):
+        list_tar(outer, offset=100)
+
+
+def test_of_a_far_tar_of_large_members_the_headers_are_read_and_of_small_ones_many_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[int] = []
+    read_range = storage.read_range
+
+    def counted(url: str, start: int, length: int) -> bytes:
+        reads.append(length)
+        return read_range(url, start, length)
+
+    monkeypatch.setattr(storage, "read_range", counted)
+    for n, size, most_reads, most_bytes in [(60, 200_000, 70, 1_000_000), (5000, 400, 20, 10_000_000)]:
+        url = put("memory://counted/x.tar", "tar", {f"{i}.png": bytes(size) for i in range(n)})
+        reads.clear()
+        entries = list_files(url)
+        assert len(entries) == n
+        assert len(reads) <= most_reads
+        assert sum(reads) <= most_bytes
+    storage.delete("memory://counted")
+
+
+def test_zips_whose_local_headers_differ_from_the_directory(tmp_path: Path) -> None:
+    for here, there in [(b"", b"\x99\x99\x04\0abcd"), (b"\x99\x99\xc8\0" + bytes(200), b"")]:
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr("first.png", b"first")
+            info = zipfile.ZipInfo("last.png")
+            info.extra = here
+            archive.writestr(info, b"last" * 9)
+            info.extra = there
+        assert contents(list_files(str(tmp_path / "x.zip"))) == {"first.png": b"first", "last.png": b"last" * 9}
+
+
+def test_names_in_a_zip_that_does_not_say_how_they_are_encoded(tmp_path: Path) -> None:
+    name = b"a" * 40
+    (tmp_path / "x.zip").write_bytes(zip_of({name.decode() + ".png": b"1"}).replace(name, b"\xb0" * 40))
+    assert contents(list_files(str(tmp_path / "x.zip"))) == {"\u2591" * 40 + ".png": b"1"}  # as code page 437
+
+
+def test_a_zip_beyond_four_gigabytes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("first.png", b"first")
+        archive.fp.seek(1 << 32, os.SEEK_CUR)  # a hole, which takes no room on the disk
+        archive.start_dir = archive.fp.tell()
+        with archive.open("last.png", "w", force_zip64=True) as member:
+            member.write(b"last")
+    assert contents(list_files(str(tmp_path / "x.zip"))) == {"first.png": b"first", "last.png": b"last"}
+
+
+def test_a_damaged_zip_ends_the_work_and_gives_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        whole = zip_of({"a.png": b"abc" * 100}, method)
+        for at in (0, 38, 40):  # the signature of the header, and inside the data
+            path.write_bytes(whole)
+            (entry,) = list_files(str(path))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x5A]) + whole[at + 1 :])
+            with pytest.raises(DataError, match=r"x\.zip.* at byte 0"):
+                entry.load()
+
+
+def _sparse_tar() -> bytes:
+    info = tarfile.TarInfo("a.png")
+    info.type = tarfile.GNUTYPE_SPARSE
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
+def _encrypted_zip() -> bytes:
+    data = bytearray(zip_of({"a.png": b"abc"}))
+    data[data.index(b"PK\1\2") + 8] |= 1  # a flag in the directory
+    return bytes(data)
+
+
+def _astray_zip() -> bytes:
+    data = bytearray(zip_of({"a.png": b"abc"}))
+    data[data.index(b"PK\1\2") + 42] = 77  # where the member is said to begin
+    return bytes(data)
+
+
+TAR = tar_of({"a.png": b"a" * 2000, "b.png": b"b" * 2000})
+ZIP = zip_of({"a.png": b"a"})
+BROKEN = {
+    "gzip": (gzip.compress(TAR), "compressed by gzip; uncompress it"),
+    "bzip2": (bz2.compress(TAR), "compressed by bzip2; uncompress it"),
+    "xz": (lzma.compress(TAR), "compressed by xz; uncompress it"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed by zstd; uncompress it"),
+    "an image": (b"\x89PNG\r\n\x1a\n" + bytes(600), "a file, and neither"),
+    "a text": (b"cat dog\n" * 200, "a file, and neither"),
+    "nothing": (b"", "a file, and neither"),
+    "a tar cut off in a member": (TAR[:4000], "a broken tar"),
+    "a tar cut off in a header": (TAR[:2700], "a broken tar"),
+    "a tar with a broken header": (TAR[:2560] + b"x" + TAR[2561:], "a broken tar"),
+    "two tars in one": (TAR + TAR, "a broken tar, or several put together"),
+    "a sparse tar": (_sparse_tar(), "'a.png' is packed as a sparse file"),
+    "an encrypted zip": (_encrypted_zip(), "'a.png' is encrypted"),
+    "a zip of bzip2": (
+        zip_of({"a.png": b"a"}, zipfile.ZIP_BZIP2),
+        "'a.png' is compressed by a method other than deflate",
+    ),
+    "a zip that points beyond its end": (_astray_zip(), "a broken zip: 'a.png' is said to lie outside it"),
+    "a zip cut off": (ZIP[:-10], "a broken zip"),
+    "a zip without its beginning": (ZIP[:4] + ZIP[60:], "a broken zip"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("place", ["here", "memory"], indirect=True)
+def test_what_cannot_be_read_by_offset_is_refused_in_one_line(place: str, what: str) -> None:
+    content, message = BROKEN[what]
+    url = storage.join(place, "the source")
+    storage.write_bytes(url, content)
+    with pytest.raises(DataError, match=f"^{re.escape(f'source {url}: ')}{message}") as caught:
+        list_files(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_tar_and_an_empty_zip_hold_nothing(tmp_path: Path) -> None:
+    for data in (tar_of({}), zip_of({})):
+        (tmp_path / "x").write_bytes(data)
+        assert list_files(str(tmp_path / "x")) == []
+
+
+@pytest.mark.parametrize("place", ["here", "memory", pytest.param("s3", marks=pytest.mark.cluster)], indirect=True)
+def test_what_is_not_there_is_named(place: str) -> None:
+    with pytest.raises(DataError, match="no such folder, tar or zip") as caught:
+        list_files(storage.join(place, "nowhere"))
+    assert storage.join(place, "nowhere") in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(str(tmp_path), "folder", {"a/1.png": b"1", "b/2.png": b"2"})
+    scandir = os.scandir
+
+    def locked(path: str) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DataError, match=r"/b cannot be read: Permission denied"):
+        list_files(str(tmp_path))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_damage_anywhere_is_an_error_of_the_source_or_nothing(data: st.DataObject) -> None:
+    files = {"a/1.png": b"1" * 100, "é" * 60 + "/" + "x" * 60 + ".png": b"2"}
+    whole = data.draw(st.sampled_from([tar_of(files), tar_of(files, tarfile.GNU_FORMAT), zip_of(files)]))
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    fsspec.filesystem("memory").pipe_file("/damaged/x", bytes(damaged))
+    with storage.impatient(), contextlib.suppress(DataError, StorageError):
+        contents(list_files("memory://damaged/x"))
