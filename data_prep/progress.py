@@ -18,7 +18,8 @@ class Progress:
     def __init__(self, total: int, stream: TextIO | None = None, quiet: bool = False) -> None:
         self.total, self.made, self.skipped = total, 0, 0
         self._stream = stream if stream is not None else sys.stderr
-        self._start = self._said = time.monotonic()
+        self._start = self._said = self._first_at = time.monotonic()
+        self._first = 0
         self._quiet = quiet
         self._bar: Any = None
         if not quiet and self._stream.isatty():
@@ -29,6 +30,8 @@ class Progress:
         if stood:
             self.skipped += n
         else:
+            if not self.made:
+                self._first, self._first_at = n, time.monotonic()
             self.made += n
         if self._bar is not None:
             self._bar.initial += n * stood
@@ -44,8 +47,11 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Images made a second so far."""
-        return self.made / max(time.monotonic() - self._start, 1e-9)
+        """Images made a second, since the first of them came: before that workers were starting."""
+        made, since = self.made - self._first, self._first_at
+        if not made:
+            made, since = self.made, self._start
+        return made / max(time.monotonic() - since, 1e-9)
 
     def __enter__(self) -> Progress:
         return self
@@ -59,12 +65,9 @@ class Progress:
     def _line(self) -> None:
         self._said = time.monotonic()
         done = self.made + self.skipped
-        left = (self.total - done) / max(self.rate, 1e-9)
-        print(
-            f"{done:,} of {self.total:,} images, {self.rate:,.0f} images/s, {_duration(left)} left",
-            file=self._stream,
-            flush=True,
-        )
+        rate = self.rate
+        pace = f", {rate:,.0f} images/s, {_duration((self.total - done) / rate)} left" if rate else ""
+        print(f"{done:,} of {self.total:,} images{pace}", file=self._stream, flush=True)
 
 
 def _duration(seconds: float) -> str:
