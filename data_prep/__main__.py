@@ -7,6 +7,7 @@ mend, 130 or 143 when stopped: then the same command goes on where it was.
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 import time
@@ -31,6 +32,8 @@ R = TypeVar("R")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
     try:
         if args.command == "verify":

@@ -52,9 +52,10 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard that stands, and whether it stood before."""
+    """A shard that stands, with the checksum of its sidecar, and whether it stood before."""
 
     sidecar: Sidecar
+    sidecar_sha256: str
     skipped: bool
 
 
@@ -66,15 +67,15 @@ def run_task(task: ShardTask) -> ShardDone:
     Raises:
         DataError, StorageError: an item cannot be read, or the shard cannot be written.
     """
-    found = _find_intact(task)
-    if found is not None:
-        return ShardDone(found, skipped=True)
+    if (found := _find_intact(task)) is not None:
+        return found
     with tempfile.TemporaryDirectory(prefix="data-prep-") as folder:
         local = Path(folder) / task.name
         sidecar = _write_tar(task, local)
         storage.put_file(local, storage.join(task.output, task.name))
-    storage.write_bytes(storage.join(task.output, sidecar_name(task.name)), sidecar_to_json(sidecar))
-    return ShardDone(sidecar, skipped=False)
+    text = sidecar_to_json(sidecar)
+    storage.write_bytes(storage.join(task.output, sidecar_name(task.name)), text)
+    return ShardDone(sidecar, storage.sha256_bytes(text), skipped=False)
 
 
 def item_key(number: int) -> str:
@@ -82,11 +83,12 @@ def item_key(number: int) -> str:
     return f"{number:08d}"
 
 
-def _find_intact(task: ShardTask) -> Sidecar | None:
-    """The sidecar of the shard as it stands, or None where it has to be written."""
+def _find_intact(task: ShardTask) -> ShardDone | None:
+    """The shard as it stands, or None where it has to be written."""
     try:
         text = read_sidecar(task.output, task.name)
-        if task.sidecar_sha256 not in (None, storage.sha256_bytes(text)):
+        sha256 = storage.sha256_bytes(text)
+        if task.sidecar_sha256 not in (None, sha256):
             return None
         sidecar = sidecar_from_json(text, task.name)
     except DataError:
@@ -106,7 +108,7 @@ def _find_intact(task: ShardTask) -> Sidecar | None:
                 found = storage.sha256_file(local)
     except FileNotFoundError:
         return None
-    return sidecar if found == sidecar.shard.sha256 else None
+    return ShardDone(sidecar, sha256, skipped=True) if found == sidecar.shard.sha256 else None
 
 
 def _write_tar(task: ShardTask, path: Path) -> Sidecar:

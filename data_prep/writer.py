@@ -15,14 +15,13 @@ from data_prep.items import Source
 from data_prep.parallel import run_tasks
 from data_prep.pixels import Preprocess
 from data_prep.progress import Progress
-from data_prep.shard import ShardTask, item_key, run_task
+from data_prep.shard import ShardDone, ShardTask, item_key, run_task
 from data_prep.splits import TRAIN
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     DataError,
     Manifest,
-    Sidecar,
     Split,
     canonical_json,
     fingerprint,
@@ -30,7 +29,6 @@ from eiwtrain.data.manifest import (
     load_sidecar,
     manifest_to_json,
     shard_name,
-    sidecar_to_json,
 )
 
 _SHUFFLE_SEED = 20240704  # order of items in the shards; any number, the same for ever
@@ -181,7 +179,7 @@ def run_plan(
     storage.check_writable(plan.output)
     if other is not None:
         _clear(plan.output)
-    sidecars: dict[str, dict[str, Sidecar]] = {split: {} for split in plan.orders}
+    stand: dict[str, dict[str, ShardDone]] = {split: {} for split in plan.orders}
     written: set[str] = set()
     rejects: list[dict[str, str]] = []
 
@@ -191,7 +189,7 @@ def run_plan(
                 rejects.extend(done.sidecar.rejects)
             if not done.skipped:
                 written.add(task.name)
-            sidecars[task.split][task.name] = done.sidecar
+            stand[task.split][task.name] = done
             progress.update(len(task.numbered), done.skipped)
             if len(rejects) > max_rejects * plan.total:
                 raise DataError(
@@ -201,14 +199,13 @@ def run_plan(
 
     with Progress(plan.total, quiet=quiet) as progress:
         write(plan.tasks(_known_sidecars(plan)))
-        found = {split: by_name.values() for split, by_name in sidecars.items()}
-        duplicates = find_duplicates(found)
+        duplicates = find_duplicates({split: [d.sidecar for d in done.values()] for split, done in stand.items()})
         if plan.drop_duplicates:
-            write(_without_duplicates(plan, duplicates, sidecars, progress))
-    manifest = _make_manifest(plan, sidecars, duplicates, name)
+            write(_without_duplicates(plan, duplicates, stand, progress))
+    manifest = _make_manifest(plan, stand, duplicates, name)
     if not _stands(manifest, plan.output):
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
-    dropped = sum(len(sidecar.dropped) for sidecars_of in found.values() for sidecar in sidecars_of)
+    dropped = sum(len(d.sidecar.dropped) for done in stand.values() for d in done.values())
     total = sum(plan.shards().values())
     return Outcome(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
 
@@ -225,27 +222,24 @@ def _known_sidecars(plan: Plan) -> dict[str, str]:
 
 
 def _without_duplicates(
-    plan: Plan, duplicates: list[Duplicate], sidecars: dict[str, dict[str, Sidecar]], progress: Progress
+    plan: Plan, duplicates: list[Duplicate], stand: dict[str, dict[str, ShardDone]], progress: Progress
 ) -> Iterator[ShardTask]:
     """The shards for training that do not yet lack just their duplicates, to be written again."""
     reasons = {d.key: f"same pixels as {d.first}" for d in duplicates if d.split == TRAIN}
     for number in range(plan.shards().get(TRAIN, 0)):
         drop = {key: reasons[key] for key in map(item_key, plan.numbers(TRAIN, number)) if key in reasons}
-        if drop != {d["key"]: d["reason"] for d in sidecars[TRAIN][shard_name(TRAIN, number)].dropped}:
+        if drop != {d["key"]: d["reason"] for d in stand[TRAIN][shard_name(TRAIN, number)].sidecar.dropped}:
             task = replace(plan.task(TRAIN, number), drop=drop)
             progress.expect(len(task.numbered))
             yield task
 
 
 def _make_manifest(
-    plan: Plan, sidecars: dict[str, dict[str, Sidecar]], duplicates: list[Duplicate], name: str | None
+    plan: Plan, stand: dict[str, dict[str, ShardDone]], duplicates: list[Duplicate], name: str | None
 ) -> Manifest:
     splits = {}
-    for split, found in sidecars.items():
-        shards = tuple(
-            replace(found[shard].shard, sidecar_sha256=storage.sha256_bytes(sidecar_to_json(found[shard])))
-            for shard in sorted(found)
-        )
+    for split, done in stand.items():
+        shards = tuple(replace(d.sidecar.shard, sidecar_sha256=d.sidecar_sha256) for _, d in sorted(done.items()))
         splits[split] = Split(split, sum(s.samples for s in shards), shards)
     return Manifest(
         name=name if name is not None else plan.output.rstrip("/").rsplit("/", 1)[-1],
