@@ -80,23 +80,35 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     output = tmp_path / "set"
     base = ["folder", "--source", str(pictures), "--output", str(output), "--resolution", "8", "--shard-size", "5"]
     assert main([*base, "--split", "all", "--dry-run"]) == 0
-    assert "train: 20 images in 4 shards" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train: 20 images in 4 shards" in out
+    assert "MB, from encoding 20 of them" in out
     assert not output.exists()
 
 
-def test_a_finished_data_set_is_said_to_be_finished_and_shown(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_data_set_is_said_to_be_finished_shown_and_verified(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = ["folder", "--source", str(pictures), "--output", str(tmp_path / "set"), "--resolution", "8"]
+    monkeypatch.chdir(tmp_path)
+    base = ["folder", "--source", "pictures", "--output", "set", "--resolution", "8"]
     assert main([*base, "--workers", "1"]) == 0
     assert capsys.readouterr().out.startswith("wrote ")
     assert main([*base, "--workers", "1"]) == 0
     assert capsys.readouterr().out.startswith("already complete: ")
-    assert main(["show", str(tmp_path / "set")]) == 0
+    assert main(["show", "set"]) == 0
     shown = capsys.readouterr().out
-    manifest = load_manifest(str(tmp_path / "set"))
+    manifest = load_manifest("set")
     for part in (manifest.fingerprint, "center-crop-resize v2", f"train: {manifest.splits['train'].samples} images"):
         assert part in shown
+    with Image.open("contact-sheet.png") as sheet:
+        assert sheet.width > 16 * 8
+    assert main(["verify", "set", "--workers", "1"]) == 0
+    assert capsys.readouterr().out.startswith("sound: ")
+    with open("set/train-000000.tar", "r+b") as shard:
+        shard.seek(600)
+        shard.write(b"x")
+    assert main(["verify", "set", "--workers", "1"]) == 1
+    assert "train-000000.tar: has another SHA-256" in capsys.readouterr().out
     assert main(["show", str(tmp_path)]) == 2
     assert "no data set at" in capsys.readouterr().err
 
