@@ -24,6 +24,7 @@ from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
+from eiwtrain.ray_session import anchored
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -129,9 +130,9 @@ def _write(args: argparse.Namespace) -> None:
         "lsun": lambda: {"categories": tuple(args.category)},
         "celeba": lambda: {"crop": args.face},
     }.get(args.command, dict)()
-    path = getattr(args, "source", None)
+    path = anchored(args.source) if "source" in args else None
     source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
-    plan = make_plan(source, args.output, preprocess, args.shard_size, args.drop_duplicates)
+    plan = make_plan(source, anchored(args.output), preprocess, args.shard_size, args.drop_duplicates)
     if args.dry_run:
         _dry_run(plan)
         return
@@ -173,10 +174,11 @@ def _dry_run(plan: Plan) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    manifest = load_manifest(args.path)
-    print(describe(manifest, args.path))
+    path = anchored(args.path)
+    manifest = load_manifest(path)
+    print(describe(manifest, path))
     if not args.no_sheet:
-        contact_sheet(args.path, manifest, args.split).save(args.sheet)
+        contact_sheet(path, manifest, args.split).save(args.sheet)
         print(f"  contact sheet: {args.sheet}")
 
 
@@ -184,7 +186,7 @@ def _verify(args: argparse.Namespace) -> int:
     def run(call: Callable[[T], R], checks: Iterable[T]) -> Iterator[R]:
         return (found for _, found in run_tasks(call, iter(checks), args.workers))
 
-    problems = verify(args.path, run=run, quiet=False)
+    problems = verify(anchored(args.path), run=run, quiet=False)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problems" if problems else "sound: every byte and every image is as the manifest says")

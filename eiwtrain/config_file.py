@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
+from eiwtrain.ray_session import anchored
 from eiwtrain.storage import is_local
 
 
@@ -185,11 +186,8 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
 
 
 def _absolute_paths(c: Config) -> Config:
-    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
-    base = Path.home() / "eiwtrain" if job else Path.cwd()
-
     def absolute(url: str | None) -> str | None:
-        return url if url is None or not is_local(url) else str(base / Path(url.removeprefix("file://")).expanduser())
+        return url if url is None else anchored(url)
 
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})

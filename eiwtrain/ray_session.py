@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from pathlib import Path
 from typing import Any
+
+from eiwtrain.storage import is_local
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
 
@@ -20,6 +23,17 @@ class RayError(RuntimeError):
 def joins_cluster() -> bool:
     """Whether the job is to run on a cluster that is there: Ray sets the variable in a submitted job."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def anchored(url: str) -> str:
+    """A local path made absolute, for workers have working directories of their own; any other URL as it is.
+
+    In a submitted job, whose working directory is a copy that goes when it ends, relative paths are in `~/eiwtrain`.
+    """
+    if not is_local(url):
+        return url
+    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
+    return str((Path.home() / "eiwtrain" if job else Path.cwd()) / Path(url.removeprefix("file://")).expanduser())
 
 
 def is_running() -> bool:

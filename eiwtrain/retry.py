@@ -21,6 +21,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _PATIENCE = 300.0  # seconds after a call's first failure for which it is tried again; see EIWTRAIN_RETRY_SECONDS
+_IMPATIENT = 3.0  # the same of a check that somebody waits for: one 503 shall not end it
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds; the bound of a wait doubles from the one to the other
 _LOG_EVERY = 10.0  # seconds between two lines about the same call
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE and AWS_ENDPOINT_URL"
@@ -88,8 +89,8 @@ def retrying(what: str, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    """In this context nothing is tried twice."""
-    token = _patience.set(0.0)
+    """In this context what fails is tried again for a moment only."""
+    token = _patience.set(_IMPATIENT)
     try:
         yield
     finally:

@@ -62,6 +62,8 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
     Raises:
         StorageError: the scheme is unknown or its package is not installed.
     """
+    if is_local(url):
+        return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
     s3 = url.startswith(("s3://", "s3a://"))
     options: dict[str, Any] = {}
     if s3:

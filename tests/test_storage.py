@@ -175,6 +175,11 @@ def test_an_answer_that_is_too_short_is_never_taken_for_the_file(monkeypatch, cl
     assert clock.now > 1290
 
 
+def test_a_local_name_means_nothing_to_fsspec(tmp_path):
+    storage.write_bytes(str(tmp_path / "a::b"), b"1")
+    assert storage.read_bytes(str(tmp_path / "a::b")) == b"1"
+
+
 def test_what_a_store_has_cached_is_not_trusted(root):
     fs, _ = storage.filesystem(root)
     invalidated = []
@@ -184,7 +189,7 @@ def test_what_a_store_has_cached_is_not_trusted(root):
             call(storage.join(root, "absent"))
     finally:
         del fs.invalidate_cache
-    assert len(invalidated) >= 3
+    assert len(invalidated) >= 3 or storage.is_local(root)  # where nothing is cached
 
 
 def test_deleting_what_is_absent_is_fine(root):
@@ -244,7 +249,9 @@ def test_the_clients_network_errors_are_transient_though_no_os_errors(clock):
     ):
         assert tries(passing)[0] > 20
         with storage.impatient():
-            assert tries(passing)[0] == 1
+            began = clock.now
+            assert 1 < tries(passing)[0]
+            assert clock.now - began < 4
     assert tries(SSLError(endpoint_url="https://x", error="certificate"))[0] == 1
     count, message = tries(NoCredentialsError())
     assert count == 1

