@@ -131,6 +131,7 @@ def digest(pixels: Pixels) -> str:
 def encode(pixels: Pixels, encoding: str) -> bytes:
     """uint8 (H, W, 3) as the bytes of a PNG or a .npy file."""
     if encoding == "png":
+        pixels = np.ascontiguousarray(pixels)
         return bytes(imagecodecs.png_encode(pixels, level=_PNG_LEVEL, filter=_PNG_FILTER, strategy=_PNG_STRATEGY))
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, pixels, version=(1, 0), allow_pickle=False)

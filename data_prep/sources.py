@@ -44,4 +44,10 @@ def read_source(
         return apply_rule(make(resolution, **options), split, only)
     if path is None:
         raise DataError(f"the {name} source needs a path")
-    return apply_rule(make(path, **options), split, only)
+    source = make(path, **options)
+    if (side := source.params.get("side", resolution)) != resolution:
+        raise DataError(
+            f"source {path}: its images were downsampled to {side} pixels; use --resolution {side}, for resized once more "
+            "they would be comparable with nothing"
+        )
+    return apply_rule(source, split, only)
