@@ -47,7 +47,7 @@ def read_source(
     source = make(path, **options)
     if (side := source.params.get("side", resolution)) != resolution:
         raise DataError(
-            f"source {path}: its images were downsampled to {side} pixels; use --resolution {side}, for resized once more "
+            f"source {path}: its images were downsampled to {side} pixels; use --resolution {side}: resized once more "
             "they would be comparable with nothing"
         )
     return apply_rule(source, split, only)

@@ -147,7 +147,7 @@ def test_the_overview_shows_two_temperatures_and_reconstructions(shards):
 
 def test_the_commands_work_on_an_exported_model(shards, model_folder, tmp_path, capsys):
     assert evaluate.main([str(model_folder), "--data", str(shards)]) == 0
-    assert f"on {len(reader(shards))} images" in capsys.readouterr().out
+    assert f"on {len(reader(shards))} images of data, split test" in capsys.readouterr().out
     assert sample.main([str(model_folder), "--n", "9", "--output", str(tmp_path / "g.png")]) == 0
     assert Image.open(tmp_path / "g.png").width > 8 * 64
 

@@ -250,7 +250,7 @@ def test_the_clients_network_errors_are_transient_though_no_os_errors(clock):
         assert tries(passing)[0] > 20
         with storage.impatient():
             began = clock.now
-            assert 1 < tries(passing)[0]
+            assert tries(passing)[0] > 1
             assert clock.now - began < 4
     assert tries(SSLError(endpoint_url="https://x", error="certificate"))[0] == 1
     count, message = tries(NoCredentialsError())

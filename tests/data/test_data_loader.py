@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from eiwtrain.data import Batch, ShardReader, eval_batches, first_batch, labels_for, load_manifest, train_batches
+from eiwtrain import storage
+from eiwtrain.data import (
+    Batch,
+    ShardReader,
+    eval_batches,
+    first_batch,
+    labels_for,
+    load_manifest,
+    new_faults,
+    train_batches,
+)
 from eiwtrain.data.manifest import DataError, load_sidecar
 
 Sample = tuple[int, int, bytes, bytes]
@@ -185,6 +195,25 @@ def test_labels_are_wanted_by_models_with_classes_only(data_set: Path, tmp_path:
     assert labels_for(nameless, 0) is None
     with pytest.raises(DataError, match="sample 1 has no class"):
         labels_for(nameless, 2)
+
+
+def test_failures_that_were_ridden_out_are_counted_once(
+    data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, faults = _reader(data_set, "train", tmp_path), [storage.faults()]
+    new_faults()
+    read_into = reader.read_into
+
+    def failing(*args: Any) -> Any:
+        faults[0] += 2
+        return read_into(*args)
+
+    monkeypatch.setattr(storage, "faults", lambda: faults[0])
+    monkeypatch.setattr(reader, "read_into", failing)
+    steps = _train(reader, 2, global_batch=8, micro_batch=4)
+    assert [b.faults for step in steps for b in step] == [2, 2, 2, 2]
+    faults[0] += 3
+    assert (new_faults(), new_faults()) == (3, 0)  # of the process itself, outside of any batch
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import eiwtrain.data
 from eiwtrain.data.manifest import (
     DataError,
+    Manifest,
     fingerprint,
     load_manifest,
     load_sidecar,
@@ -107,3 +109,11 @@ def test_the_package_offers_its_names() -> None:
         assert getattr(eiwtrain.data, name).__name__ == name
     with pytest.raises(AttributeError):
         eiwtrain.data.nothing  # noqa: B018
+
+
+def test_the_protocol_stands_beside_the_name() -> None:
+    params = {"source": {"name": "imagenet", "protocol": "downsampled by somebody"}}
+    plain = Manifest("images", 8, 3, {"name": "x", "version": 1, "params": {}}, {}, "f")
+    told = replace(plain, preprocessing={"name": "x", "version": 1, "params": params})
+    assert (plain.protocol, plain.title) == ("", "images")
+    assert (told.protocol, told.title) == ("downsampled by somebody", "images (downsampled by somebody)")

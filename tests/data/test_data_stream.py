@@ -7,15 +7,26 @@ import pickle
 import shutil
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from helpers import write_images
 
+import data_prep
+from eiwtrain import storage
 from eiwtrain.data import cache as cache_module
-from eiwtrain.data.manifest import DataError, load_manifest
+from eiwtrain.data.manifest import (
+    DataError,
+    fingerprint,
+    load_manifest,
+    load_sidecar,
+    manifest_to_json,
+    sidecar_to_json,
+)
 from eiwtrain.data.stream import ShardReader
 
 
@@ -161,6 +172,83 @@ def test_a_short_or_missing_shard_or_sidecar_is_named(data_set: Path, tmp_path: 
     (copy / "test-000001.json").unlink()
     with pytest.raises(DataError, match=r"test-000001\.tar: its sidecar .* is not there"):
         _reader(copy, "test", tmp_path / "cache")[12]
+
+
+def test_a_sidecar_of_other_bytes_is_named(data_set: Path, remote: str, tmp_path: Path, new_data_set: Any) -> None:
+    copy = _copy(data_set, tmp_path)
+    new_data_set(remote, {"train": [5]})
+    fs = fsspec.filesystem("memory")
+    for sidecar, write in (
+        (copy / "train-000000.json", lambda text: (copy / "train-000000.json").write_bytes(text)),
+        (f"{remote}/train-000000.json", lambda text: fs.pipe_file(f"{remote}/train-000000.json", text)),
+    ):
+        text = storage.read_bytes(str(sidecar))
+        write(text.replace(b'"label":[0,1', b'"label":[1,0'))
+        with pytest.raises(DataError, match=r"train-000000\.tar: its sidecar is not the one of the manifest"):
+            _reader(str(sidecar).rpartition("/")[0], "train", tmp_path / "cache")[0]
+
+
+def test_what_arrives_damaged_is_asked_for_once_more(
+    remote: str, tmp_path: Path, image_of: Any, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_data_set(remote, {"train": [5]})
+    get_file, asked = cache_module.storage.get_file, []
+
+    def damaging_the_first(url: str, local: Path) -> None:
+        get_file(url, local)
+        if url not in asked:
+            _damage(local)
+        asked.append(url)
+
+    monkeypatch.setattr(cache_module.storage, "get_file", damaging_the_first)
+    assert np.array_equal(_reader(remote, "train", tmp_path)[0], image_of("train", 0).transpose(2, 0, 1))
+    assert len(asked) == 4  # the sidecar and the shard, twice each
+
+
+def test_sidecars_count_and_go_with_the_least_recently_used(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+    manifest = new_data_set(remote, {"train": [5] * 4})
+    reader = _reader(remote, "train", tmp_path, cache_bytes=manifest.splits["train"].shards[0].bytes)
+    for index in (0, 5, 10, 15):
+        reader[index]
+        for age, path in enumerate(sorted(tmp_path.glob("*.[tj]*"), key=os.path.getmtime, reverse=True)):
+            os.utime(path, (time.time() - 10 * age - 10,) * 2)
+    assert len(list(tmp_path.glob("*.json"))) <= 2
+
+
+@pytest.mark.parametrize("damage", [None, "header", "length"])
+def test_uncompressed_images_are_read_as_they_are(tmp_path: Path, damage: str | None) -> None:
+    write_images(tmp_path / "images", 6)
+    options: dict[str, Any] = {"path": str(tmp_path / "images"), "of_source": {"split": "all"}}
+    png, npy = (
+        data_prep.prepare("folder", str(tmp_path / e), 8, preprocess={"encoding": e}, **options) for e in ("png", "npy")
+    )
+    assert (png.encoding, npy.encoding) == ("png", "npy")
+    if damage:
+        change = (b"|u1", b"|i1") if damage == "header" else (b"(8, 8, 3)", b"(8, 9, 3)")
+        shard = tmp_path / "npy" / "train-000000.tar"
+        shard.write_bytes(shard.read_bytes().replace(*change, 1))
+        _mend_checksums(tmp_path / "npy")
+        with pytest.raises(DataError, match=r"train-000000\.tar: image 0 cannot be decoded \(not a .npy file of uint8"):
+            _reader(tmp_path / "npy", "train", tmp_path / "cache")[0]
+        return
+    one, other = (_reader(tmp_path / e, "train", tmp_path / "cache").read(range(6)) for e in ("png", "npy"))
+    assert np.array_equal(one, other)
+    assert len(np.unique(one)) > 10
+
+
+def _mend_checksums(folder: Path) -> None:
+    """Make the sidecar and the manifest believe the one shard's bytes."""
+    manifest = load_manifest(str(folder))
+    (shard,) = manifest.splits["train"].shards
+    data = (folder / shard.name).read_bytes()
+    sidecar = load_sidecar(str(folder), shard.name)
+    new = replace(sidecar.shard, bytes=len(data), sha256=storage.sha256_bytes(data))
+    text = sidecar_to_json(replace(sidecar, shard=new))
+    (folder / "train-000000.json").write_bytes(text)
+    shards = (replace(new, sidecar_sha256=storage.sha256_bytes(text)),)
+    splits = {"train": replace(manifest.splits["train"], shards=shards)}
+    changed = replace(manifest, splits=splits, fingerprint=fingerprint(splits, manifest.preprocessing))
+    (folder / "manifest.json").write_bytes(manifest_to_json(changed))
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_local_reading(data_set: Path, tmp_path: Path) -> None:

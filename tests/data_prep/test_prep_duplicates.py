@@ -29,10 +29,10 @@ def test_all_but_one_of_equal_images_are_duplicates(train: list[list[int]], test
     number = iter(range(100))
     shards = [_sidecar([f"{next(number):08d}" for _ in shard], [str(d) for d in shard]) for shard in train]
     held_out = _sidecar([f"{i:08d}" for i in range(len(test))], [str(d) for d in test])
-    found = find_duplicates({"train": shards, "test": [held_out]})
+    found = find_duplicates({"train": shards, "val": [held_out]})
     distinct = {d for shard in train for d in shard} | set(test)
     assert len(found) == sum(map(len, train)) + len(test) - len(distinct)
-    assert sum(d.split == "test" for d in found) == len(test) - len(set(test))  # no held-out image yields to training
+    assert sum(d.split == "val" for d in found) == len(test) - len(set(test))  # no held-out image yields to training
     assert len({(d.split, d.key) for d in found}) == len(found)
     assert not {f"{d.split}/{d.key}" for d in found} & {d.first for d in found}
 

@@ -119,6 +119,16 @@ def test_what_was_damaged_is_mended(images: Path, tmp_path: Path, damaged: str) 
         assert _bytes(tmp_path) == before
 
 
+def test_a_sidecar_that_says_something_else_is_mended_where_a_manifest_knows_it(images: Path, tmp_path: Path) -> None:
+    _prepare(images, tmp_path)
+    before = _bytes(tmp_path)
+    sidecar = json.loads(before["train-000000.json"])
+    sidecar["index"]["label"][0] += 1
+    (tmp_path / "train-000000.json").write_text(json.dumps(sidecar))
+    _prepare(images, tmp_path)
+    assert _bytes(tmp_path) == before
+
+
 def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
