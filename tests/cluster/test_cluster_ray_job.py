@@ -14,6 +14,8 @@ import pytest
 import yaml
 from helpers import free_port, tiny_config, write_shards
 
+from eiwtrain.data.manifest import load_manifest
+
 pytestmark = pytest.mark.cluster
 
 REPOSITORY = Path(__file__).parents[2]
@@ -119,3 +121,15 @@ def test_a_bad_config_fails_the_job_with_its_one_line(address, environment, work
     )
     assert result.returncode != 0
     assert "error: train.lrr: no such field; did you mean train.lr?" in result.stdout + result.stderr
+
+
+def test_a_submitted_job_writes_a_data_set_on_that_cluster(address, environment, working_dir, folder, home):
+    images = folder / "data-images"
+    command = ["python", "-m", "data_prep", "folder", "--source", str(images), "--split", "hash:0.2"]
+    command += ["--resolution", "8", "--shard-size", "16", "--output", "sets/data"]
+    result = submit(address, environment, working_dir, *command)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert "wrote 4 shards" in output or "wrote 5 shards" in output, output
+    written = home / "eiwtrain" / "sets" / "data"
+    assert load_manifest(str(written)) == load_manifest(str(folder / "data"))
