@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from data_prep.inspect import contact_sheet, describe, size_estimate
 from data_prep.parallel import run_tasks
@@ -24,7 +25,8 @@ from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
-from eiwtrain.ray_session import anchored
+from eiwtrain.ray_session import is_running
+from eiwtrain.storage import anchored
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     common = _common_options()
     url = argparse.ArgumentParser(add_help=False)
-    url.add_argument("--source", required=True, help="where the images are: a path or any fsspec URL")
+    url.add_argument("--source", required=True, type=_url, help="where the images are: a path or any fsspec URL")
 
     imagenet = commands.add_parser("imagenet", parents=[url, common], help="ImageNet, original or downsampled")
     imagenet.add_argument("--val-labels", help="file of the validation images' classes, one a line")
@@ -85,9 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _url(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; a path or a URL is needed")
+    return text
+
+
 def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--output", required=True, help="folder of the data set: a path or any fsspec URL")
+    common.add_argument("--output", required=True, type=_url, help="folder of the data set: a path or any fsspec URL")
     common.add_argument("--resolution", required=True, type=int, help="height and width of the images, in pixels")
     pixels = common.add_argument_group("pixels")
     pixels.add_argument("--resample", choices=list(RESAMPLING), default="box", help="filter (default: %(default)s)")
@@ -130,6 +138,8 @@ def _write(args: argparse.Namespace) -> None:
         "lsun": lambda: {"categories": tuple(args.category)},
         "celeba": lambda: {"crop": args.face},
     }.get(args.command, dict)()
+    if args.only and args.drop_duplicates:
+        raise DataError("--drop-duplicates looks at all splits; leave --only out")
     path = anchored(args.source) if "source" in args else None
     source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
     plan = make_plan(source, anchored(args.output), preprocess, args.shard_size, args.drop_duplicates)
@@ -178,7 +188,7 @@ def _show(args: argparse.Namespace) -> None:
     manifest = load_manifest(path)
     print(describe(manifest, path))
     if not args.no_sheet:
-        contact_sheet(path, manifest, args.split).save(args.sheet)
+        contact_sheet(path, manifest, args.split).save(args.sheet, format="PNG")
         print(f"  contact sheet: {args.sheet}")
 
 
@@ -200,5 +210,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _leave(code: int) -> NoReturn:
+    """End now: threads that still wait for storage, for minutes maybe, are not waited for."""
+    if is_running():
+        import ray
+
+        ray.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        _leave(main())
+    except SystemExit as e:  # argparse's, and SIGTERM's
+        _leave(e.code if isinstance(e.code, int) else 1)

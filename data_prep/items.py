@@ -41,7 +41,8 @@ class Item:
     Attributes:
         label: index into the source's classes; -1 for none.
         source: where it comes from, in a name that does not depend on the machine.
-        size: bytes of its encoded form: with the name it tells one state of the source from another.
+        size: bytes of its encoded form: with the name it tells one state of the source from another (where all have one
+            size, the plan looks at some of them).
         load: how to load it.
     """
 

@@ -167,7 +167,8 @@ def _pages(file: LmdbFile, table: _Table, numbers: Sequence[int], kind: int) -> 
     def read(number: int) -> bytes:
         return storage.read_range(file.url, file.offset + number * size, size)
 
-    with ThreadPoolExecutor(_READING) as pool:
+    pool = ThreadPoolExecutor(_READING)
+    try:
         for first in range(0, len(numbers), _BATCH):
             batch = numbers[first : first + _BATCH]
             for number, data in zip(batch, pool.map(read, batch), strict=True):
@@ -175,6 +176,8 @@ def _pages(file: LmdbFile, table: _Table, numbers: Sequence[int], kind: int) -> 
                 if said != number or flags & _TYPES != kind:
                     raise _damaged(file, f"page {number:,}")
                 yield _Page(file, number, data, (lower - _HEADER.size) // 2)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage
 
 
 def _damaged(file: LmdbFile, what: str) -> DataError:

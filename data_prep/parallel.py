@@ -21,6 +21,12 @@ _IN_FLIGHT = 2  # tasks handed out per worker
 _RETRIES = 3  # of a task whose worker or node has died
 
 
+def check_workers(workers: int | None) -> None:
+    """Raises DataError for a number of workers that cannot be."""
+    if workers is not None and workers < 1:
+        raise DataError(f"workers must be at least 1, not {workers}")
+
+
 def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
     """Every task with what `call` makes of it, in the order in which they are done. All three can be pickled.
 
@@ -29,6 +35,7 @@ def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -
     Raises:
         DataError, StorageError: as a task raised it; or workers died again and again, or Ray cannot be had.
     """
+    check_workers(workers)
     if workers == 1:
         return ((task, call(task)) for task in tasks)
     return _run_on_ray(call, tasks, workers)
@@ -41,12 +48,13 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
         _start(workers or os.cpu_count() or 1)
     import ray
 
-    workers = workers or int(ray.cluster_resources().get("CPU", 1))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    limit = cpus * _IN_FLIGHT if workers is None or workers >= cpus else workers  # Ray runs what it is given at once
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_in_worker)
     environment = ray_session.forwarded_environment()
     running: dict[Any, Any] = {}
     while task is not None or running:
-        while task is not None and len(running) < workers * _IN_FLIGHT:
+        while task is not None and len(running) < limit:
             running[remote.remote(call, task, environment)] = task
             task = next(tasks, None)
         finished, _ = ray.wait(list(running), num_returns=1)
@@ -54,7 +62,7 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
             try:
                 done = ray.get(reference)
             except ray.exceptions.RayError as e:
-                cause = str(e).strip().splitlines()[0]
+                cause = " ".join(str(e).split())[:200]
                 raise StorageError(f"workers of Ray died (out of memory?): {cause}; run again to go on") from None
             if isinstance(done, Exception):
                 raise done
@@ -68,6 +76,9 @@ def _start(workers: int) -> None:
         ray_session.start(workers)
     except ray_session.RayError as e:
         raise StorageError(str(e)) from None
+    except SystemExit:  # how Ray answers SIGTERM meanwhile
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 
@@ -80,3 +91,5 @@ def _run_in_worker(call: Callable[[T], R], task: T, environment: dict[str, str])
         return call(task)
     except (DataError, StorageError) as e:
         return e
+    except OSError as e:  # a full disk, say
+        return StorageError(str(e))

@@ -145,16 +145,15 @@ def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded]]:
         for number, item in task.numbered:
             yield number, item, item.load()
         return
-    with ThreadPoolExecutor(_LOADING) as pool:
-        coming: deque[Future[Loaded]] = deque()
-        try:
-            for ahead, (number, item) in enumerate(task.numbered):
-                while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):
-                    coming.append(pool.submit(task.numbered[ahead + len(coming)][1].load))
-                yield number, item, coming.popleft().result()
-        finally:
-            for future in coming:
-                future.cancel()
+    pool = ThreadPoolExecutor(_LOADING)
+    coming: deque[Future[Loaded]] = deque()
+    try:
+        for ahead, (number, item) in enumerate(task.numbered):
+            while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):
+                coming.append(pool.submit(task.numbered[ahead + len(coming)][1].load))
+            yield number, item, coming.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage
 
 
 # All fields of a ustar header that are the same for every member: mode 0644, and nothing of this machine or moment.

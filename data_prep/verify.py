@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from data_prep.duplicates import find_duplicates
 from data_prep.progress import Progress
 from data_prep.shard_check import Problems, ShardCheck, ShardFound, verify_shard
-from data_prep.writer import OWN_FILES
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
@@ -20,6 +19,7 @@ from eiwtrain.data.manifest import (
     Sidecar,
     Split,
     fingerprint,
+    is_shard_file,
     manifest_from_json,
     sidecar_name,
 )
@@ -131,6 +131,6 @@ def _strays(manifest: Manifest, names: Iterable[str]) -> list[str]:
     for name in sorted(set(names) - own):
         if _PARTIAL.fullmatch(name):
             strays.append(f"{name}: left over from a write that was cut short; it can be deleted")
-        elif OWN_FILES.fullmatch(name):
+        elif is_shard_file(name, manifest.splits):
             strays.append(f"{name}: belongs to no shard of the manifest")
     return strays

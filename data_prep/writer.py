@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from data_prep.duplicates import Duplicate, find_duplicates
-from data_prep.items import Source
-from data_prep.parallel import run_tasks
+from data_prep.items import Loaded, Source
+from data_prep.parallel import check_workers, run_tasks
 from data_prep.pixels import Preprocess
 from data_prep.progress import Progress
 from data_prep.shard import ShardDone, ShardTask, item_key, run_task
@@ -25,14 +24,17 @@ from eiwtrain.data.manifest import (
     Split,
     canonical_json,
     fingerprint,
+    is_shard_file,
     load_manifest,
     load_sidecar,
     manifest_to_json,
     shard_name,
+    sidecar_name,
 )
 
 _SHUFFLE_SEED = 20240704  # order of items in the shards; any number, the same for ever
-OWN_FILES = re.compile(r"(manifest\.json|.+-\d{6}\.(tar|json))")
+_MOST_SHARDS = 1_000_000  # of a split: names have six digits, and their order is that of the numbers
+_PROBED = 16  # items of a split that the plan looks at, where their sizes say nothing
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,24 @@ def make_plan(
         canonical_json({"preprocessing": preprocessing, "shard_size": shard_size, "classes": source.classes})
     )
     for split, items in source.splits.items():
+        if len(items) > _MOST_SHARDS * shard_size:
+            raise DataError(f"split '{split}' would have more than {_MOST_SHARDS:,} shards; use a larger --shard-size")
         digest.update(canonical_json([split, len(items)]))
+        sizes = set()
         for item in items:
             digest.update(canonical_json([item.label, item.source, item.size]))
+            sizes.add(item.size)
+        if len(sizes) == 1:  # rows of batches, say: names and sizes do not tell one state of the source from another
+            for number in range(0, len(items), -(-len(items) // _PROBED)):
+                digest.update(_bytes_of(items[number].load()))
         orders[split] = list(range(len(items)))
         random.Random(_SHUFFLE_SEED).shuffle(orders[split])
     where = storage.absolute(output)
     return Plan(source, where, preprocess, shard_size, drop_duplicates, preprocessing, digest.hexdigest(), orders)
+
+
+def _bytes_of(loaded: Loaded) -> bytes:
+    return loaded if isinstance(loaded, bytes) else loaded.tobytes()
 
 
 def find_other(plan: Plan) -> str | None:
@@ -138,7 +151,7 @@ def find_other(plan: Plan) -> str | None:
             what = f"'{manifest.name}', {manifest.resolution} pixels"
             return f"another data set ({what}, made from another source or with other settings)"
     for name in names:
-        if name.endswith(".json") and OWN_FILES.fullmatch(name) and name != MANIFEST_NAME:
+        if name.endswith(".json") and is_shard_file(name, plan.orders):
             with suppress(DataError):  # a damaged sidecar is rewritten with its shard
                 if load_sidecar(plan.output, name.removesuffix(".json") + ".tar").plan != plan.digest:
                     return "unfinished shards of another data set"
@@ -169,8 +182,7 @@ def run_plan(
         DataError: the output holds another data set, an item cannot be read, or too many images were rejected.
         StorageError: the output cannot be reached or written.
     """
-    if workers is not None and workers < 1:
-        raise DataError(f"workers must be at least 1, not {workers}")
+    check_workers(workers)
     if not 0 <= max_rejects <= 1:
         raise DataError(f"max rejects is a share from 0 to 1, not {max_rejects}")
     other = find_other(plan)
@@ -178,7 +190,7 @@ def run_plan(
         raise DataError(f"{plan.output} holds {other}; choose another output or pass --overwrite")
     storage.check_writable(plan.output)
     if other is not None:
-        _clear(plan.output)
+        _clear(plan.output, {*plan.orders, *_splits_there(plan.output)})
     stand: dict[str, dict[str, ShardDone]] = {split: {} for split in plan.orders}
     written: set[str] = set()
     rejects: list[dict[str, str]] = []
@@ -203,6 +215,9 @@ def run_plan(
         if plan.drop_duplicates:
             write(_without_duplicates(plan, duplicates, stand, progress))
     manifest = _make_manifest(plan, stand, duplicates, name)
+    shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
+    own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
+    _clear(plan.output, plan.orders, keep=own)  # what an attempt with other settings has left
     if not _stands(manifest, plan.output):
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
     dropped = sum(len(d.sidecar.dropped) for done in stand.values() for d in done.values())
@@ -254,6 +269,14 @@ def _make_manifest(
     )
 
 
+def _splits_there(output: str) -> Iterable[str]:
+    """The splits of the data set at the output, as far as its manifest tells them."""
+    try:
+        return load_manifest(output).splits
+    except DataError:
+        return ()
+
+
 def _stands(manifest: Manifest, output: str) -> bool:
     """Whether exactly this manifest is there already: then its file is left alone."""
     try:
@@ -262,8 +285,9 @@ def _stands(manifest: Manifest, output: str) -> bool:
         return False
 
 
-def _clear(output: str) -> None:
-    """Remove the data set at `output`, nothing else; manifest first: what remains when killed is no data set."""
+def _clear(output: str, splits: Iterable[str], keep: Collection[str] = ()) -> None:
+    """Remove a data set of these splits, but for the files in `keep`, and nothing else. The manifest goes first: what
+    remains when killed is no data set."""
     for name in sorted(storage.listdir(output), key=lambda n: n != MANIFEST_NAME):
-        if OWN_FILES.fullmatch(name):
+        if name not in keep and (name == MANIFEST_NAME or is_shard_file(name, splits)):
             storage.delete(storage.join(output, name))

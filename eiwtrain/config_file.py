@@ -17,8 +17,7 @@ import yaml
 from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
-from eiwtrain.ray_session import anchored
-from eiwtrain.storage import is_local
+from eiwtrain.storage import anchored, is_local
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:

@@ -6,14 +6,10 @@ Every problem is a `ConfigError`, a line each, that names the field. Nothing her
 from __future__ import annotations
 
 import ctypes
-import os
-import socket
 
-from eiwtrain import checkpoint, storage
+from eiwtrain import checkpoint, ray_session, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
-
-_CONNECT_SECONDS = 5.0
 
 
 def check_gpus(config: Config, joins_cluster: bool) -> None:
@@ -40,17 +36,11 @@ def gpus_here() -> int:
 
 
 def check_cluster() -> None:
-    """If `RAY_ADDRESS` names a cluster, something must answer there: `ray.init` would wait long, deaf to signals."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
-    if not port.isdigit():
-        return  # none, or a word like "auto", which Ray looks up by itself
+    """If `RAY_ADDRESS` names a cluster, something must answer there."""
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as e:
-        raise ConfigError(
-            f"RAY_ADDRESS: nothing answers at {address} ({e}); start the cluster, or unset it to run on this machine"
-        ) from None
+        ray_session.check_address()
+    except ray_session.RayError as e:
+        raise ConfigError(str(e)) from None
 
 
 def check_storage(config: Config) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import sys
-from pathlib import Path
 from typing import Any
 
-from eiwtrain.storage import is_local
-
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
+_CONNECT_SECONDS = 5.0
 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
 _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
@@ -25,15 +24,22 @@ def joins_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def anchored(url: str) -> str:
-    """A local path made absolute, for workers have working directories of their own; any other URL as it is.
+def check_address() -> None:
+    """If `RAY_ADDRESS` names a cluster, something must answer there: `ray.init` would wait long, deaf to signals.
 
-    In a submitted job, whose working directory is a copy that goes when it ends, relative paths are in `~/eiwtrain`.
+    Raises:
+        RayError: nothing answers.
     """
-    if not is_local(url):
-        return url
-    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
-    return str((Path.home() / "eiwtrain" if job else Path.cwd()) / Path(url.removeprefix("file://")).expanduser())
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
+    if not port.isdigit():
+        return  # none, or a word like "auto", which Ray looks up by itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as e:
+        raise RayError(
+            f"RAY_ADDRESS: nothing answers at {address} ({e}); start the cluster, or unset it to run on this machine"
+        ) from None
 
 
 def is_running() -> bool:
@@ -67,13 +73,14 @@ def start(cpus: int) -> None:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
+    check_address()
     import ray
 
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
     except (ConnectionError, ValueError, RuntimeError) as e:
-        verb, cause = "joined" if joins_cluster() else "started", " ".join(str(e).split())[:300]
-        raise RayError(f"RAY_ADDRESS: Ray cannot be {verb}: {cause}") from None
+        what = "RAY_ADDRESS: Ray cannot be joined" if joins_cluster() else "Ray cannot be started"
+        raise RayError(f"{what}: {' '.join(str(e).split())[:300]}") from None
 
 
 def forwarded_environment() -> dict[str, str]:

@@ -62,7 +62,7 @@ def retrying(what: str, call: Callable[[], T]) -> T:
 
     Raises:
         StorageError: it failed for good, or for too long; the cause is in the message.
-        FileNotFoundError: as `call` raised it (callers tell "absent" from "broken").
+        FileNotFoundError, NotADirectoryError: as `call` raised it (callers tell "absent" from "broken").
     """
     first = said = -math.inf
     for tries in itertools.count():
@@ -71,7 +71,8 @@ def retrying(what: str, call: Callable[[], T]) -> T:
         except StorageError:
             raise
         except Exception as e:
-            if isinstance(e, FileNotFoundError) and _code(e) not in ("NoSuchBucket", "NoSuchUpload"):
+            absent = isinstance(e, (FileNotFoundError, NotADirectoryError))
+            if absent and _code(e) not in ("NoSuchBucket", "NoSuchUpload"):
                 raise
             now = time.monotonic()
             first = first if tries else now
@@ -82,9 +83,19 @@ def retrying(what: str, call: Callable[[], T]) -> T:
             if now - said >= _LOG_EVERY:
                 said = now
                 _log.warning("%s: %s; trying again for up to %.0f s", what, _describe(e), left)
-        _count_fault()
+        count_faults(1)
         time.sleep(min(left, _jitter.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(tries, 10)))))
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def waited(seconds: float) -> Iterator[None]:
+    """In this context so many seconds of the patience are spent already: in waiting for who was trying the same."""
+    token = _patience.set(max(0.0, _patience_seconds() - seconds))
+    try:
+        yield
+    finally:
+        _patience.reset(token)
 
 
 @contextlib.contextmanager
@@ -98,14 +109,15 @@ def impatient() -> Iterator[None]:
 
 
 def faults() -> int:
-    """Failures that this process has ridden out so far: failed tries that were followed by another."""
+    """Failures that this process has ridden out so far, and those told to it: tries that were followed by another."""
     return _faults
 
 
-def _count_fault() -> None:
+def count_faults(n: int) -> None:
+    """`n` more failures were ridden out, here or in a process that works for this one."""
     global _faults
     with _counting:
-        _faults += 1
+        _faults += n
 
 
 def _patience_seconds() -> float:

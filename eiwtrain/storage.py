@@ -20,9 +20,11 @@ import fsspec
 import fsspec.asyn
 
 from eiwtrain.retry import StorageError as StorageError
+from eiwtrain.retry import count_faults as count_faults
 from eiwtrain.retry import faults as faults
 from eiwtrain.retry import impatient as impatient
 from eiwtrain.retry import retrying as retrying
+from eiwtrain.retry import waited as waited
 
 _CHUNK = 1 << 20  # bytes a read while hashing or copying
 _LARGE = 100 << 20  # bytes from which s3fs uploads in parts
@@ -41,6 +43,17 @@ def absolute(url: str) -> str:
     if is_local(url):
         return str(Path(url.removeprefix("file://")).expanduser().absolute())
     return url.rstrip("/")
+
+
+def anchored(url: str) -> str:
+    """A local path made absolute, for workers have working directories of their own; any other URL as it is.
+
+    In a submitted job, whose working directory is a copy that goes when it ends, relative paths are in `~/eiwtrain`.
+    """
+    if not is_local(url):
+        return url
+    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
+    return str((Path.home() / "eiwtrain" if job else Path.cwd()) / Path(url.removeprefix("file://")).expanduser())
 
 
 def join(url: str, *parts: str) -> str:
@@ -121,6 +134,8 @@ def read_bytes(url: str) -> bytes:
         FileNotFoundError: nothing is there.
         StorageError: it cannot be read.
     """
+    if is_local(url):
+        return retrying(url, Path(absolute(url)).read_bytes)
     fs, path = filesystem(url)
 
     def read() -> bytes:
@@ -231,10 +246,13 @@ def check_writable(url: str) -> None:
     folder = Path(filesystem(url)[1])
     made = [p for p in (folder, *folder.parents) if is_local(url) and not p.exists()]
     probe = join(url, f".probe-{uuid.uuid4().hex}")
-    write_bytes(probe, b"eiwtrain")
-    if read_bytes(probe) != b"eiwtrain":
-        raise StorageError(f"{url}: what was written could not be read back")
-    delete(probe)
+    try:
+        write_bytes(probe, b"eiwtrain")
+        if read_bytes(probe) != b"eiwtrain":
+            raise StorageError(f"{url}: what was written could not be read back")
+        delete(probe)
+    except StorageError as e:
+        raise StorageError(str(e).replace(probe, url)) from None
     with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
         for path in made:
             path.rmdir()

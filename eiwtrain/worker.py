@@ -131,7 +131,7 @@ class Worker:
         norm = state.advance([m.loss for m in micro_batches], lr)
 
         bits_and_penalty = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches)]
-        measured = [*bits_and_penalty, sum(b.faults for b in own) + data.new_faults(), self._wants_stop()]
+        measured = [*bits_and_penalty, data.new_faults(), self._wants_stop()]
         bits, penalty, faults, stop = sum_over_ranks(measured, self.device)
         if not (math.isfinite(bits) and math.isfinite(norm)):
             self._fail_on_non_finite(own, bits / images, norm)

@@ -18,7 +18,6 @@ from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
 
 DEFAULT_CACHE_BYTES = 64 << 30
-_LOCKS = 64  # downloads of one node that can go on side by side
 _ABANDONED = 3600.0  # seconds after which a partial download is taken for left by a killed process
 
 
@@ -71,7 +70,8 @@ class ShardCache:
 
     def _fetch(self, url: str, path: Path, size: int, check: Callable[[Path], None]) -> Path:
         """Have the file of `size` bytes at `url` at `path`, checked; what arrives as another is asked for once more."""
-        with self._lock(f"fetch-{int(path.name[:8], 16) % _LOCKS}"):
+        began = time.monotonic()
+        with self._lock(f"fetch-{path.name[:3]}"), storage.waited(time.monotonic() - began):
             for last in (False, True):
                 if path.exists():
                     break
@@ -83,8 +83,8 @@ class ShardCache:
                     check(part)
                     part.replace(path)
                 except FileNotFoundError:
-                    name, _, folder = url.rpartition("/")[::-1]
-                    raise DataError(f"shard {name} is missing from {folder}") from None
+                    folder, _, name = url.rpartition("/")
+                    raise DataError(f"{name} is missing from {folder}") from None
                 except DataError:
                     if last:
                         raise
@@ -134,10 +134,13 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{name}.lock", "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
-            yield
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f"{name}.lock", "w") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+                yield
+        except OSError as e:
+            raise storage.StorageError(f"data.cache_dir {self.folder} cannot be used: {e.strerror or e}") from None
 
 
 def check_shard(path: Path, shard: Shard) -> None:

@@ -37,7 +37,7 @@ _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 # A batch as it travels from a worker: images, (n, H, W, C); keys, indices and labels in one small array, since every
-# tensor costs a file descriptor; faults.
+# tensor costs a file descriptor; failures of storage that the worker has ridden out since the one before.
 _Made = tuple[torch.Tensor, npt.NDArray[np.int64], int]
 
 
@@ -49,14 +49,12 @@ class Batch(NamedTuple):
         keys: int64 (n,): of each sample's noise.
         indices: int64 (n,): sample index within the split, -1 for padding.
         labels: int64 (n,): classes, -1 for an image of none.
-        faults: failures of storage that were ridden out while it was made, in the process that made it.
     """
 
     images: torch.Tensor
     keys: torch.Tensor
     indices: torch.Tensor
     labels: torch.Tensor
-    faults: int = 0
 
     @property
     def weight(self) -> torch.Tensor:
@@ -256,14 +254,14 @@ def _make_batch(
     for padded in (pixels, words.T):
         padded[n:] = padded[0]
     words[1, real:] = -1
-    return images, words, new_faults()
+    return images, words, 0 if get_worker_info() is None else new_faults()
 
 
 _faults_told = 0
 
 
 def new_faults() -> int:
-    """Failures of storage that this process has ridden out since it was last asked."""
+    """Failures of storage that this process, and its loader workers, have ridden out since it was last asked."""
     global _faults_told
     told, _faults_told = _faults_told, storage.faults()
     return _faults_told - told
@@ -295,18 +293,22 @@ def _load(dataset: Dataset[Any], numbers: Any, workers: int) -> Iterator[Batch]:
         generator=torch.Generator(),  # or starting workers would advance torch's global generator
     )
     threads = set(threading.enumerate())
-    held = [_start_workers(loader)]  # the only reference: workers go when it is cleared
+    held: list[Any] = [_start_workers(loader)]  # the only reference: workers go when it is cleared
     feeders = set(threading.enumerate()) - threads
+    processes = list(held[0]._workers)
     batches = _raising(_drain(held))
     # Also at exit, before multiprocessing would send SIGTERM, which they ignore, and wait for them for ever.
-    weakref.finalize(batches, _let_go, held, feeders)
+    weakref.finalize(batches, _let_go, held, feeders, processes)
     return batches
 
 
-def _let_go(held: list[Iterator[Any]], feeders: set[threading.Thread]) -> None:
+def _let_go(held: list[Any], feeders: set[threading.Thread], processes: list[Any]) -> None:
     """End the workers, then the threads that feed their queues: cut off at the exit of the interpreter while it lets
     go of a semaphore, such a thread leaves multiprocessing to warn of a leak."""
     held.clear()
+    for process in processes:
+        if process.is_alive():  # in a long wait for storage, and deaf to SIGTERM
+            process.kill()
     for feeder in feeders:
         feeder.join(timeout=5)
 
@@ -328,8 +330,8 @@ def _raising(items: Iterator[Any]) -> Iterator[Batch]:
         if isinstance(item, Exception):
             raise item
         images, words, faults = item
-        keys, indices, labels = torch.from_numpy(words)
-        yield Batch(images.permute(0, 3, 1, 2), keys, indices, labels, faults)
+        storage.count_faults(faults)
+        yield Batch(images.permute(0, 3, 1, 2), *torch.from_numpy(words).unbind())
 
 
 def _steps(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:

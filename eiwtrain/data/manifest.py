@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "eiwtrain-data-2"
 SIDECAR_FORMAT = "eiwtrain-shard-2"
 ENCODINGS = ("png", "npy")
+_USUAL_SPLITS = ("train", "val", "test", "valid", "validation", "testing", "eval")
 
 
 class DataError(ValueError):
@@ -140,6 +142,12 @@ def shard_name(split: str, number: int) -> str:
 def sidecar_name(shard: str) -> str:
     """File name of the sidecar of the shard of that file name."""
     return shard.removesuffix(".tar") + ".json"
+
+
+def is_shard_file(name: str, splits: Iterable[str]) -> bool:
+    """Whether a file of that name is a shard or a sidecar of one of these splits, or of a split with a usual name."""
+    known = "|".join(map(re.escape, {*splits, *_USUAL_SPLITS}))
+    return re.fullmatch(rf"({known})-\d{{6,}}\.(tar|json)", name) is not None
 
 
 def fingerprint(splits: Mapping[str, Split], preprocessing: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from queue import SimpleQueue
@@ -15,8 +16,9 @@ from typing import Any
 from eiwtrain.data.manifest import DataError
 from eiwtrain.data.order import SampleOrder
 from eiwtrain.data.stream import ShardReader
-from eiwtrain.storage import StorageError
+from eiwtrain.storage import StorageError, impatient
 
+_LOOK_EVERY = 5.0  # seconds between two looks at whether all that is wanted is still here
 _THREADS = 4  # downloads side by side of one process
 
 
@@ -32,13 +34,16 @@ class Prefetcher:
         self._wanted: SimpleQueue[int] = SimpleQueue()
         self._known: frozenset[int] = frozenset()
         self._threads: list[threading.Thread] = []
+        self._looked = -_LOOK_EVERY
 
     def want(self, shards: Iterable[int]) -> None:
         """These shards are wanted, the first ones first; what was wanted before and is not among them no longer is."""
         if self.reader.is_local:
             return
-        asked = list(shards)
-        new = [number for number in asked if number not in self._known and not self.reader.has(number)]
+        asked, now = list(shards), time.monotonic()
+        again = now - self._looked > _LOOK_EVERY  # what was fetched may have been evicted since
+        self._looked = now if again else self._looked
+        new = [n for n in asked if (again or n not in self._known) and not self.reader.has(n)]
         self._known = frozenset(asked)
         for number in new:
             self._wanted.put(number)
@@ -50,7 +55,7 @@ class Prefetcher:
         while True:
             number = self._wanted.get()
             if number in self._known:
-                with suppress(DataError, StorageError):
+                with suppress(DataError, StorageError), impatient():  # the reader has the patience
                     self.reader.fetch(number)
 
     def __reduce__(self) -> tuple[Any, ...]:

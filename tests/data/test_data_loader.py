@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -197,23 +198,43 @@ def test_labels_are_wanted_by_models_with_classes_only(data_set: Path, tmp_path:
         labels_for(nameless, 2)
 
 
-def test_failures_that_were_ridden_out_are_counted_once(
-    data_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader, faults = _reader(data_set, "train", tmp_path), [storage.faults()]
+class Faulty(ShardReader):
+    """Rides out two failures in each micro-batch."""
+
+    def read_into(self, *args: Any) -> Any:
+        storage.count_faults(2)
+        return super().read_into(*args)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_failures_that_were_ridden_out_are_counted_once(data_set: Path, tmp_path: Path, workers: int) -> None:
+    reader = Faulty(str(data_set), load_manifest(str(data_set)), "train", tmp_path)
     new_faults()
-    read_into = reader.read_into
+    assert len(_train(reader, 2, global_batch=8, micro_batch=4, workers=workers)) == 2
+    assert (new_faults(), new_faults()) == (8, 0)
+    assert len(list(eval_batches(reader, images=8, seed=0, micro_batch=4, workers=workers))) == 2
+    storage.count_faults(3)  # of the process itself, outside of any batch
+    assert (new_faults(), new_faults()) == (7, 0)
 
-    def failing(*args: Any) -> Any:
-        faults[0] += 2
-        return read_into(*args)
 
-    monkeypatch.setattr(storage, "faults", lambda: faults[0])
-    monkeypatch.setattr(reader, "read_into", failing)
-    steps = _train(reader, 2, global_batch=8, micro_batch=4)
-    assert [b.faults for step in steps for b in step] == [2, 2, 2, 2]
-    faults[0] += 3
-    assert (new_faults(), new_faults()) == (3, 0)  # of the process itself, outside of any batch
+class Stuck(ShardReader):
+    """Waits for storage that does not come back."""
+
+    def read_into(self, *args: Any) -> Any:
+        time.sleep(600)
+
+
+def test_workers_that_wait_for_storage_are_not_waited_for(data_set: Path, tmp_path: Path) -> None:
+    reader = Stuck(str(data_set), load_manifest(str(data_set)), "train", tmp_path)
+    batches = train_batches(reader, seed=0, start_step=0, global_batch=4, micro_batch=4, workers=2)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    began = time.monotonic()
+    del batches
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -164,6 +164,6 @@ def test_a_failure_ahead_is_left_to_the_reader(remote: str, tmp_path: Path, new_
     new_data_set(remote, {"train": [8] * 6})
     reader = _reader(remote, "train", tmp_path)
     fsspec.filesystem("memory").rm(f"{remote}/train-000003.tar")
-    with pytest.raises(ValueError, match=r"shard train-000003\.tar is missing from memory://"):
+    with pytest.raises(ValueError, match=r"train-000003\.tar is missing from memory://"):
         for _ in itertools.islice(train_batches(reader, **STREAM), 12):
             pass

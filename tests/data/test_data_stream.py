@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -254,3 +256,41 @@ def _mend_checksums(folder: Path) -> None:
 def test_a_cache_that_cannot_be_written_does_not_stop_local_reading(data_set: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     _reader(data_set, "train", tmp_path / "file")[0]
+
+
+@pytest.mark.parametrize("where", ["a file", "/proc/nowhere"])
+def test_a_cache_that_cannot_be_used_is_one_line(remote: str, tmp_path: Path, new_data_set: Any, where: str) -> None:
+    new_data_set(remote, {"train": [5]})
+    (tmp_path / "a file").write_text("in the way")
+    folder = tmp_path / where  # an absolute one stands for itself
+    with pytest.raises(storage.StorageError, match=rf"data.cache_dir {folder} cannot be used: "):
+        _reader(remote, "train", folder)[0]
+
+
+def test_who_waited_for_another_process_has_that_much_less_patience(
+    remote: str, tmp_path: Path, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the waits of all that need one shard of a store that is gone would come one after the other."""
+    manifest = new_data_set(remote, {"train": [5]})
+    monkeypatch.setenv("EIWTRAIN_RETRY_SECONDS", "2")
+    monkeypatch.setattr(storage, "get_file", lambda url, local: storage.retrying(url, _refused))
+    began = time.monotonic()
+    shard = manifest.splits["train"].shards[0]
+    threads = [
+        threading.Thread(target=lambda: _suppressed(cache_module.ShardCache(tmp_path, 1 << 20), remote, shard))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert time.monotonic() - began < 6 * 2
+
+
+def _refused() -> None:
+    raise ConnectionRefusedError
+
+
+def _suppressed(cache: Any, url: str, shard: Any) -> None:
+    with contextlib.suppress(storage.StorageError):
+        cache.fetch(url, shard)

@@ -45,6 +45,7 @@ def test_a_mendable_error_is_one_line_and_code_2_and_writes_nothing(tmp_path: Pa
         (["--max-rejects", "2"], "max rejects is a share"),
         (["--split", "hash:2"], "needs a share above 0 and below 1"),
         (["--only", "val"], "there is no split 'val' to write"),
+        (["--only", "train", "--drop-duplicates"], "leave --only out"),
         (["--short-side", "7"], "short side must be at least the resolution"),
         (["--resolution", "0"], "resolution must be"),
         (["--output", "nosuch://bucket/set"], "nosuch"),
@@ -62,6 +63,13 @@ def test_wrong_settings_are_named(
     assert not (tmp_path / "set").exists()
 
 
+def test_an_empty_output_is_refused(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:  # argparse's
+        main(["folder", "--source", str(pictures), "--output", "", "--resolution", "8"])
+    assert caught.value.code == 2
+    assert "a path or a URL is needed" in capsys.readouterr().err
+
+
 def test_an_output_that_cannot_be_written_is_one_line(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +79,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
     err = capsys.readouterr().err
     assert code == 2
     assert str(output) in err
+    assert "probe" not in err
     assert err.count("\n") == 1
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from data_prep import prepare, writer
 from data_prep.pixels import Preprocess, fit
 from data_prep.progress import Progress
+from data_prep.verify import verify
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 
@@ -200,6 +201,30 @@ def test_another_data_set_is_not_overwritten_unasked(images: Path, tmp_path: Pat
     assert {p.name for p in tmp_path.glob("*.tar")} == names
     assert len(names) < len([n for n in before if n.endswith(".tar")])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_pixels_that_changed_under_the_same_names_and_sizes_are_another_data_set(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for shade in (0, 1):
+        for n in range(40):
+            source.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (n, shade, 0)).save(source / f"{n:02d}.bmp")
+        if shade == 0:
+            _prepare(source, tmp_path / "set")
+    with pytest.raises(DataError, match="another data set"):
+        _prepare(source, tmp_path / "set")
+
+
+def test_what_another_attempt_left_is_no_part_of_a_finished_data_set(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    mine = {"backup-202601.tar": b"mine", "notes-000001.json": b"mine too"}
+    for name, data in ({"train-000099.tar": b"killed before its sidecar"} | mine).items():
+        (tmp_path / "set" / name).write_bytes(data)
+    _prepare(images, tmp_path / "set")
+    assert not (tmp_path / "set" / "train-000099.tar").exists()
+    _prepare(images, tmp_path / "set", shard_size=20, overwrite=True)
+    assert {name: (tmp_path / "set" / name).read_bytes() for name in mine} == mine
+    assert verify(str(tmp_path / "set")) == []
 
 
 def test_a_changed_source_is_another_data_set(images: Path, tmp_path: Path) -> None:
