@@ -84,7 +84,8 @@ class ShardCache:
                     part.replace(path)
                 except FileNotFoundError:
                     folder, _, name = url.rpartition("/")
-                    raise DataError(f"{name} is missing from {folder}") from None
+                    what = "shard" if name.endswith(".tar") else "sidecar"
+                    raise DataError(f"{what} {name} is missing from {folder}") from None
                 except DataError:
                     if last:
                         raise

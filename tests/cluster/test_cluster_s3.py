@@ -205,12 +205,12 @@ def test_a_server_that_does_not_return_is_one_line(s3_server, s3, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_a_host_that_does_not_exist_is_one_line_at_once_for_the_impatient(s3, monkeypatch):
+def test_a_host_that_does_not_exist_is_one_line_soon_for_the_impatient(s3, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://no-such-host.invalid")
-    before = storage.faults()
+    began = time.monotonic()
     with storage.impatient(), pytest.raises(storage.StorageError, match=r"no-such-host\.invalid.*[Nn]ame"):
         storage.read_bytes(f"{s3}/f")
-    assert storage.faults() == before
+    assert time.monotonic() - began < 60  # seconds; the patient would wait for 300
 
 
 CALLS = {
