@@ -198,7 +198,8 @@ def _members(url: str, start: int, end: int) -> Iterator[tuple[tuple[str, ...], 
     ranged = _Ranged(url, start, end)
     try:
         with tarfile.open(fileobj=ranged, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while member := tar.next():
+            # an empty tar is not asked for a second member: Python 3.10 would look before its beginning
+            while (tar.firstmember or tar.offset) and (member := tar.next()):  # type: ignore[attr-defined]
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                 if member.issparse():
                     raise DataError(
