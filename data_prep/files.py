@@ -97,7 +97,6 @@ def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Ent
     """
     url, ends = storage.absolute(url), tuple(suffixes)
     fs, path = storage.filesystem(url)
-    fs.invalidate_cache()
     try:
         about = storage.retrying(url, lambda: fs.info(path))
     except FileNotFoundError:

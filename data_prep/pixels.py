@@ -45,8 +45,6 @@ _TURNS = {  # by EXIF's orientation
 _MOST_PIXELS = 50_000_000  # of a resized image, 150 MB: a short side of 96 makes 1.8 GB of an image of 1 x 65,000
 # Photographs hold next to no repeats: to look for runs alone halves the time of encoding at the same size.
 _PNG_LEVEL, _PNG_FILTER, _PNG_STRATEGY = 6, imagecodecs.PNG.FILTER.PAETH, imagecodecs.PNG.STRATEGY.RLE
-
-
 _PLAIN_PIXELS = 89_478_485  # above which Pillow warns of a decompression bomb
 
 

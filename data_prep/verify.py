@@ -21,6 +21,7 @@ from eiwtrain.data.manifest import (
     fingerprint,
     is_shard_file,
     manifest_from_json,
+    read_manifest,
     sidecar_name,
 )
 
@@ -64,11 +65,7 @@ def verify(url: str, *, run: Run = map, quiet: bool = True) -> list[str]:
 
 def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
     """The manifest and what is wrong with it; figures that contradict the rest of it are mended, to go on with."""
-    where = storage.join(url, MANIFEST_NAME)
-    try:
-        text = storage.read_bytes(where)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"no data set at {url}: {MANIFEST_NAME} is not there") from None
+    text = read_manifest(url)
     try:
         return manifest_from_json(text, MANIFEST_NAME), []
     except DataError as e:

@@ -190,7 +190,8 @@ def run_plan(
         raise DataError(f"{plan.output} holds {other}; choose another output or pass --overwrite")
     storage.check_writable(plan.output)
     if other is not None:
-        _clear(plan.output, {*plan.orders, *_splits_there(plan.output)})
+        there = _manifest_at(plan.output)
+        _clear(plan.output, {*plan.orders, *(there.splits if there else ())})
     stand: dict[str, dict[str, ShardDone]] = {split: {} for split in plan.orders}
     written: set[str] = set()
     rejects: list[dict[str, str]] = []
@@ -218,7 +219,7 @@ def run_plan(
     shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
     own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
     _clear(plan.output, plan.orders, keep=own)  # what an attempt with other settings has left
-    if not _stands(manifest, plan.output):
+    if _manifest_at(plan.output) != manifest:  # else its file is left alone
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
     dropped = sum(len(d.sidecar.dropped) for done in stand.values() for d in done.values())
     total = sum(plan.shards().values())
@@ -227,11 +228,8 @@ def run_plan(
 
 def _known_sidecars(plan: Plan) -> dict[str, str]:
     """Checksums of the sidecars by name of the shard, where a manifest of this plan stands."""
-    try:
-        manifest = load_manifest(plan.output)
-    except DataError:
-        return {}
-    if manifest.plan != plan.digest:
+    manifest = _manifest_at(plan.output)
+    if manifest is None or manifest.plan != plan.digest:
         return {}
     return {shard.name: shard.sidecar_sha256 for split in manifest.splits.values() for shard in split.shards}
 
@@ -269,20 +267,12 @@ def _make_manifest(
     )
 
 
-def _splits_there(output: str) -> Iterable[str]:
-    """The splits of the data set at the output, as far as its manifest tells them."""
+def _manifest_at(output: str) -> Manifest | None:
+    """The manifest that stands there, if there is one that can be read."""
     try:
-        return load_manifest(output).splits
+        return load_manifest(output)
     except DataError:
-        return ()
-
-
-def _stands(manifest: Manifest, output: str) -> bool:
-    """Whether exactly this manifest is there already: then its file is left alone."""
-    try:
-        return load_manifest(output) == manifest
-    except DataError:
-        return False
+        return None
 
 
 def _clear(output: str, splits: Iterable[str], keep: Collection[str] = ()) -> None:

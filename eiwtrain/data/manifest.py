@@ -176,12 +176,15 @@ def load_manifest(url: str) -> Manifest:
         DataError: nothing there, or not a data set of this format; says which field is wrong.
         StorageError: storage cannot be reached.
     """
-    where = storage.join(url, MANIFEST_NAME)
+    return manifest_from_json(read_manifest(url), storage.join(url, MANIFEST_NAME))
+
+
+def read_manifest(url: str) -> bytes:
+    """The bytes of the manifest of the data set at `url`; raises as `load_manifest` where nothing is there."""
     try:
-        text = storage.read_bytes(where)
+        return storage.read_bytes(storage.join(url, MANIFEST_NAME))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no data set at {url}: {MANIFEST_NAME} is not there") from None
-    return manifest_from_json(text, where)
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:

@@ -81,7 +81,7 @@ class Lookahead:
 
     def at(self, step: int) -> None:
         """The stream is at this step: have its shards fetched and, where the cache has room, those after them."""
-        if self.reader.is_local:
+        if self.reader.is_local or step + self._steps < self._seen:  # another micro-batch of the same step
             return
         for later in range(max(step, self._seen), step + self._steps + 1):
             self._until.update(dict.fromkeys(self.shards(later), later))
