@@ -32,7 +32,6 @@ import os
 import shutil
 import sys
 import tarfile
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environments, images
-from benchmarks.data_peers import CODECS, PACKAGES, PEERS, digest, key_of
+from benchmarks.data_options import add_options, report
+from benchmarks.data_peers import CODECS, PACKAGES, digest, key_of
 
 OURS = "eiwtrain"
 SIDE = 256  # of the JPEGs that are made
@@ -55,29 +55,16 @@ Found = dict[str, list[Any]]
 def main(argv: list[str] | None = None) -> None:
     """Print the table; write the rows if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_prep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--source", type=Path, help="folder or uncompressed tar of images (default: made here)")
+    add_options(parser)
     parser.add_argument("--images", type=int, help="default 14000, quick 2000")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-size", type=int, help="images, where they are counted: default 500, quick 100")
-    parser.add_argument("--encoding", nargs="+", choices=("png", "npy"), help="default both, quick png")
-    parser.add_argument("--codec", nargs="+", choices=("own", "ours"), help="of the peers: default both, quick own")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=1, help="the best of so many")
-    parser.add_argument("--venvs", type=Path, default=environments.DEFAULT_VENVS, help="where peers are installed")
-    parser.add_argument("--folder", type=Path, help="for images and data sets (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="few images, under a minute once the peers are installed")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args(argv)
     args.images = args.images or (2000 if args.quick else 14000)
-    args.encoding = args.encoding or (["png"] if args.quick else ["png", "npy"])
-    args.codec = args.codec or (["own"] if args.quick else ["own", "ours"])
     args.shard_size = args.shard_size or (100 if args.quick else 500)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report = run(args, Path(folder))
-    print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report(args, run, table)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

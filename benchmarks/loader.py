@@ -30,7 +30,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -39,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environments, images
-from benchmarks.data_peers import CODECS, PEERS, epochs
+from benchmarks.data_options import add_options, report
+from benchmarks.data_peers import CODECS, epochs
 
 OURS = ("eiwtrain stream", "eiwtrain with noise", "eiwtrain reader")
 Row = dict[str, Any]
@@ -48,20 +48,13 @@ Row = dict[str, Any]
 def main(argv: list[str] | None = None) -> None:
     """Print the table; write the rows if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
     parser.add_argument("--place", choices=("local", "s3"), default="local")
-    parser.add_argument("--source", type=Path, help="folder or uncompressed tar of images (default: made here)")
     parser.add_argument("--images", type=int, help="default 16384, quick 2048; rounded down to whole batches")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--encoding", nargs="+", choices=("png", "npy"), help="default both, quick png")
-    parser.add_argument("--codec", nargs="+", choices=("own", "ours"), help="of the peers: default both, quick own")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--workers", nargs="+", type=int, help="default 1 and 2, quick and s3 1")
     parser.add_argument("--seconds", type=float, help="of warm epochs: default 3, quick 0.5")
-    parser.add_argument("--venvs", type=Path, default=environments.DEFAULT_VENVS, help="where peers are installed")
-    parser.add_argument("--folder", type=Path, help="for images and data sets (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="few images, under a minute once the peers are installed")
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("child", nargs="?", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
@@ -70,14 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         os._exit(0)  # what a peer does at exit is no part of this, and some take long
     args.images = args.images or (2048 if args.quick else 16384)
     args.workers = args.workers or ([1] if args.quick or args.place == "s3" else [1, 2])
-    args.encoding = args.encoding or (["png"] if args.quick else ["png", "npy"])
-    args.codec = args.codec or (["own"] if args.quick else ["own", "ours"])
     args.seconds = args.seconds or (0.5 if args.quick else 3.0)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report = run(args, Path(folder))
-    print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    report(args, run, table)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
