@@ -83,6 +83,11 @@ class S3Server:
         return f"http://{_HOST}:{self._ports['s3.port']}"
 
     @property
+    def pid(self) -> int | None:
+        """The server's process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def env(self) -> dict[str, str]:
         """The environment variables with which s3fs, botocore and all that stands on them find the server.
 
@@ -168,8 +173,10 @@ class S3Server:
         command = [weed, "mini", f"-dir={self.folder / 'data'}", f"-ip={_HOST}", f"-ip.bind={_HOST}", *_OFF]
         command += [f"-{name}={port}" for name, port in ports.items()]
         command += [f"-s3.config={self.folder / 's3.json'}"]
-        with self._log.open("wb") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        with self._log.open("wb") as log:  # in a session of its own: a Ctrl-C is not for it
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
 
     def _wait(self, ports: dict[str, int]) -> None:
         """Until the server has made the bucket, which it then does as soon as it can do anything."""

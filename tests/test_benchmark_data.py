@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.multiprocessing as mp
 from PIL import Image
 
 from benchmarks import data_prep, environments, images, loader
@@ -78,6 +79,13 @@ def test_what_a_peer_writes_is_read_back_to_the_pixel_and_each_epoch_has_each_im
 ) -> None:
     if not installed(peer):
         pytest.skip(f"{peer} is not installed here")
+    # in a process of its own: the peers fork, which this one, with threads of what was tested before, does not bear
+    mp.start_processes(write_and_read_back, (peer, encoding, codec, source, expected, tmp_path), start_method="spawn")
+
+
+def write_and_read_back(
+    _: int, peer: str, encoding: str, codec: str, source: Path, expected: dict[str, list[Any]], tmp_path: Path
+) -> None:
     folder = str(tmp_path / "data")
     write(Writing(peer, str(source), folder, SIDE, 2, encoding, codec, 4))
     found = {name: [label, digest(pixels)] for name, label, pixels in read_back(peer, folder, encoding, codec)}

@@ -1,0 +1,382 @@
+"""A real small cluster on one machine: Ray with worker nodes, an S3 server (SeaweedFS) and an MLflow server.
+
+    python -m cluster.local up         # prints the environment to export and commands to try
+    python -m cluster.local status
+    python -m cluster.local down
+
+For trying things out and for tests. Not for production, and CPU only. All of it listens on loopback; Ray asks for a
+token, S3 for keys, MLflow for nothing: who else has an account on this machine can read and write its runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from cluster.processes import Process, spawn
+from cluster.ray_nodes import CLIENT_ENV, HOST, Node, RayNodes, SlowError, last_line
+from cluster.s3 import S3Error, S3Server
+from cluster.state import TEMP_PREFIX, LocalError, down, forget, read, record, status, write
+
+__all__ = ["LocalCluster", "LocalError", "Node", "down", "main", "status"]
+
+_START_SECONDS = 120.0
+_STOP_SECONDS = 10.0
+_TRIES = 3
+
+
+class LocalCluster:
+    """Ray, S3 and MLflow on this machine. A context manager: started on entry, stopped on exit.
+
+    Objects, credentials and MLflow's database are kept in the folder, and so come back with the next cluster in it.
+
+    Attributes:
+        env: what a program needs in its environment to use all of it; `ray.init()` joins, `ray job submit` submits.
+        job_address: `http://127.0.0.1:port` of Ray's job API.
+        bucket: of the S3 server.
+        mlflow_uri: of the MLflow server; empty without one.
+        s3: the S3 server.
+        nodes: the worker nodes, in the order of their start, the dead ones included.
+        head: the head node.
+
+    Args:
+        folder: where all is kept but Ray's own files, which are in a new folder under /tmp; made if absent.
+        nodes: how many worker nodes.
+        cpus: of each worker node, as Ray counts them.
+        s3: whether to start an S3 server; without it MLflow keeps its artifacts in the folder.
+        mlflow: whether to start an MLflow server.
+        head_cpus: of the head node; 0 keeps work off it.
+        gcs_port, job_port, s3_port, mlflow_port: by default free ones.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        nodes: int = 2,
+        cpus: int = 1,
+        s3: bool = True,
+        mlflow: bool = True,
+        head_cpus: int = 0,
+        *,
+        gcs_port: int | None = None,
+        job_port: int | None = None,
+        s3_port: int | None = None,
+        mlflow_port: int | None = None,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self._count, self._cpus, self._head_cpus = nodes, cpus, head_cpus
+        self._has_s3, self._has_mlflow = s3, mlflow
+        self._wanted = {"gcs": gcs_port, "jobs": job_port, "mlflow": mlflow_port, "client": None, "metrics": None}
+        self._ports: dict[str, int] = {}
+        self._mlflow: Process | None = None
+        self._temp: Path | None = None
+        self.s3 = S3Server(self.folder / "s3", port=s3_port)
+        self.nodes: list[Node] = []
+        self._spawned: list[Process] = []  # of Ray
+
+    @property
+    def bucket(self) -> str:
+        return self.s3.bucket
+
+    @property
+    def job_address(self) -> str:
+        return f"http://{HOST}:{self._ports['jobs']}"
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"http://{HOST}:{self._ports['mlflow']}" if self._has_mlflow else ""
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "RAY_ADDRESS": f"{HOST}:{self._ports['gcs']}",
+            "RAY_API_SERVER_ADDRESS": self.job_address,
+            **CLIENT_ENV,
+            **self._shared_env,
+        }
+
+    @property
+    def _shared_env(self) -> dict[str, str]:
+        """What the nodes have as well, as pods have the secrets that they are given."""
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
+        mlflow = {"MLFLOW_TRACKING_URI": self.mlflow_uri} if self._has_mlflow else {}
+        return ray | (self.s3.env if self._has_s3 else {}) | mlflow
+
+    @property
+    def _token(self) -> Path:
+        return self.folder / "ray-token"
+
+    def start(self) -> None:
+        """Start all of it and wait until it can be used; what was started is ended where that fails.
+
+        Raises:
+            LocalError: it cannot be started, or a cluster of this folder runs already.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+            if any(process.alive for process in read(self.folder)):
+                raise LocalError(f"{self.folder}: its cluster runs already; `down` ends it")
+            forget(self.folder)
+            write(self._token, secrets.token_hex(32))
+        except OSError as e:
+            raise LocalError(f"{self.folder}: cannot keep a cluster's files here ({e})") from None
+        try:
+            self._start()
+        except S3Error as e:
+            self.stop()
+            raise LocalError(str(e)) from None
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
+        self._ports = _choose(self._wanted)
+        if self._has_s3:
+            self.s3.start()
+        # Ray opens its own folder to all, so it is one inside a closed one; the path is short: it holds sockets
+        self._temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir="/tmp"))
+        self._ray = RayNodes(self.folder, self._temp / "ray", self._ports, self._shared_env)
+        if self._has_mlflow:
+            self._spawn_mlflow()
+        self.head = self._join(lambda: self._ray.spawn_head(self._head_cpus))
+        self.nodes = []
+        for _ in range(self._count):
+            self.add_node()
+        self._await(f"{self.job_address}/api/version", "Ray's job API", self.head.process)
+        if self._has_mlflow:
+            self._await_mlflow()
+        self._record()
+
+    def stop(self) -> None:
+        """End all that was started, jobs and their processes included. Nothing happens when nothing runs."""
+        for process in reversed(self._spawned):
+            process.kill()
+        self.stop_mlflow()
+        self.s3.stop()
+        self._spawned = []
+        forget(self.folder)
+        if self._temp is not None:
+            shutil.rmtree(self._temp, ignore_errors=True)
+            self._temp = None
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def add_node(self) -> Node:
+        """Start one more worker node, as when one comes (back); it is also put at the end of `nodes`.
+
+        Raises:
+            LocalError: it does not come up.
+        """
+        node = self._join(lambda: self._ray.spawn_node(f"node-{len(self.nodes) + 1}", self._cpus))
+        self.nodes.append(node)
+        return node
+
+    def start_mlflow(self) -> None:
+        """Start the MLflow server again, with the same port and database, and wait until it answers.
+
+        Raises:
+            LocalError: it does not.
+        """
+        self._spawn_mlflow()
+        self._await_mlflow()
+
+    def stop_mlflow(self) -> None:
+        """End the MLflow server in order. Nothing happens when it is not running."""
+        if self._mlflow is not None:
+            self._mlflow.stop(_STOP_SECONDS)
+            self._mlflow = None
+
+    def kill_mlflow(self) -> None:
+        """End the MLflow server by SIGKILL. Nothing happens when it is not running."""
+        if self._mlflow is not None:
+            self._mlflow.kill()
+            self._mlflow = None
+
+    def _join(self, spawn_node: Callable[[], Process]) -> Node:
+        """Start a node and wait for it; more than once where the machine is so busy that Ray's patience ends."""
+        for attempt in range(_TRIES):
+            process = spawn_node()
+            self._spawned.append(process)
+            self._record()
+            try:
+                return self._ray.wait(process)
+            except BaseException as e:
+                process.kill()
+                if not isinstance(e, SlowError) or attempt == _TRIES - 1:
+                    raise
+                self._spawned.remove(process)
+        raise AssertionError("unreachable")
+
+    def _spawn_mlflow(self) -> None:
+        artifacts = f"s3://{self.bucket}/mlflow" if self._has_s3 else str(self.folder / "mlartifacts")
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self._ports["mlflow"]),
+            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}",
+            "--artifacts-destination", artifacts,
+        ]  # fmt: skip
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        own = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        env = own | (self.s3.env if self._has_s3 else {}) | quiet
+        self._mlflow = spawn("mlflow", command, env, self.folder / "mlflow.log")
+        self._record()
+
+    def _await_mlflow(self) -> None:
+        assert self._mlflow is not None
+        self._await(f"{self.mlflow_uri}/health", "MLflow", self._mlflow)
+
+    def _await(self, url: str, what: str, process: Process) -> None:
+        """Until the URL answers, or its server ends."""
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self._token.read_text()}"})
+        log = self.folder / f"{process.name}.log"
+        end = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                urllib.request.urlopen(request, timeout=10).close()
+                return
+            except OSError as e:
+                if not process.alive:
+                    raise LocalError(f"{what} ended: {last_line(log.read_text(errors='replace'))} ({log})") from None
+                if time.monotonic() > end:
+                    raise LocalError(f"{what} does not answer within {_START_SECONDS:g} s ({e}): see {log}") from None
+            time.sleep(0.2)
+
+    def _record(self) -> None:
+        """Write down what runs, for `status` and `down` in another process."""
+        processes = [*self._spawned, *([self._mlflow] if self._mlflow else [])]
+        if self._has_s3 and self.s3.pid is not None:
+            processes.append(Process.of("s3", self.s3.pid))
+        record(self.folder, processes, self._temp)
+
+
+def _choose(wanted: Mapping[str, int | None]) -> dict[str, int]:
+    """A free port of the loopback interface for each name that has none, and those that have one.
+
+    Raises:
+        LocalError: one that is wanted is taken.
+    """
+    with contextlib.ExitStack() as opened:
+        ports = {}
+        for name, port in wanted.items():
+            listener = opened.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((HOST, port or 0))
+            except (OSError, OverflowError) as e:
+                raise LocalError(f"port {port} for {name} cannot be had ({e})") from None
+            ports[name] = listener.getsockname()[1]
+    return ports
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in (("up", "start it"), ("down", "end all that `up` started"), ("status", "say what lives")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--folder", default="runs/cluster", help="where all is kept (default: %(default)s)")
+        if name == "up":
+            command.add_argument("--nodes", type=_count, default=2, help="worker nodes (default: %(default)s)")
+            command.add_argument("--cpus", type=_count, default=1, help="of each, for Ray (default: %(default)s)")
+            command.add_argument("--head-cpus", type=_count, default=0, help="of the head (default: %(default)s)")
+            command.add_argument("--no-s3", action="store_true", help="no S3 server")
+            command.add_argument("--no-mlflow", action="store_true", help="no MLflow server")
+            for port in ("gcs", "job", "s3", "mlflow"):
+                command.add_argument(f"--{port}-port", type=int, help="(default: a free one)")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        return {"up": _up, "down": _down, "status": _status}[args.command](args)
+    except LocalError as e:
+        print(f"cluster.local: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _up(args: argparse.Namespace) -> int:
+    cluster = LocalCluster(
+        args.folder,
+        args.nodes,
+        args.cpus,
+        s3=not args.no_s3,
+        mlflow=not args.no_mlflow,
+        head_cpus=args.head_cpus,
+        gcs_port=args.gcs_port,
+        job_port=args.job_port,
+        s3_port=args.s3_port,
+        mlflow_port=args.mlflow_port,
+    )
+    began = time.monotonic()
+    cluster.start()
+    file = cluster.folder / "env"
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in cluster.env.items())
+    write(file, exports)
+    print(f"# {args.nodes} worker nodes of {args.cpus} CPU, up in {time.monotonic() - began:.0f} s")
+    print(f"# to export; also by: . {shlex.quote(str(file))}")
+    print(exports, end="")
+    storage = f"s3://{cluster.bucket}" if not args.no_s3 else "runs"
+    print("# to try:")
+    print("#   ray status")
+    print(f"#   python -m data_prep photos --output {storage}/photos --resolution 32")
+    print(
+        "#   ray job submit --working-dir . -- python -m eiwtrain.run configs/quickstart.yaml "
+        f"run.storage={storage}/runs data.path={storage}/photos"
+        + ("" if args.no_mlflow else f" tracking.uri={cluster.mlflow_uri}")
+    )
+    if not args.no_mlflow:
+        print(f"#   open {cluster.mlflow_uri} (MLflow)")
+    again = "" if args.folder == "runs/cluster" else f" --folder {shlex.quote(args.folder)}"
+    print(f"#   python -m cluster.local status{again}; python -m cluster.local down{again}")
+    return 0
+
+
+def _down(args: argparse.Namespace) -> int:
+    ended = down(args.folder)
+    print(f"ended: {', '.join(ended)}" if ended else f"{args.folder}: nothing runs")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    """Prints a table; 0 where all lives, 1 where something does not."""
+    rows = status(args.folder)
+    if not rows:
+        print(f"{args.folder}: nothing runs")
+        return 1
+    for name, pid, lives, memory in rows:
+        print(f"{name:<10} {pid:>8}  {'lives' if lives else 'is dead':<8} {memory / 1e6:>7,.0f} MB")
+    print(f"{'':<10} {'':>8}  {'':<8} {sum(row[3] for row in rows) / 1e6:>7,.0f} MB in all")
+    return 0 if all(row[2] for row in rows) else 1
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
