@@ -1,30 +1,32 @@
-"""What a checkpoint holds, how one is committed, found, verified and swept.
+"""What a checkpoint holds, how one is found, verified and swept.
 
-A checkpoint is a folder `step-00001200-<attempt>` of safetensors parts, one a rank, and a `manifest.json` that is
-written last and names every part with its size and SHA-256: no manifest, no checkpoint. Tensors are whole and keyed
-by name (`weights/...`, `ema/...`, `moments/...`), so a checkpoint loads at any world size and ZeRO stage.
-Not for what the tensors mean: that is the business of `eiwtrain.state`.
+A checkpoint is a folder `step-00001200-<random>` of safetensors parts, one a rank, and a `manifest.json` that is
+written last and names every part with its size and SHA-256, and its own: no manifest, no checkpoint. Tensors are whole
+and keyed by name (`weights/...`, `ema/...`, `moments/...`), so a checkpoint loads at any world size and ZeRO stage.
+Not for what the tensors mean, which is the business of `eiwtrain.state`, nor for writing: that is `eiwtrain.saver`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
-import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import storage
+from eiwtrain import failpoints, storage
 from eiwtrain.config import Config, Model, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "eiwtrain-checkpoint/1"
+FORMAT = "eiwtrain-checkpoint/2"
 MANIFEST = "manifest.json"
 DAMAGED_MANIFEST = "manifest.damaged.json"  # what a manifest becomes when its parts are not as it says
 _FOLDER = re.compile(r"step-(\d{8,})-[0-9a-f]{8}$")
+_STRAY = re.compile(r"\.(.+\.[0-9a-f]{32}\.tmp|probe-[0-9a-f]{32})$")  # what `eiwtrain.storage` writes for a moment
+_log = logging.getLogger(__name__)
 
 # What shapes the weights or the sample order: another value is another run. How backward gets its activations is not.
 FREE = ("model.preset", "model.backprop", "model.memory_budget", "model.anchor_every", "model.trunk_dtype")
@@ -41,7 +43,7 @@ FIXED = (
 
 
 class DamagedCheckpoint(RuntimeError):
-    """A part of a committed checkpoint is missing or has other bytes than its manifest says."""
+    """A committed checkpoint is not as it was written: a part is missing or altered, or its manifest cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,49 @@ class Checkpoint:
     parts: tuple[Part, ...]
     state: dict[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """Of all parts."""
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder with a manifest that is damaged or of another version; `why` is a line for the user."""
+
+    url: str
+    step: int
+    why: str
+
 
 def folder(root: str) -> str:
     """Where the checkpoints of the run at `root` live."""
     return storage.join(root, "checkpoints")
 
 
-def committed(root: str) -> list[Checkpoint]:
-    """The run's committed checkpoints, newest first; folders without a readable manifest are passed over."""
-    found = []
+def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
+    """The run's committed checkpoints, and those whose manifest cannot be read; each newest first.
+
+    Folders without a manifest were never committed and are in neither. Parts are not read.
+    """
+    found: list[Checkpoint] = []
+    unreadable: list[Unreadable] = []
     for name in storage.listdir(folder(root)):
-        if not _FOLDER.match(name):
-            continue
-        url = storage.join(folder(root), name)
-        try:
-            found.append(_parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            continue
-    return sorted(found, key=lambda c: (c.step, c.state.get("saved_at", 0)), reverse=True)
+        if match := _FOLDER.match(name):
+            url = storage.join(folder(root), name)
+            try:
+                found.append(_parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except DamagedCheckpoint as e:
+                unreadable.append(Unreadable(url, int(match[1]), str(e)))
+    found.sort(key=lambda c: (c.step, c.state.get("saved_at", 0)), reverse=True)
+    return found, sorted(unreadable, key=lambda u: u.step, reverse=True)
+
+
+def committed(root: str) -> list[Checkpoint]:
+    """The run's committed checkpoints, newest first."""
+    return survey(root)[0]
 
 
 def newest(root: str) -> Checkpoint | None:
@@ -88,56 +115,16 @@ def newest(root: str) -> Checkpoint | None:
     return next(iter(committed(root)), None)
 
 
-def save(
-    root: str,
-    step: int,
-    samples_seen: int,
-    tensors: Iterable[tuple[str, Tensor]],
-    state: dict[str, Any],
-) -> Checkpoint:
-    """Commit a checkpoint. Collective: every rank calls it with the same names and writes its share of the bytes.
-
-    The parts go to a folder of their own, are checked for their size, and the manifest is published last.
-
-    Args:
-        root: URL of the run.
-        tensors: (name, whole tensor) in the same order on every rank; iterated once, by all ranks together.
-        state: JSON data; rank 0's is kept.
-    """
-    import torch.distributed as dist
-    from safetensors.torch import save as to_bytes
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    attempt = [uuid.uuid4().hex[:8]]
-    dist.broadcast_object_list(attempt, src=0)
-    url = storage.join(folder(root), f"step-{step:08d}-{attempt[0]}")
-
-    data = to_bytes(_share(tensors, rank, world_size))
-    part = Part(f"part-{rank:05d}-of-{world_size:05d}.safetensors", len(data), storage.sha256_bytes(data))
-    storage.write_bytes(storage.join(url, part.name), data)
-
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, part)  # every part is in place before the manifest says so
-    if rank == 0:
-        for p in parts:
-            try:
-                found = storage.size(storage.join(url, p.name))
-            except FileNotFoundError:
-                raise storage.StorageError(
-                    f"{url}/{p.name}: another worker wrote it and it is not here; several nodes need shared storage"
-                ) from None
-            if found != p.bytes:
-                raise storage.StorageError(f"{url}/{p.name}: {found} bytes where {p.bytes} were written")
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "samples_seen": samples_seen,
-            "parts": [vars(p) for p in parts],
-            "state": state,
-        }
-        storage.write_bytes(storage.join(url, MANIFEST), json.dumps(manifest, indent=1).encode())
-    dist.barrier()  # no rank goes on as if it were saved before it is
-    return Checkpoint(url, step, samples_seen, tuple(parts), state)
+def render(new: Checkpoint) -> bytes:
+    """Its manifest."""
+    content = {
+        "format": FORMAT,
+        "step": new.step,
+        "samples_seen": new.samples_seen,
+        "parts": [vars(p) for p in new.parts],
+        "state": new.state,
+    }
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1).encode()
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -175,29 +162,54 @@ def condemn(checkpoint: Checkpoint) -> None:
 
 def best(found: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest held-out bits/dim; None if none was evaluated."""
-    scored = [c for c in found if c.state.get("eval_bits_per_dim") is not None]
+    scored = [c for c in found if (bits := c.state.get("eval_bits_per_dim")) is not None and math.isfinite(bits)]
     return min(scored, key=lambda c: c.state["eval_bits_per_dim"], default=None)
 
 
-def sweep(root: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best, and what dead attempts left half written.
+def delete(url: str) -> None:
+    """Delete the folder of a checkpoint; the manifest goes first, so that what is half deleted is none any more."""
+    storage.delete(storage.join(url, MANIFEST))
+    failpoints.reach("checkpoint.half-deleted")
+    storage.delete(url)
 
-    Call it only after a commit, when no other is under way. The manifest goes first, so that what is half deleted is
-    no checkpoint any more.
+
+def kept(found: list[Checkpoint], keep_last: int, keep_every: int) -> set[str]:
+    """URLs of the checkpoints that stay: the newest `keep_last`, the best, and with `keep_every` = m > 0 the first in
+    each window of m steps. Of several of one step only the newest counts.
+
+    Args:
+        found: newest first, as from `committed`.
     """
-    found = committed(root)
-    if not found:
-        return
-    keep = {c.url for c in found[:keep_last]}
-    if (b := best(found)) is not None:
+    newest = list({c.step: c for c in reversed(found)}.values())[::-1]
+    keep = {c.url for c in newest[:keep_last]}
+    if (b := best(newest)) is not None:
         keep.add(b.url)
-    for name in storage.listdir(folder(root)):
-        url = storage.join(folder(root), name)
-        match = _FOLDER.match(name)
-        if match is None or url in keep or int(match[1]) > found[0].step:
-            continue
-        storage.delete(storage.join(url, MANIFEST))
-        storage.delete(url)
+    if keep_every:
+        keep |= {c.url for c in {c.step // keep_every: c for c in newest}.values()}
+    return keep
+
+
+def sweep(root: str, keep_last: int, keep_every: int = 0) -> None:
+    """Delete the checkpoints that are not `kept`, and all that `clean` deletes.
+
+    Call it only where no commit is under way and nobody else writes the run.
+    """
+    found, unreadable = survey(root)
+    keep = kept(found, keep_last, keep_every)
+    for old in found:
+        if old.url not in keep:
+            delete(old.url)
+    _clean(root, [c for c in found if c.url in keep], unreadable)
+    failpoints.reach("checkpoint.swept")
+
+
+def clean(root: str) -> None:
+    """Delete what dead attempts left half written: parts without a manifest, temporary files, unfinished uploads.
+
+    A checkpoint that is condemned or cannot be read stays until training has passed its step. Call it only where no
+    commit is under way and nobody else writes the run.
+    """
+    _clean(root, *survey(root))
 
 
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None) -> list[str]:
@@ -221,21 +233,44 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     return lines
 
 
-def _share(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's share: each tensor goes to the rank with the fewest bytes so far."""
-    share: dict[str, Tensor] = {}
-    load = [0] * world_size
-    for name, tensor in tensors:
-        owner = load.index(min(load))
-        load[owner] += tensor.nbytes
-        if owner == rank:
-            share[name] = tensor.detach().cpu().contiguous()
-    return share
+def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable]) -> None:
+    passed = found[0].step if found else -1
+    keep = {c.url for c in found} | {u.url for u in unreadable if u.step > passed}
+    for name in storage.listdir(folder(root)):
+        url = storage.join(folder(root), name)
+        if _STRAY.match(name):
+            storage.delete(url)
+        elif (match := _FOLDER.match(name)) and url not in keep:
+            condemned = int(match[1]) > passed and storage.exists(storage.join(url, DAMAGED_MANIFEST))
+            if not condemned:
+                delete(url)
+    for name in storage.listdir(root):
+        if _STRAY.match(name) and not name.startswith(".lease"):  # whose heartbeat goes on meanwhile
+            storage.delete(storage.join(root, name))
+    try:
+        storage.abandon_uploads(root)
+    except storage.StorageError as e:  # not everybody may list them, nor is every store able to; they cost space alone
+        _log.warning("unfinished uploads are not looked for: %s", e)
 
 
 def _parse(url: str, data: bytes) -> Checkpoint:
-    raw = json.loads(data)
-    if raw["format"] != FORMAT:
-        raise ValueError(f"{url}: format {raw['format']!r}")
+    """Raises DamagedCheckpoint where `data` is not what was written, or was written in another format."""
+    manifest = storage.join(url, MANIFEST)
+    try:
+        raw = json.loads(data)
+        written_as, digest = str(raw["format"]), raw.pop("sha256", None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedCheckpoint(f"{manifest}: {len(data)} bytes that are not those written") from None
+    if written_as != FORMAT:
+        raise DamagedCheckpoint(
+            f"{manifest}: its format is {written_as!r}, and this version of eiwtrain reads {FORMAT!r}"
+        )
+    if digest != _digest(raw):
+        raise DamagedCheckpoint(f"{manifest}: {len(data)} bytes that are not those written")
     parts = tuple(Part(**p) for p in raw["parts"])
     return Checkpoint(url, raw["step"], raw["samples_seen"], parts, raw["state"])
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of a manifest without its own SHA-256."""
+    return storage.sha256_bytes(json.dumps(content).encode())

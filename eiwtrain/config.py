@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from eiwtrain.pace import parse
+
 MAX_ERROR_LINES = 4
 
 
@@ -52,7 +54,8 @@ class Run(Section):
     storage: Text = "runs"
     """Folder or fsspec URL (s3://...) under which checkpoints, samples and the exported model of each run live."""
     max_failures: NonNegativeInt = 3
-    """How often Ray may restart the workers after a crash before the run counts as failed."""
+    """How often in a row workers that crash may be started again, without a new checkpoint between, before the run
+    counts as failed."""
 
 
 class Data(Section):
@@ -166,6 +169,11 @@ class Train(Section):
     """Decay per step of the averaged weights that are evaluated and exported; 0: the weights themselves."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the conditioners; the trunk has its own (`model.trunk_dtype`), parameters stay float32."""
+    max_skipped: NonNegativeInt = 3
+    """Steps in a row whose loss or gradient is not finite that are skipped and counted; one more ends the run."""
+    rollbacks: NonNegativeInt = 0
+    """How often, where it would end so, the weights go back to the last good checkpoint instead, while the sample
+    stream goes on behind the bad steps."""
     compile: bool = False
     """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -178,9 +186,14 @@ class Train(Section):
 
 class Workers(Section):
     min: PositiveInt = 1
-    """Workers needed to start."""
+    """Workers needed to start, and to go on when a node is lost."""
     max: PositiveInt | None = None
     """Workers to use when the cluster has room; null: as `min`."""
+    grow_seconds: PositiveFloat = 60.0
+    """How long there must be room for more workers, up to `max`, before all are started again to use it, seconds."""
+    hang_seconds: PositiveFloat = 900.0
+    """Time without progress after which a worker tells its stacks and all are started again, seconds; longer than a
+    compilation and than EIWTRAIN_RETRY_SECONDS."""
     gpus: Literal[0, 1] = 0
     """GPUs per worker; 0: CPU and gloo."""
     cpus: PositiveInt = 1
@@ -188,10 +201,21 @@ class Workers(Section):
 
 
 class Checkpoint(Section):
-    every: PositiveInt = 500
-    """Steps between two checkpoints; one is also written after each evaluation, on a stop and at the end."""
+    every: PositiveInt | Text = 500
+    """Between two checkpoints: steps, a time (90s, 10m, 1.5h), or auto, from what one costs and how often the run
+    fails; one is also written after each evaluation, on a stop and at the end."""
+    mtbf_hours: PositiveFloat = 6.0
+    """With auto, the mean time between failures that is assumed until the run has seen its own, hours."""
     keep_last: PositiveInt = 2
     """Newest checkpoints to keep; the best by held-out bits/dim is kept besides."""
+    keep_every: NonNegativeInt = 0
+    """Keep also the first checkpoint in each so many steps, for ever; 0: none."""
+
+    @field_validator("every")
+    @classmethod
+    def _an_interval(cls, value: int | str) -> int | str:
+        parse(value)
+        return value
 
 
 class Tracking(Section):

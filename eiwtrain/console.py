@@ -36,11 +36,13 @@ class Console:
 
 
 def training_line(p: dict[str, Any]) -> str:
-    """Step, images, bits/dim, images/s, share of time spent waiting for data, time left; storage failures, if any."""
+    """Step, images, bits/dim, images/s, share of time spent waiting for data, goodput of the run so far, time left;
+    storage failures, if any."""
     faults = f"  {p['faults']} storage faults ridden out" if p["faults"] else ""
     return (
         f"step {p['step']:>6,}/{p['max_steps']:,}  {p['images']:>9,} images  {p['bits_per_dim']:.3f} bits/dim  "
-        f"{p['images_per_second']:,.1f} images/s  data wait {p['data_wait']:.0%}  ETA {duration(p['eta'])}{faults}"
+        f"{p['images_per_second']:,.1f} images/s  data wait {p['data_wait']:.0%}  "
+        f"goodput {p['goodput']:.0%}  ETA {duration(p['eta'])}{faults}"
     )
 
 

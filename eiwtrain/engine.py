@@ -8,6 +8,7 @@ any world size and ZeRO stage.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ class Engine:
             for leaf in leaves:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
+        optimizer = _AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
         numbers = sum(p.numel() for p in module.parameters())
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -68,8 +69,8 @@ class Engine:
             groups[leaf_of.get(id(parameter))][name] = parameter
         self._groups = list(groups.values())
 
-    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], lr: float) -> float:
-        """One optimizer step.
+    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
+        """One optimizer step, or none if the loss or a gradient is not finite. Collective.
 
         Args:
             losses: for each of the `accumulation` micro-batches, a function of the module that gives this rank's
@@ -77,7 +78,9 @@ class Engine:
             lr: learning rate of this step.
 
         Returns:
-            The gradient norm before clipping.
+            The gradient norm before clipping, and whether the step was applied, the same on every rank. It was not if
+            a contribution of any rank or the norm is not finite: then that norm is not either, and weights, moments
+            and AdamW's count of its steps are what they were, to the bit.
         """
         if len(losses) != self._accumulation:
             raise ValueError(f"{len(losses)} micro-batches for {self._accumulation} accumulation steps")
@@ -87,11 +90,18 @@ class Engine:
         scale = self._accumulation * dist.get_world_size()
         norm = None
         for loss in losses:
-            self._engine.backward(loss(self._engine) * scale)
+            contribution = loss(self._engine)
+            # 1, or NaN: so a contribution that is not finite shows in the norm of every rank, whatever its gradients
+            finite = 1.0 + 0.0 * contribution.detach()
+            self._engine.backward(contribution * scale * finite)
             if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-                norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-            self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)  # DeepSpeed has none at stage 0
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                norm = float(nn.utils.get_total_norm(gradients))
+                self._adamw.passes = not math.isfinite(norm)
+            self._engine.step()  # at stages 1 to 3 DeepSpeed passes over a norm that is not finite, and says inf
+        if norm is None:  # DeepSpeed has none at stage 0
+            norm = float(self._engine.get_global_grad_norm())
+        return norm, math.isfinite(norm)
 
     def weights(self) -> Iterator[dict[str, Tensor]]:
         """The parameters by name, whole and detached, in groups that together are all. Collective.
@@ -111,23 +121,29 @@ class Engine:
 
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
-                if self._stage == 0:
+                if not self._adamw.state:  # no step has been applied
+                    yield f"{name}.{key}", torch.zeros(_whole_shape(parameter), device=self.device)
+                elif self._stage == 0:
                     yield f"{name}.{key}", self._engine.optimizer.state[parameter][key]
                 else:
                     yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
 
-    def load_moments(self, moments: dict[str, Tensor], step: int, loss: Callable[[nn.Module], Tensor]) -> None:
-        """Put back what `moments` gave, after `step` optimizer steps.
+    def load_moments(self, moments: dict[str, Tensor], updates: int, loss: Callable[[nn.Module], Tensor]) -> None:
+        """Put back what `moments` gave, after `updates` steps that were applied. Collective.
 
-        `loss` is any finite loss of the module: a fresh optimizer has no state to fill until it has made a step, so
-        one is made with gradients times zero at a learning rate of zero, which leaves the weights as they are.
+        `loss` is any loss of the module that every parameter has a part in: a fresh optimizer has no state to fill
+        until it has made a step, so one is made with gradients of zero at a learning rate of zero, which leaves the
+        weights as they are.
         """
-        self.step([lambda module: loss(module) * 0.0] * self._accumulation, lr=0.0)
+        hooks = [parameter.register_hook(torch.zeros_like) for parameter in self.module.parameters()]
+        self.step([loss] * self._accumulation, lr=0.0)
+        for hook in hooks:
+            hook.remove()
         for name, parameter in self.module.named_parameters():
             for key in MOMENTS:
                 self._load_moment(parameter, key, moments[f"{name}.{key}"].to(self.device))
         for state in self._adamw.state.values():
-            state["step"].fill_(step)
+            state["step"].fill_(updates)
 
     def _load_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed import utils
@@ -143,9 +159,23 @@ class Engine:
             utils.safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), key)
 
     @property
-    def _adamw(self) -> torch.optim.Optimizer:
-        """The AdamW below ZeRO's wrapper, whose state holds the step count."""
+    def _adamw(self) -> _AdamW:
+        """The AdamW below ZeRO's wrapper, whose state holds the count of its steps."""
         return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that passes over its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
+
+    passes = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.passes else super().step(closure)
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """That of the whole parameter, also where ZeRO 3 shards it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _with_gradients(_leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -34,7 +34,11 @@ def choose(which: str, root: str) -> checkpoint.Checkpoint:
     elif which != "last":
         found = [c for c in found if str(c.step) == which]
     if not found:
-        raise ValueError(f"{root}: no checkpoint {which!r}; committed: {[c.step for c in checkpoint.committed(root)]}")
+        there, unreadable = checkpoint.survey(root)
+        bad = "; ".join(u.why for u in unreadable)
+        raise ValueError(
+            f"{root}: no checkpoint {which!r}; committed: {[c.step for c in there]}" + (bad and f"; {bad}")
+        )
     return found[0]
 
 

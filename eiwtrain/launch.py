@@ -1,39 +1,75 @@
-"""Start or join Ray, run the workers under Ray Train, pass on what they say and what they are told."""
+"""One attempt after another on Ray, until the run has ended: what ends one, and whether another follows."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import checkpoint, ray_session, storage
+from eiwtrain import checkpoint, ray_session
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
+from eiwtrain.lease import Lease
 from eiwtrain.signals import Stop, Stopped
 
 if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
 
 _POLL_SECONDS = 0.25
-_HEAR_SECONDS = 10.0  # within which a living worker hears of a stop, whatever it does
-_END_SECONDS = 30.0
-_WAITING_SECONDS = 60.0  # after which a job whose workers have not started says what it waits for
-
-# Told to glibc where workers start: a freed activation stays with the process, or each would be unmapped and faulted
-# in again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
-WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+_SETTLE_SECONDS = 5.0  # for which a cluster with room for some workers is given time to have room for all
+_WAITING_SECONDS = 60.0  # after which a job for which there is no room says what it waits for
 
 
-def train(config: Config, tracked: TrackedRun, began: float, console: Console, stop: Stop) -> dict[str, Any]:
-    """Start or join Ray, run the workers, pass on what they say; returns how it ended."""
+def train(
+    config: Config, tracked: TrackedRun, lease: Lease, began: float, console: Console, stop: Stop
+) -> dict[str, Any]:
+    """Start or join Ray and train until the run is finished, stopped, failed or taken over; returns how it ended.
+
+    An attempt that ends otherwise (a worker died, a node is going or has come) is followed by another, which goes on
+    from the newest checkpoint on the workers that there is room for then.
+    """
     import ray
 
-    from eiwtrain.mailbox import start_mailbox
-    from eiwtrain.worker import Job
+    from eiwtrain.attempt import Attempt
 
+    _start_ray(config, stop)
+    try:
+        attempt_began, skip_to = began, None
+        crashes, newest = 0, checkpoint.newest(config.root)
+        ray_session.ask_for(config)
+        for number in range(1, 1_000_000):
+            checkpoint.clean(config.root)
+            workers = _wait_for_room(config, console, stop)
+            if (lost := lease.lost) is not None:
+                return {"lost": lost}
+            console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
+            attempt = Attempt(config, tracked, lease, workers, number, began, attempt_began, skip_to)
+            outcome = attempt.follow(console, stop)
+            attempt_began, skip_to = time.time(), outcome.get("skip_to")
+            if "crashed" in outcome:
+                lease.failed()
+                before, newest = newest, checkpoint.newest(config.root)
+                crashes = crashes + 1 if newest == before else 1
+                if crashes > config.run.max_failures:
+                    return {"failed": _gave_up(config, outcome["crashed"], newest)}
+                console.note(f"the workers failed: {outcome['crashed']}")
+                if attempt.holds_on:  # to its place in the cluster, too
+                    ray.shutdown()
+                    _start_ray(config, stop)
+            elif "again" not in outcome:
+                return outcome
+            if stop.number:  # meanwhile
+                return _stopped_between(config, stop)
+        raise AssertionError("unreachable")
+    finally:
+        ray_session.ask_for(None)
+        ray.shutdown()
+
+
+def _start_ray(config: Config, stop: Stop) -> None:
+    # else 10 minutes, after which one that does not answer counts as dead
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{config.workers.hang_seconds:g}")
     try:  # logical CPUs: also on one core
         ray_session.start(max(config.max_workers * config.workers.cpus, os.cpu_count() or 1))
     except SystemExit:  # how Ray answers SIGTERM meanwhile
@@ -41,107 +77,36 @@ def train(config: Config, tracked: TrackedRun, began: float, console: Console, s
     except ray_session.RayError as e:
         raise ConfigError(str(e)) from None
     stop.listen()
-    try:
-        mailbox = start_mailbox()
-        job = Job(config, tracked, mailbox, ray_session.forwarded_environment(), began)
-        console.note(f"starting {config.max_workers} workers ({duration(time.time() - began)} since the start)")
-        fit = Fit(config, job)
-        return _listen(config, fit, mailbox, console, stop)
-    finally:
-        ray.shutdown()
 
 
-class Fit(threading.Thread):
-    """Ray Train's blocking `fit` in a thread, where it leaves the signals to us."""
-
-    def __init__(self, config: Config, job: Any) -> None:
-        super().__init__(daemon=True, name="fit")
-        self._config, self._job = config, job
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        from eiwtrain.worker import train as train_worker
-
-        w = self._config.workers
-        local = storage.is_local(self._config.run.storage)
-        try:
-            TorchTrainer(
-                train_worker,
-                train_loop_config={"job": self._job},
-                torch_config=TorchConfig(backend="nccl" if w.gpus else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=w.min if self._config.max_workers == w.min else (w.min, self._config.max_workers),
-                    use_gpu=bool(w.gpus),
-                    resources_per_worker={"CPU": w.cpus} | ({"GPU": w.gpus} if w.gpus else {}),
-                ),
-                run_config=RunConfig(
-                    name=f"{self._config.run.name}-{int(self._job.began)}",
-                    storage_path=storage.join(self._config.root, "ray") if local else None,
-                    failure_config=FailureConfig(max_failures=self._config.run.max_failures),
-                    worker_runtime_env={"env_vars": WORKER_ENV},
-                ),
-            ).fit()
-        except BaseException as e:
-            self.error = e
-
-
-def _listen(config: Config, fit: Fit, mailbox: Any, console: Console, stop: Stop) -> dict[str, Any]:
-    """Print what the workers say and pass a stop on, until they have ended."""
-    import ray
-
-    started, heard, asked_at, said_at = False, False, 0.0, time.time()
+def _wait_for_room(config: Config, console: Console, stop: Stop) -> int:
+    """The number of workers that there is room for now, once it is at least `workers.min`."""
+    began = said_at = time.monotonic()
     while True:
-        ended = not fit.is_alive()  # before the mail is read: nothing comes after it
-        for kind, content in ray.get(mailbox.take.remote()):
-            if kind == "training":
-                started, stop.training = True, True
-                console.note(
-                    f"training from step {content['step']:,} to {content['of']:,} "
-                    f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
-                )
-            elif kind == "progress":
-                console.progress(content)
-            elif kind == "note":
-                console.note(content)
-            elif kind == "heard":
-                heard = True
-            elif kind == "end":
-                if "failed" not in content:
-                    fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
-                if "stopped" in content and stop.number:  # rank 0 may have learned of it from another rank alone
-                    content["stopped"] = stop.reason
-                return dict(content)
-        if ended:
-            return {"failed": _cause(fit.error, config)}
-        if stop.number and not asked_at:
-            ray.get(mailbox.stop.remote(stop.reason))
-            asked_at = time.time()
-        if asked_at and not heard and time.time() - asked_at > _HEAR_SECONDS:  # they died, and are not yet back
-            newest = checkpoint.newest(config.root)
-            step, url = (newest.step, newest.url) if newest else (0, None)
-            return {"stopped": stop.reason, "step": step, "checkpoint": url}
-        if not started and time.time() - said_at > _WAITING_SECONDS:
-            said_at = time.time()
-            w, there = config.workers, ray.cluster_resources()
+        found = ray_session.room(config)
+        settled = time.monotonic() - began > _SETTLE_SECONDS
+        if found == config.max_workers or (found >= config.workers.min and settled):
+            return found
+        if stop.number:
+            raise Stopped(stop.number)
+        if time.monotonic() - said_at > _WAITING_SECONDS:
+            said_at, w = time.monotonic(), config.workers
             console.note(
-                f"waiting for {w.min} workers of {w.cpus} CPU and {w.gpus} GPU each; the cluster has "
-                f"{there.get('CPU', 0):g} CPU and {there.get('GPU', 0):g} GPU"
+                f"waiting for {w.min} workers of {w.cpus} CPU and {w.gpus} GPU each; the cluster has room for {found}"
             )
         time.sleep(_POLL_SECONDS)
 
 
-def _cause(error: BaseException | None, config: Config) -> str:
-    """What Ray gave up on, the last good checkpoint and where more is written."""
-    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-    cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
+def _stopped_between(config: Config, stop: Stop) -> dict[str, Any]:
     newest = checkpoint.newest(config.root)
+    step, url = (newest.step, newest.url) if newest else (0, None)
+    return {"stopped": stop.reason, "step": step, "checkpoint": url}
+
+
+def _gave_up(config: Config, cause: str, newest: checkpoint.Checkpoint | None) -> str:
     return (
-        f"the workers failed more than run.max_failures = {config.run.max_failures} times, the last time by "
-        f"{(cause or (lines[0] if lines else type(error).__name__))[:300]}\n"
+        f"the workers failed more than run.max_failures = {config.run.max_failures} times in a row, the last time by "
+        f"{cause}\n"
         f"last good checkpoint: {newest.url if newest else 'none'}; the same command goes on from it\n"
         "worker logs: /tmp/ray/session_latest/logs (on a cluster: its session folder)"
     )

@@ -1,14 +1,14 @@
 """What the driver and the workers say to each other: a tiny Ray actor that lives with the driver.
 
-Downwards one thing, "stop"; upwards lines to print, and the end of the run. A worker asks from a background thread,
-so that the training loop reads a plain flag and never waits for Ray.
+Downwards one thing, how to end; upwards lines to print, and the end of the attempt. A worker asks from a background
+thread, so that the training loop reads a plain attribute and never waits for Ray.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -16,20 +16,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 POLL_SECONDS = 0.3
 
 
+class Request(NamedTuple):
+    """What the driver asks of the workers: a checkpoint, and then to end."""
+
+    kind: Literal["stop", "again"]
+    """stop: the run ends, to go on later. again: it goes on at once with other workers."""
+    reason: str
+    """For people, e.g. SIGTERM."""
+
+
 class Mailbox:
     """Holds messages; every method returns at once. `start_mailbox` makes it an actor."""
 
     def __init__(self) -> None:
-        self._stop: str | None = None
+        self._request: Request | None = None
         self._messages: list[tuple[str, Any]] = []
 
-    def stop(self, reason: str) -> None:
-        """Ask the workers to checkpoint and end."""
-        self._stop = reason
+    def ask(self, request: Request) -> None:
+        """Ask the workers to checkpoint and end; a stop is not taken back."""
+        if self._request is None or self._request.kind == "again":
+            self._request = request
 
-    def stopped(self) -> str | None:
-        """Why the workers should stop, or None."""
-        return self._stop
+    def asked(self) -> Request | None:
+        """How the workers should end, or None."""
+        return self._request
 
     def put(self, kind: str, content: Any) -> None:
         """Leave a message for the driver."""
@@ -48,17 +58,17 @@ def start_mailbox() -> Any:
 
 
 class WorkerEnd:
-    """A worker's end of the mailbox: `say` upwards, `reason` downwards."""
+    """A worker's end of the mailbox: `say` upwards, `request` downwards."""
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._reason: str | None = None
+        self._request: Request | None = None
         threading.Thread(target=self._poll, daemon=True, name="mailbox").start()
 
     @property
-    def reason(self) -> str | None:
-        """Why to stop, as of less than a second ago; None while there is no reason."""
-        return self._reason
+    def request(self) -> Request | None:
+        """How to end, as of less than a second ago; None while there is no reason to."""
+        return self._request
 
     def say(self, kind: str, content: Any) -> None:
         """Send the driver a message; does not wait."""
@@ -69,11 +79,12 @@ class WorkerEnd:
         ray.get(self._mailbox.put.remote(kind, content))
 
     def _poll(self) -> None:
-        while self._reason is None:
+        while self._request is None or self._request.kind == "again":
             try:
-                if (reason := ray.get(self._mailbox.stopped.remote())) is not None:
-                    self.say("heard", None)  # so that the driver knows that somebody will stop
-                    self._reason = reason
+                request = ray.get(self._mailbox.asked.remote())
+                if request is not None and self._request is None:
+                    self.say("heard", None)  # so that the driver knows that somebody will end
+                self._request = request
             except ray.exceptions.ActorDiedError:
                 return  # the driver is gone, and Ray ends this worker
             except ray.exceptions.RayError:

@@ -82,12 +82,17 @@ def find_data(config: Config) -> Manifest | None:
 def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
     """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
     try:
-        found = checkpoint.newest(config.root)
+        found, unreadable = checkpoint.survey(config.root)
     except storage.StorageError as e:
         raise ConfigError(f"run.storage: {e}") from None
-    if found is None:
+    if unreadable and not found:
+        raise ConfigError(
+            f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoint.folder(config.root)} to "
+            "begin anew"
+        )
+    if not found:
         return None
-    problems = checkpoint.differences(found, config, manifest.fingerprint if manifest else None)
+    problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)
     if problems:
         raise ConfigError("\n".join(problems[:4]))
-    return found
+    return found[0]

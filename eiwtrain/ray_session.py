@@ -6,10 +6,18 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Collection
 from typing import Any
+
+from eiwtrain.config import Config, Workers
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
 _CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0  # within which a node that lives starts a task
+
+# Told to glibc where workers start: a freed activation stays with the process, or each would be unmapped and faulted
+# in again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
+WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
 _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
@@ -58,6 +66,8 @@ def start(cpus: int) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # it restarts workers as it sees fit
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where: dict[str, Any] = {}
     if not joins_cluster():
@@ -81,6 +91,80 @@ def start(cpus: int) -> None:
     except (ConnectionError, ValueError, RuntimeError) as e:
         what = "RAY_ADDRESS: Ray cannot be joined" if joins_cluster() else "Ray cannot be started"
         raise RayError(f"{what}: {' '.join(str(e).split())[:300]}") from None
+
+
+def resources(workers: Workers) -> dict[str, float]:
+    """What Ray is to reserve for each worker."""
+    wanted: dict[str, float] = {"CPU": workers.cpus}
+    return wanted | ({"GPU": workers.gpus} if workers.gpus else {})
+
+
+def draining() -> set[str]:
+    """Ids of the nodes that are being drained: nothing new is placed on them, and soon they are gone."""
+    from ray._private.state import state  # there is no public way to know
+
+    return set(state.get_draining_nodes())
+
+
+def room(config: Config, own: Collection[str] = ()) -> int:
+    """How many workers there is room for, at most `config.max_workers`, on nodes that live and stay.
+
+    Args:
+        own: the node of each worker that runs already; its place counts as free.
+    """
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    wanted, going = resources(config.workers), draining()
+    free = available_resources_per_node()
+    places: dict[str, int] = {}
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] not in going:
+            there, held = free.get(node["NodeID"], {}), list(own).count(node["NodeID"])
+            places[node["NodeID"]] = int(min(there.get(kind, 0) // n for kind, n in wanted.items())) + held
+    unsure = [node for node, n in places.items() if n and node not in own]
+    found = sum(n for node, n in places.items() if node not in unsure)
+    if found < config.max_workers:
+        found += sum(places[node] for node in _answering(unsure))
+    return min(found, config.max_workers)
+
+
+def _answering(nodes: Collection[str]) -> list[str]:
+    """Those of the nodes that start a task: of one that died a moment ago Ray does not know yet."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    answers = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        answers[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_hello).remote()] = node
+    done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_SECONDS) if answers else ([], [])
+    for answer in late:
+        ray.cancel(answer, force=True)
+    return [answers[answer] for answer in done if _is_good(answer)]
+
+
+def _hello() -> bool:
+    return True
+
+
+def _is_good(answer: Any) -> bool:
+    import ray
+
+    try:
+        return bool(ray.get(answer))
+    except ray.exceptions.RayError:
+        return False
+
+
+def ask_for(config: Config | None) -> None:
+    """Tell a cluster that can grow how many workers there should be room for; None: none any more."""
+    if not joins_cluster():
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    wanted = [] if config is None else [resources(config.workers)] * config.max_workers
+    request_resources(bundles=wanted)
 
 
 def forwarded_environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -35,15 +36,16 @@ class Meter:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._steps = self._images = self.faults = 0
+        self._finite = self._images = self.faults = 0
         self._bits = self._waited = self._worked = 0.0
 
     def add(self, images: int, bits_per_dim: float, waited: float, worked: float, faults: int = 0) -> None:
         """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds, while so many
         failures of storage were ridden out."""
-        self._steps += 1
         self._images += images
-        self._bits += bits_per_dim
+        if math.isfinite(bits_per_dim):  # else the step was skipped
+            self._bits += bits_per_dim
+            self._finite += 1
         self._waited += waited
         self._worked += worked
         self.faults += faults
@@ -55,8 +57,8 @@ class Meter:
 
     @property
     def bits_per_dim(self) -> float:
-        """Mean over the steps."""
-        return self._bits / max(1, self._steps)
+        """Mean over the steps that were not skipped."""
+        return self._bits / max(1, self._finite)
 
     @property
     def images_per_second(self) -> float:
@@ -75,7 +77,6 @@ def curves(
     penalty: float,
     norm: float,
     lr: float,
-    goodput: float,
     entropy: Tensor,
     faults: int,
 ) -> dict[str, float]:
@@ -95,15 +96,14 @@ def curves(
         "flow/shuffle_penalty": penalty,
         "time/images_per_second": meter.images_per_second,
         "time/data_wait": meter.data_wait,
-        "time/goodput": goodput,
         "storage/faults": float(faults),
     }
     for level, (leaves, stays) in enumerate(entropy.tolist()):
         values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}
-    return {k: v for k, v in values.items() if v == v}  # NaN: no such point
+    return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 
-def progress(meter: Meter, step: int, max_steps: int, global_batch: int) -> dict[str, Any]:
+def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> dict[str, Any]:
     """What `eiwtrain.console.training_line` prints."""
     return {
         "step": step,
@@ -113,5 +113,6 @@ def progress(meter: Meter, step: int, max_steps: int, global_batch: int) -> dict
         "images_per_second": meter.images_per_second,
         "data_wait": meter.data_wait,
         "faults": meter.faults,
+        "goodput": goodput,
         "eta": (max_steps - step) * global_batch / meter.images_per_second,
     }

@@ -22,12 +22,14 @@ from eiwtrain import launch, preflight, ray_session, storage
 from eiwtrain.config import Config, ConfigError, describe_fields
 from eiwtrain.config_file import load_config
 from eiwtrain.console import Console, duration
+from eiwtrain.lease import Lease, LeaseHeld
 from eiwtrain.signals import Stop, Stopped
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
     from eiwtrain.tracking import TrackedRun
 
+_LEASE_OUTCOMES: dict[str, Any] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 EXIT_USAGE, EXIT_FAILED, EXIT_GOES_ON_LATER = 2, 1, 75  # 75: EX_TEMPFAIL of sysexits.h
 
 
@@ -132,22 +134,28 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
     tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
     tracked: TrackedRun | None = None
     status: tracking.Status = "FAILED"
+    detail = ""
+    lease: Lease | None = None
+    outcome: dict[str, Any] = {}
     try:
+        lease = Lease.acquire(config.root, config.run.name, console.note)
         with stop.held():  # a run that was begun must be ended
             tracked = tracking.begin(config, tags)
-        outcome = launch.train(config, tracked, began, console, stop)
+        outcome = launch.train(config, tracked, lease, began, console, stop)
         if "finished" in outcome:
             status = "FINISHED"
             _print_summary(config, outcome["finished"], tracked, console)
             return 0
         if "stopped" in outcome:
-            status = "KILLED"
+            status, detail = "KILLED", f"stopped by {outcome['stopped']}; goes on with the same command"
             console.note(f"stopped at step {outcome['step']:,} of {config.train.max_steps:,} by {outcome['stopped']}")
             console.note(f"checkpoint  {outcome['checkpoint']}")
             console.note(f"go on with  {_command(argv)}")
             return 128 + stop.number if stop.number else EXIT_GOES_ON_LATER
-        print(f"error: {outcome['failed']}", file=sys.stderr)
+        print(f"error: {outcome.get('lost') or outcome['failed']}", file=sys.stderr)
         return EXIT_FAILED
+    except LeaseHeld as e:
+        raise ConfigError(str(e)) from None
     except tracking.TrackingError as e:
         raise ConfigError(str(e)) from None
     except storage.StorageError as e:
@@ -156,8 +164,10 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
         status = "KILLED"
         raise
     finally:
-        if tracked is not None:
-            tracking.end(tracked, status)
+        if tracked is not None and "lost" not in outcome:  # which is another's now
+            tracking.end(tracked, status, detail)
+        if lease is not None:
+            lease.release(_LEASE_OUTCOMES[status])
 
 
 def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, console: Console) -> None:
@@ -169,7 +179,7 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, conso
     )
     console.note(f"  data         {s['data']}")
     console.note(f"  throughput   {s['images_per_second']:,.1f} images/s on {s['workers']} workers")
-    console.note(f"  goodput      {s['goodput']:.0%} of the wall time went into training steps")
+    console.note(f"  goodput      {s['goodput_line']}")
     console.note(f"  drift        {s['drift']:.1e} relative error of images through the flow and back")
     console.note(f"  samples      {s['samples']}")
     console.note(f"  model        {s['exported_model']}  (eiwtrain.flow.load)")

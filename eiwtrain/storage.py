@@ -7,12 +7,13 @@ A URL without a scheme is a local path.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
     """
     if is_local(url):
         return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
-    s3 = url.startswith(("s3://", "s3a://"))
+    s3 = _is_s3(url)
     options: dict[str, Any] = {}
     if s3:
         config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
@@ -202,6 +203,24 @@ def write_bytes(url: str, data: bytes) -> None:
         _put(url, lambda: fs.pipe_file(path, data))
 
 
+def write_pieces(url: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
+    """As `write_bytes`, of bytes that come one piece after the other; `pieces` is called anew at each try.
+
+    On a local file system and on S3 they are never all copied into one.
+    """
+    if is_local(url):
+        _replace(Path(absolute(url)), lambda temp: _write(temp, pieces()))
+        return
+
+    def put() -> None:
+        data = _Joined(list(pieces()))
+        in_parts = len(data) >= _LARGE
+        fs, path = filesystem(url, _PART_TRIES if in_parts else 1)
+        fs.pipe_file(path, data if in_parts and _is_s3(url) else data[:])
+
+    _put(url, put)
+
+
 def put_file(local: str | os.PathLike[str], url: str) -> None:
     """Publish the local file at `url`, atomically as `write_bytes`."""
     fs, path = filesystem(url, _PART_TRIES if Path(local).stat().st_size >= _LARGE else 1)
@@ -235,6 +254,27 @@ def delete(url: str) -> None:
         retrying(url, lambda: fs.rm(path, recursive=True))
     except FileNotFoundError:
         return
+
+
+def abandon_uploads(url: str) -> None:
+    """Give up the uploads below the folder `url` that were begun in parts and never ended, as those of killed
+    processes: S3 keeps their parts, and no listing shows them. Other stores have none.
+
+    Raises:
+        StorageError: the store does not say which there are, or does not allow it.
+    """
+    if not _is_s3(url):
+        return
+    fs, path = filesystem(url)
+    bucket, prefix, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Prefix": prefix.rstrip("/") + "/"}
+    while True:
+        answer = retrying(url, functools.partial(fs.call_s3, "list_multipart_uploads", **asked))
+        for upload in answer.get("Uploads", []):
+            retrying(url, functools.partial(_abort_upload, fs, bucket, upload))
+        if not answer.get("IsTruncated"):
+            return
+        asked |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
 
 
 def check_writable(url: str) -> None:
@@ -289,6 +329,39 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := f.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class _Joined:
+    """Pieces as if they were one, for a client that asks for the length and for slices."""
+
+    def __init__(self, pieces: list[bytes | memoryview]) -> None:
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self._pieces)
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop, _ = where.indices(len(self))
+        cut, begin = [], 0
+        for piece in self._pieces:
+            cut.append(piece[max(0, start - begin) : max(0, stop - begin)])
+            begin += len(piece)
+        return b"".join(cut)
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with open(path, "wb") as f:
+        for piece in pieces:
+            f.write(piece)
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def _abort_upload(fs: Any, bucket: str, upload: dict[str, str]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # which `retrying` would take for a server's mood
+        fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
 
 def _check_length(came: int, expected: int) -> None:

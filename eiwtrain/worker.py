@@ -12,26 +12,35 @@ import io
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import fsspec.config
+import ray
 import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from eiwtrain import data, evaluate, export, flow, report, sample, storage, tracking
+from eiwtrain import data, evaluate, export, failpoints, flow, goodput, report, sample, storage, tracking
+from eiwtrain.audit import Audit
 from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.config import Config, Train
+from eiwtrain.goodput import Clock
+from eiwtrain.keeper import Keeper
+from eiwtrain.lease import Guard, LeaseLost
 from eiwtrain.mailbox import WorkerEnd
-from eiwtrain.state import TrainState, any_rank, sum_over_ranks
+from eiwtrain.state import TrainState, sum_over_ranks
 from eiwtrain.tracking import TrackedRun, Tracker
+from eiwtrain.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
 _HELD_OUT_SEED = 0  # of held-out noise and of samples: the same for every run, so that runs compare
+
+Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: go on, or one of the requests of the driver
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,20 @@ class Job:
     config: Config
     tracked: TrackedRun
     mailbox: Any
+    guard: Guard
+    """Of the run's lease: asked before anything is written for others to read."""
     environment: dict[str, str] = field(repr=False)  # Ray may show what a job was given
     """Credentials and settings of the driver's environment that workers need."""
     began: float
     """Unix time at which the driver started."""
+    earlier: float
+    """Wall time of earlier drivers of this run, seconds."""
+    attempt_began: float
+    """Unix time at which this attempt began: the driver's start, or the end of the attempt before."""
+    failures: int
+    """Attempts that have died or failed so far."""
+    skip_to: int | None
+    """Step to go on with, from the weights of the last good checkpoint; None: that checkpoint's own."""
 
 
 class Fatal(RuntimeError):
@@ -57,21 +76,27 @@ def train(settings: dict[str, Job]) -> None:
     os.environ.update(job.environment)
     fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
     driver = WorkerEnd(job.mailbox)
+    where = f"rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()})"
+    watchdog = Watchdog(job.config.workers.hang_seconds, lambda what: driver.finish("note", f"{where}: {what}"))
     try:
-        outcome = Worker(job, driver).run()
+        outcome = Worker(job, driver, watchdog).run()
+    except LeaseLost as e:
+        driver.finish("end", {"lost": str(e)})
     except (Fatal, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
-        # not raised: Ray would start the workers again, to fail in the same way. The driver ends the other ranks.
+        # not raised: the workers would be started again, to fail in the same way. The driver ends the other ranks.
         driver.finish("end", {"failed": str(e)})
     else:
         if dist.get_rank() == 0:
             driver.finish("end", outcome)
+    finally:
+        watchdog.close()
 
 
 class Worker:
     """The loop, and what it does between steps."""
 
-    def __init__(self, job: Job, driver: WorkerEnd) -> None:
-        self.job, self.driver, self.config = job, driver, job.config
+    def __init__(self, job: Job, driver: WorkerEnd, watchdog: Watchdog) -> None:
+        self.job, self.driver, self.watchdog, self.config = job, driver, watchdog, job.config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = _device(job.config)
         self.micro_batch, accumulation = batching(job.config.train, self.world_size)
@@ -84,114 +109,158 @@ class Worker:
             manifest,
             self.device,
             (self.micro_batch, accumulation),
-            job.began,
             first=lambda: self._on_device(self._first(self.train_set, _INITIALIZE_IMAGES)),
             note=self.note,
+            skip_to=job.skip_to,
         )
-        self.tracker = Tracker(job.tracked, warn=self.note) if self.rank == 0 else None
-        if self.tracker is not None:
-            self.tracker.tags({"data": manifest.title, "data_fingerprint": manifest.fingerprint})
+        saved = self.state.newest.state if self.state.newest else {}
+        self.clock = Clock.resumed(saved.get("clock"), job.began, job.earlier, job.attempt_began)
+        self.tracker: Tracker | None = None
+        if self.rank == 0:
+            self.tracker = Tracker(job.tracked, warn=self.note, guard=job.guard.check, backlog=saved.get("unlogged"))
+            tags = {"data": manifest.title, "data_fingerprint": manifest.fingerprint}
+            if (newest := self.state.newest) is not None:
+                tags |= {"checkpoint": newest.url, "step": str(newest.step)}
+            self.tracker.tags(tags)
+        self.keeper = Keeper(
+            job.config, self.state, self.clock, job.guard, self.tracker, job.failures, self.note, job.tracked.run_id
+        )
+        self.audit = Audit(self.rank, self.world_size, self.state.step)
         self.meter = report.Meter()
         self.faults = 0
+        self.skipped: list[int] = []
+        """Samples of this rank in the steps just before this one that were skipped."""
 
     def run(self) -> dict[str, Any]:
-        """The loop. Returns `{"finished": summary}` or `{"stopped": reason, ...}`; raises `Fatal`."""
+        """The loop. Returns `{"finished": summary}`, `{"stopped": reason, ...}` or `{"again": reason, ...}`; raises
+        `Fatal`."""
         c, state = self.config, self.state
-        self.say("training", {"step": state.step, "of": c.train.max_steps, "workers": self.world_size})
+        nodes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+        about = {"step": state.step, "of": c.train.max_steps, "workers": self.world_size, "nodes": nodes}
+        self.say("training", about)
         batches = self._train_batches()
         try:
-            stop = False
+            if self.job.skip_to is not None:
+                self.keeper.save()  # or what comes would be tried with the same weights again, after a crash
             while state.step < c.train.max_steps:
                 if self._evaluation_due():  # before a step, as a stop may have cut it short in the last attempt
-                    stop = self._evaluate() is None
-                    self._save()  # with the score
-                stop = stop or self._train_step(batches)
-                if stop or (state.step % c.checkpoint.every == 0 and not self._evaluation_due()):
-                    self._save()
-                if stop:
-                    return self._stopped()
+                    ending, due = ("" if self._evaluate() else self._agreed()), True  # with the score
+                else:
+                    ending, due = self._train_step(batches)
+                    if state.skipped_in_row > c.train.max_skipped:
+                        return self._give_up()
+                    due = due and not self._evaluation_due()
+                if ending or due:
+                    self.keeper.save(wait=bool(ending))
+                if ending:
+                    return self._ended(ending)
             score = self._evaluate()
-            self._save()
-            if score is None or any_rank(self._wants_stop(), self.device):
-                return self._stopped()
+            self.keeper.save(wait=True)
+            if score is None or self._agreed():
+                return self._ended(self._agreed())
             return self._finish(score) if self.rank == 0 else {}
         finally:
             if self.tracker is not None:
                 self.tracker.close()
 
-    def _train_step(self, batches: Iterator[list[data.Batch]]) -> bool:
-        """One optimizer step on the global batch; returns whether all ranks agreed to stop after it."""
+    def _train_step(self, batches: Iterator[list[data.Batch]]) -> tuple[Ending, bool]:
+        """One optimizer step on the global batch; returns whether all ranks agreed to end after it, and whether a
+        checkpoint is due."""
         state, images = self.state, self.config.train.global_batch
+        self.watchdog.beat(f"step {state.step}")
+        self.clock.training()
         started = time.perf_counter()
         own = next(batches)
         waited = time.perf_counter() - started
+        failpoints.reach("worker.step")
         torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
         micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
         lr = learning_rate(state.step, self.config.train)
-        norm = state.advance([m.loss for m in micro_batches], lr)
+        norm, applied = state.advance([m.loss for m in micro_batches], lr)
 
+        indices = [int(i) for b in own for i in b.indices if i >= 0]
+        self.audit.made(state.step - 1, indices)
+        self.skipped = [] if applied else self.skipped + indices
         bits_and_penalty = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches)]
-        measured = [*bits_and_penalty, data.new_faults(), self._wants_stop()]
-        bits, penalty, faults, stop = sum_over_ranks(measured, self.device)
-        if not (math.isfinite(bits) and math.isfinite(norm)):
-            self._fail_on_non_finite(own, bits / images, norm)
+        measured = [*bits_and_penalty, data.new_faults(), *self._wants(), self.rank == 0 and self.keeper.due()]
+        bits, penalty, faults, again, stop, due = sum_over_ranks(measured, self.device)
         worked = time.perf_counter() - started - waited
-        state.clock.productive += worked
-        state.clock.data_wait += waited
+        self.clock.spend("productive" if applied else "lost", worked)
+        self.clock.spend("data_wait", waited)
         self.meter.add(images, bits / images, waited, worked, int(faults))
         self.faults += int(faults)
+        if not applied:
+            self.note(
+                f"step {state.step:,} skipped: {bits / images:g} bits/dim, gradient norm {norm:g} "
+                f"({state.skipped_in_row} in a row, {state.skipped} in all)"
+            )
         if self.tracker is not None and state.step % self.config.tracking.log_every == 0:
-            entropy, goodput = micro_batches[-1].entropy, state.clock.goodput
-            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, goodput, entropy, self.faults)
+            entropy = micro_batches[-1].entropy
+            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, entropy, self.faults)
+            curves |= {"train/skipped_steps": float(state.skipped)} | goodput.curves(self.clock)
             self.tracker.metrics(state.step, curves)
+        self.keeper.hear()
         self._progress()
-        return stop > 0
+        return _ending(again, stop), due > 0
 
     def _progress(self) -> None:
         """The training line, every few seconds."""
         t, step = self.config.train, self.state.step
         if self.meter.seconds >= t.log_every_seconds or step == t.max_steps:
-            self.say("progress", report.progress(self.meter, step, t.max_steps, t.global_batch))
+            line = report.progress(self.meter, step, t.max_steps, t.global_batch, self.clock.goodput)
+            self.say("progress", line)
             self.meter = report.Meter()
 
-    def _fail_on_non_finite(self, batches: list[data.Batch], bits_per_dim: float, norm: float) -> None:
+    def _give_up(self) -> dict[str, Any]:
+        """Too many steps in a row that are not finite: back to good weights if that is wanted, else the end."""
+        state, t = self.state, self.config.train
+        self.keeper.settle()
         shares: list[Any] = [None] * self.world_size
-        dist.all_gather_object(shares, [int(i) for b in batches for i in b.indices if i >= 0])
+        dist.all_gather_object(shares, self.skipped)
+        what = (
+            f"step {state.step}: loss or gradient was not finite in {state.skipped_in_row} steps in a row; samples of "
+            f"{self.config.data.train_split}: {sorted(i for share in shares for i in share)}"
+        )
+        if state.rollbacks < t.rollbacks:
+            return {"again": what, "skip_to": state.step}
         raise Fatal(
-            f"step {self.state.step}: {bits_per_dim:g} bits/dim or gradient norm {norm:g} is not finite; samples of "
-            f"{self.config.data.train_split}: {sorted(i for share in shares for i in share)}; "
-            f"last good checkpoint: {self.state.newest.url if self.state.newest else 'none'}. "
-            "A lower train.lr or train.clip, or model.trunk_dtype=float64, usually mends it"
+            f"{what}; last good checkpoint: {state.newest.url if state.newest else 'none'}. "
+            "A lower train.lr or train.clip, or model.trunk_dtype=float64, usually mends it; train.rollbacks=1 goes on "
+            "from that checkpoint behind these steps"
         )
 
-    def _wants_stop(self) -> bool:
-        """Whether this rank knows of a reason to stop."""
-        hours = self.config.train.max_hours
+    def _wants(self) -> tuple[float, float]:
+        """Whether this rank knows of a reason to start again, and to stop."""
+        hours, request = self.config.train.max_hours, self.driver.request
         out_of_time = self.rank == 0 and hours is not None and time.time() - self.job.began > hours * 3600
-        return out_of_time or self.driver.reason is not None
+        kind = request.kind if request else ""
+        return float(kind == "again"), float(kind == "stop" or out_of_time)
 
-    def _stopped(self) -> dict[str, Any]:
-        reason = self.driver.reason or "its time limit (train.max_hours)"
-        if self.tracker is not None:
-            self.tracker.close()
-            # the driver does it too, unless it is killed before it comes to it
-            tracking.end(self.job.tracked, "KILLED")
+    def _agreed(self) -> Ending:
+        """What any rank knows of a reason to end. Collective."""
+        return _ending(*sum_over_ranks([*self._wants()], self.device))
+
+    def _ended(self, ending: Ending) -> dict[str, Any]:
+        reason = self.driver.request.reason if self.driver.request else "its time limit (train.max_hours)"
         newest = self.state.newest
-        return {"stopped": reason, "step": self.state.step, "checkpoint": newest.url if newest else None}
-
-    def _save(self) -> None:
+        saved = {"step": self.state.step, "checkpoint": newest.url if newest else None}
         if self.tracker is not None:
             self.tracker.flush()
-        if not self.state.save(self.job.tracked.run_id):
-            return
-        assert self.state.newest is not None
-        if self.tracker is not None:
-            self.tracker.tags({"checkpoint": self.state.newest.url, "step": str(self.state.step)})
-        self.note(f"checkpoint at step {self.state.step:,}: {self.state.newest.url}")
+            self.tracker.close(0.0)  # what MLflow does not take now is in the checkpoint
+        if ending == "again":
+            return {"again": reason} | saved
+        if self.rank == 0:  # the driver does it too, unless it is killed before it comes to it
+            tracking.end(self.job.tracked, "KILLED", f"stopped by {reason}; goes on with the same command")
+        return {"stopped": reason} | saved
 
     def _evaluation_due(self) -> bool:
         step = self.state.step
-        return step > 0 and (step % self.config.eval.every == 0 or step == self.config.train.max_steps)
+        return (
+            self.state.score is None
+            and step > 0
+            and (step % self.config.eval.every == 0 or step == self.config.train.max_steps)
+        )
 
     def _evaluate(self) -> evaluate.Score | None:
         """Held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
@@ -206,7 +275,14 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
         )
-        score = evaluate.score(state.averaged, batches, lambda: any_rank(self._wants_stop(), self.device))
+
+        def stopped() -> bool:
+            self.watchdog.beat(f"the evaluation at step {state.step}")
+            return bool(self._agreed())
+
+        failpoints.reach("worker.evaluation")
+        with self.clock.spending("evaluation"):
+            score = evaluate.score(state.averaged, batches, stopped)
         if score is None:
             return None
         state.score = score
@@ -219,22 +295,27 @@ class Worker:
             if warning := report.drift_warning(drift, self.config):
                 self.note(warning)
             self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": drift})
-            self.tracker.image(state.step, "samples", self._overview())
+            with self.clock.spending("evaluation"):
+                self.tracker.image(state.step, "samples", self._overview())
         return score
 
     def _finish(self, score: evaluate.Score) -> dict[str, Any]:
         """Draw, export and sum up, looking between for a stop; rank 0 alone."""
         c, state, root = self.config, self.state, self.config.root
         assert state.newest is not None
+        self.watchdog.beat("the end")
+        failpoints.reach("worker.finish")
         png = evaluate.png_bits_per_dim((self.eval_set[i] for i in range(score.images)), c.model.n_bits)
         samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
-        if self._wants_stop():
-            return self._stopped()
+        if ending := _ending(*self._wants()):
+            return self._ended(ending)
+        self.job.guard.check()
         storage.write_bytes(samples, _png(self._overview()))
-        if self._wants_stop():
-            return self._stopped()
+        self.watchdog.beat("the export")
+        if ending := _ending(*self._wants()):
+            return self._ended(ending)
         export.export(state.averaged, model, export.metadata_of(state.newest))
-        clock = state.clock
+        clock = self.clock
         summary = {
             "data": self.eval_set.manifest.title,
             "steps": state.step,
@@ -243,9 +324,13 @@ class Worker:
             "test_standard_error": score.standard_error,
             "test_images": score.images,
             "png_bits_per_dim": png,
-            "images_per_second": state.samples_seen / max(1e-9, clock.productive + clock.data_wait),
+            "images_per_second": state.samples_seen
+            / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
             "goodput": clock.goodput,
+            "goodput_shares": clock.shares(),
+            "goodput_line": goodput.describe(clock),
             "wall_seconds": clock.wall,
+            "skipped_steps": state.skipped,
             "drift": self._drift(),
             "workers": self.world_size,
             "samples": samples,
@@ -329,6 +414,10 @@ class MicroBatch:
         bits, penalty = (self.weight * bits).sum(), (self.weight * out.penalty).sum()
         self.bits, self.penalty, self.entropy = float(bits.detach()), float(penalty.detach()), out.entropy
         return (bits + t.shuffle_penalty * penalty) / t.global_batch
+
+
+def _ending(again: float, stop: float) -> Ending:
+    return "stop" if stop else "again" if again else ""
 
 
 def batching(train: Train, world_size: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from eiwtrain import console
 
 PROGRESS = {
     "step": 120, "max_steps": 6000, "images": 3840, "bits_per_dim": 5.1234,
-    "images_per_second": 85.31, "data_wait": 0.012, "eta": 3725.0, "faults": 0,
+    "images_per_second": 85.31, "data_wait": 0.012, "eta": 3725.0, "faults": 0, "goodput": 0.87,
 }  # fmt: skip
 
 
@@ -17,7 +17,15 @@ class Terminal(io.StringIO):
 
 def test_the_training_line_has_what_a_person_needs():
     line = console.training_line(PROGRESS)
-    for part in ("120/6,000", "3,840 images", "5.123 bits/dim", "85.3 images/s", "data wait 1%", "ETA 1:02:05"):
+    for part in (
+        "120/6,000",
+        "3,840 images",
+        "5.123 bits/dim",
+        "85.3 images/s",
+        "data wait 1%",
+        "goodput 87%",
+        "ETA 1:02:05",
+    ):
         assert part in line
     assert "storage" not in line
     assert "3 storage faults ridden out" in console.training_line(PROGRESS | {"faults": 3})

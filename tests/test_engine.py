@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -51,10 +53,10 @@ def train_and_resume(stage):
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 2)
     if stage:  # no 2 GB for 58 parameters
         assert engine._engine.optimizer.reduce_bucket_size == 58
-    norms = [engine.step(losses(x, s), LR) for s in range(3)]
+    norms = [engine.step(losses(x, s), LR)[0] for s in range(3)]
     half_way = weights(engine)
     moments = {k: v.clone() for k, v in engine.moments()}
-    norms += [engine.step(losses(x, s), LR) for s in range(3, STEPS)]
+    norms += [engine.step(losses(x, s), LR)[0] for s in range(3, STEPS)]
 
     expected, expected_norms = plain_training(x)
     for ours, theirs in zip(weights(engine).values(), expected, strict=True):
@@ -76,6 +78,82 @@ def train_and_resume(stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_as_one_process_and_resume_to_the_bit(stage):
     run_ranks(train_and_resume, 2, stage)
+
+
+def at_every_stage(work):
+    for stage in range(4):
+        work(stage)
+
+
+def nan(y):
+    return y.square().sum() * math.nan
+
+
+def infinite_with_finite_gradients(y):
+    return y.square().sum() + math.inf
+
+
+def finite_with_nan_gradients(y):
+    return y.square().sum() + (y.sum() * 0.0).sqrt()
+
+
+def state_of(engine):
+    """Everything that a step changes: weights, moments, AdamW's counts."""
+    counts = {f"count {i}": s["step"].clone() for i, s in enumerate(engine._adamw.state.values())}
+    return weights(engine) | {k: v.clone() for k, v in engine.moments()} | counts
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def pass_over_what_is_not_finite(stage):
+    world_size = dist.get_world_size()
+    x = inputs(world_size)
+    train = Train(zero_stage=stage, clip=CLIP)
+    undisturbed = Engine(model(), train, MICRO_BATCH, ACCUMULATION, world_size)
+    engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, world_size)
+    for step, bad in enumerate([nan, infinite_with_finite_gradients, finite_with_nan_gradients]):
+        before = state_of(engine)
+        with_bad = losses(x, step)
+        if dist.get_rank() == world_size - 1:  # on one rank, in one micro-batch
+            own = x[step, -1, step % ACCUMULATION]
+            with_bad[step % ACCUMULATION] = lambda module, own=own, bad=bad: bad(module(own))
+        norm, applied = engine.step(with_bad, LR)
+        assert not applied
+        assert not math.isfinite(norm)
+        assert_equal(state_of(engine), before)
+
+        assert engine.step(losses(x, step), LR) == undisturbed.step(losses(x, step), LR)
+        assert_equal(state_of(engine), state_of(undisturbed))
+    assert {int(s["step"]) for s in engine._adamw.state.values()} == {3}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_is_not_finite_leaves_no_trace(world_size):
+    run_ranks(at_every_stage, world_size, pass_over_what_is_not_finite)
+
+
+def load_before_any_update_by_a_loss_that_is_not_finite(stage):
+    x = inputs(1)
+    train = Train(zero_stage=stage, clip=CLIP)
+    fresh = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 1)
+    engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 1)
+    moments = dict(engine.moments())
+    assert {k: (v.shape, float(v.abs().sum())) for k, v in moments.items()} == {
+        f"{name}.{key}": (p.shape, 0.0) for name, p in model().named_parameters() for key in engine_module.MOMENTS
+    }
+    engine.load_moments(moments, 0, lambda module: nan(module(x[0, 0, 0])))
+    assert_equal(weights(engine), weights(fresh))
+    assert {int(s["step"]) for s in engine._adamw.state.values()} == {0}
+    for s in range(2):
+        assert engine.step(losses(x, s), LR) == fresh.step(losses(x, s), LR)
+    assert_equal(state_of(engine), state_of(fresh))
+
+
+def test_what_is_loaded_does_not_depend_on_the_loss_that_makes_room_for_it():
+    run_ranks(at_every_stage, 1, load_before_any_update_by_a_loss_that_is_not_finite)
 
 
 def refuse_another_number_of_micro_batches():

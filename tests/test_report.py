@@ -13,11 +13,12 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
     monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
     meter = report.Meter()
     meter.add(8, 4.0, waited=0.5, worked=1.0)
-    meter.add(8, 2.0, waited=0.5, worked=2.0, faults=3)
+    meter.add(8, 2.0, waited=0.5, worked=1.0, faults=3)
+    meter.add(8, math.nan, waited=0.5, worked=2.5)  # a step that was skipped
     now[0] += 9.0  # steps, and an evaluation between them
     assert (meter.bits_per_dim, meter.images_per_second, meter.data_wait, meter.seconds) == (3.0, 4.0, 0.25, 9.0)
-    p = report.progress(meter, step=2, max_steps=12, global_batch=8)
-    assert (p["images"], p["faults"]) == (16, 3)
+    p = report.progress(meter, step=2, max_steps=12, global_batch=8, goodput=0.5)
+    assert (p["images"], p["faults"], p["goodput"]) == (16, 3, 0.5)
     assert p["eta"] == pytest.approx(10 * 8 / 4.0)
 
 
@@ -43,7 +44,8 @@ def test_drift_beyond_the_limit_is_told_with_the_remedy(tmp_path, drift, model, 
 
 def test_curves_are_grouped_and_leave_out_what_does_not_exist():
     entropy = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
-    curves = report.curves(report.Meter(), 4.5, 0.25, norm=1.0, lr=0.1, goodput=0.5, entropy=entropy, faults=2)
+    curves = report.curves(report.Meter(), 4.5, 0.25, norm=math.inf, lr=0.1, entropy=entropy, faults=2)
+    assert "train/grad_norm" not in curves
     assert (curves["train/bits_per_dim"], curves["flow/shuffle_penalty"]) == (4.5, 0.25)
     assert curves["flow/entropy_stays_level0"] == 2.0
     assert curves["flow/entropy_leaves_level1"] == 3.0

@@ -1,5 +1,6 @@
 """The flow with invertible backpropagation under DeepSpeed, on two ranks."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from eiwtrain import checkpoint, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.engine import BETAS, Engine
+from eiwtrain.saver import Saver
 from eiwtrain.state import TrainState, flow_config
 from eiwtrain.worker import MicroBatch, batching
 
@@ -37,9 +39,9 @@ def first():
     return (images(99) * 256 + 128).to(torch.uint8), torch.full((8, 3, 8, 8), 0.5), None
 
 
-def make_state(config):
+def make_state(config, skip_to=None):
     rows, accumulation = batching(config.train, dist.get_world_size())
-    return TrainState(config, DATA, torch.device("cpu"), (rows, accumulation), 0.0, first=first, note=print)
+    return TrainState(config, DATA, torch.device("cpu"), (rows, accumulation), first=first, note=print, skip_to=skip_to)
 
 
 def losses(config, x):
@@ -67,7 +69,7 @@ def gradients_are_plain_autograds(folder, stage, backprop):
     assert accumulation == 2
     engine = Engine(trained_looking_flow(c, backprop), c.train, rows, accumulation, dist.get_world_size())
     assert all((p.numel() == 0) == (stage == 3) for p in engine.module.parameters())  # truly sharded
-    norm = engine.step(losses(c, images(0)), lr=0.0)
+    norm, _ = engine.step(losses(c, images(0)), lr=0.0)
     # AdamW's first moment after one step is (1 - beta1) times the gradient that DeepSpeed reduced
     got = {k.removesuffix(".exp_avg"): v / (1 - BETAS[0]) for k, v in engine.moments() if k.endswith(".exp_avg")}
 
@@ -93,31 +95,33 @@ def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop)
 def save_half_way(folder, stage=1):
     c = config(folder, stage)
     state = make_state(c)
+    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
     for step in range(2):
         state.advance(losses(c, images(step)), LR)
-    assert state.save("run")
-    assert not state.save("run")  # once a step
-    for step in range(2, STEPS):
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    for step in range(2, STEPS):  # while the checkpoint is being written
         state.advance(losses(c, images(step)), LR)
-    state.save("run")
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    assert saver.wait().checkpoint
 
 
 def resume_and_compare(folder, stage, exact):
     c = config(folder, stage)
     whole, half = checkpoint.committed(c.root)
     expected = checkpoint.load(whole)
+    dist.barrier()  # all have seen it
     if dist.get_rank() == 0:
         Path(whole.url, "manifest.json").unlink()
     dist.barrier()
     state = make_state(c)
-    assert (state.step, state.samples_seen) == (2, 16)
+    assert (state.step, state.updates, state.samples_seen) == (2, 2, 16)
     restored = checkpoint.load(half)
-    for name, value in state._tensors():
+    for name, value in state.tensors():
         assert torch.equal(value, restored.pop(name)), name
     assert not restored
     for step in range(2, STEPS):
         state.advance(losses(c, images(step)), LR)
-    for name, value in state._tensors():
+    for name, value in state.tensors():
         if exact:
             assert torch.equal(value, expected[name]), name
         else:  # sums in another order, and Adam's steps are of the size of LR wherever a gradient is nearly zero
@@ -150,3 +154,42 @@ def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, r
     run_ranks(save_half_way, world_size, tmp_path, stage)
     stage, world_size = resumed_at
     run_ranks(resume_and_compare, world_size, tmp_path, stage, exact)
+
+
+def skip_and_go_back(folder):
+    c = config(folder)
+    rank = dist.get_rank()
+
+    def bad(module):
+        """Finite on every rank but the last."""
+        return module(images(0)).log_prob.sum() * (math.nan if rank == dist.get_world_size() - 1 else 1.0)
+
+    state = make_state(c)
+    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    _, applied = state.advance(losses(c, images(0)), LR)
+    assert applied
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    good = {name: value.clone() for name, value in state.tensors()}
+    for skipped in (1, 2):
+        norm, applied = state.advance([bad, bad], LR)
+        assert not applied
+        assert not math.isfinite(norm)
+        assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (1 + skipped, 1, skipped, skipped)
+    assert all(torch.equal(value, good[name]) for name, value in state.tensors())
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    assert saver.wait().checkpoint.step == 3
+
+    went_on = make_state(c)
+    assert (went_on.step, went_on.updates, went_on.skipped, went_on.skipped_in_row) == (3, 1, 2, 2)
+    back = make_state(c, skip_to=5)  # from the checkpoint before the steps that were skipped
+    assert (back.step, back.updates, back.skipped, back.skipped_in_row, back.rollbacks) == (5, 1, 4, 0, 1)
+    assert (back.score, back.samples_seen) == (None, 40)
+    assert all(torch.equal(value, good[name]) for name, value in back.tensors())
+    for state in (went_on, back):
+        assert state.advance(losses(c, images(7)), LR)[1]
+    after = dict(back.tensors())
+    assert all(torch.equal(value, after[name]) for name, value in went_on.tensors())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_weights_can_go_back(tmp_path):
+    run_ranks(skip_and_go_back, 2, tmp_path)

@@ -1,18 +1,43 @@
+import contextlib
+import itertools
 import json
+import shutil
+import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from helpers import tiny_config
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
-from eiwtrain import storage, tracking
+from eiwtrain import backlog, storage, tracking
 from eiwtrain.config import Config
 
 
 @pytest.fixture
-def config(tmp_path):
+def new_config(tmp_path):
+    """Of a run whose database is not there yet."""
     return Config.model_validate(tiny_config(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """An empty MLflow database, which takes a second to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def config(new_config, database):
+    folder = Path(new_config.run.storage)
+    folder.mkdir(parents=True)
+    shutil.copy(database, folder)
+    return new_config
 
 
 def history(run, key):
@@ -59,42 +84,401 @@ def test_steps_logged_before_a_crash_are_not_logged_again(config):
     assert len([f for f in images if f.path.endswith(".png")]) == 1
 
 
+def failing(monkeypatch, method, *errors, after=False):
+    """Have the next calls of a client's method fail; `after`: when they have done what they should."""
+    real, left = getattr(MlflowClient, method), list(errors)
+
+    def flaky(*args, **kwargs):
+        if not left or after:
+            result = real(*args, **kwargs)
+        if left:
+            raise left.pop(0)
+        return result
+
+    monkeypatch.setattr(MlflowClient, method, flaky)
+    return left
+
+
 def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeypatch):
     said = []
     monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
+    left = failing(monkeypatch, "log_batch", *[ConnectionError("gone")] * 4)
     tracker = tracking.Tracker(run, warn=said.append)
-    real, failures = tracker._log, []
-
-    def flaky(*what):
-        if len(failures) < 3:
-            failures.append(what)
-            raise ConnectionError("away")
-        real(*what)
-
-    monkeypatch.setattr(tracker, "_log", flaky)
     tracker.metrics(1, {"train/lr": 0.1})
     tracker.metrics(2, {"train/lr": 0.2})
     tracker.close()
+    assert not left
     assert history(run, "train/lr") == [(1, 0.1), (2, 0.2)]
-    assert ["is away" in line for line in said] == [True]
+    assert [line.split("; ")[-1] for line in said] == ["will go on trying", "2 points caught up"]
+    assert "is away (ConnectionError: gone)" in said[0]
+
+
+def test_a_single_failed_call_is_no_news(config, monkeypatch):
+    run = tracking.begin(config, {})
+    failing(monkeypatch, "log_batch", ConnectionError("gone"))
+    said = []
+    tracker = tracking.Tracker(run, warn=said.append)
+    tracker.metrics(1, {"train/lr": 0.1})
+    tracker.close()
+    assert history(run, "train/lr") == [(1, 0.1)]
+    assert said == []
+
+
+def test_what_the_store_took_though_the_call_failed_is_there_once(config, monkeypatch):
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    run = tracking.begin(config, {})
+    left = failing(monkeypatch, "log_batch", *[ConnectionError("answer lost")] * 3, after=True)
+    tracker = tracking.Tracker(run, warn=lambda _: None)
+    for step in range(1, 9):
+        tracker.metrics(step, {"train/lr": step / 3, "not/a_number": float("nan"), "infinite": float("inf")})
+    tracker.close()
+    assert not left
+    assert history(run, "train/lr") == [(s, s / 3) for s in range(1, 9)]
+    assert [s for s, _ in history(run, "not/a_number")] == [s for s, _ in history(run, "infinite")] == list(range(1, 9))
+
+
+def test_points_are_logged_in_batches(config, monkeypatch):
+    run = tracking.begin(config, {})
+    sizes, real = [], MlflowClient.log_batch
+    monkeypatch.setattr(
+        MlflowClient, "log_batch", lambda *a, **k: (sizes.append(len(k.get("metrics", ()))), real(*a, **k))
+    )
+    tracker = tracking.Tracker(run)
+    for step in range(1, 301):
+        tracker.metrics(step, {f"curve{i}": float(step) for i in range(10)})
+    tracker.close()
+    assert sizes == [1000, 1000, 1000]
+    assert history(run, "curve9") == [(s, float(s)) for s in range(1, 301)]
+
+
+def test_a_batch_waits_for_others_and_a_flush_does_not(config, monkeypatch):
+    run = tracking.begin(config, {})
+    monkeypatch.setattr(backlog, "_GATHER_SECONDS", 3600.0)
+    tracker = tracking.Tracker(run)
+    tracker.metrics(1, {"train/lr": 0.1})
+    tracker.tags({"step": "1"})
+    assert tracker.pending()["tags"] == {"step": "1"}
+    tracker.flush()
+    assert history(run, "train/lr") == [(1, 0.1)]
+    assert MlflowClient(run.uri).get_run(run.run_id).data.tags["eiwtrain.step"] == "1"
+    assert tracker.pending() == {}
+    tracker.close()
+
+
+def test_a_flush_does_not_wait_for_a_store_that_is_away(config, monkeypatch):
+    run = tracking.begin(config, {})
+    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
+    failing(monkeypatch, "log_batch", *[ConnectionError("gone")] * 1000)
+    said = []
+    tracker = tracking.Tracker(run, warn=said.append)
+    tracker.metrics(1, {"train/lr": 0.1})
+    tracker.flush()
+    assert tracker.pending()["points"][0][2] == [["train/lr", 0.1]]
+    tracker.close()
+    assert said[-1].endswith("did not take 1 points and 0 images")
+
+
+@pytest.mark.parametrize("fault", ["disk full", "locked"])
+def test_a_database_that_is_full_or_locked_is_tried_again(config, monkeypatch, fault):
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    run = tracking.begin(config, {})
+    path = run.uri.removeprefix("sqlite:///")
+    engine = tracking._client(run.uri)._tracking_client.store.engine
+    away = threading.Event()
+    said = []
+
+    def warn(line):
+        said.append(line)
+        away.set()
+
+    def limit_pages(connection, *_):
+        connection.execute(f"PRAGMA max_page_count = {1 if not away.is_set() else 1 << 30}")
+
+    def no_patience(_, cursor, statement, parameters, *__):
+        return statement.replace("busy_timeout = 20000", "busy_timeout = 10"), parameters
+
+    with sqlite3.connect(path, isolation_level=None) as other, contextlib.ExitStack() as undo:
+        if fault == "locked":
+            sqlalchemy.event.listen(engine, "before_cursor_execute", no_patience, retval=True)
+            undo.callback(sqlalchemy.event.remove, engine, "before_cursor_execute", no_patience)
+            other.execute("BEGIN IMMEDIATE")
+        else:
+            sqlalchemy.event.listen(engine, "checkout", limit_pages)
+            undo.callback(sqlalchemy.event.remove, engine, "checkout", limit_pages)
+        tracker = tracking.Tracker(run, warn=warn)
+        for step in range(1, 1001):
+            tracker.metrics(step, {"train/lr": 1 / step})
+        assert away.wait(60)
+        if fault == "locked":
+            other.execute("COMMIT")
+        tracker.close()
+    other.close()
+    assert history(run, "train/lr") == [(s, 1 / s) for s in range(1, 1001)]
+    assert {"disk full": "database or disk is full", "locked": "database is locked"}[fault] in said[0]
+    assert said[1:] == ["MLflow is back; 1,000 points caught up"]
+
+
+def test_points_that_were_not_logged_go_on_in_the_next_attempt(config, monkeypatch):
+    run = tracking.begin(config, {})
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
+    said = []
+    with monkeypatch.context() as broken:
+        failing(broken, "log_batch", *[ConnectionError("gone")] * 1000)
+        first = tracking.Tracker(run, warn=said.append)
+        for step in range(1, 6):
+            first.metrics(step, {"train/lr": float(step), "strange": float("nan")})
+        first.tags({"checkpoint": "here"})
+        saved = json.loads(json.dumps(first.pending(), allow_nan=False))
+        first.metrics(6, {"train/lr": 6.0})  # after the checkpoint
+        first.close()
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 60.0)
+    # in between somebody has logged two of them, with other times
+    MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 2.0, step=2, timestamp=7)
+    MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 4.0, step=4, timestamp=7)
+    second = tracking.Tracker(run, backlog=saved)
+    for step in range(6, 9):
+        second.metrics(step, {"train/lr": float(step)})
+    second.close()
+    assert sorted(history(run, "train/lr")) == [(s, float(s)) for s in range(1, 9)]
+    assert sorted(s for s, _ in history(run, "strange")) == [1, 2, 3, 4, 5]
+    assert MlflowClient(run.uri).get_run(run.run_id).data.tags["eiwtrain.checkpoint"] == "here"
+
+
+def test_the_histories_of_curves_are_read_only_where_a_backlog_asks_for_it(config, monkeypatch):
+    run = tracking.begin(config, {})
+    MlflowClient(run.uri).log_metric(run.run_id, "a", 1.0, step=1, timestamp=1)
+    asked, real = [], MlflowClient.get_metric_history
+    monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *a: (asked.append(a[-1]), real(*a))[1])
+    for saved in ({}, {"points": [[2, 5, [["a", 2.0]]]]}, {"points": [[1, 5, [["a", 1.0]]]]}):
+        asked.clear()
+        tracking.Tracker(run, backlog=saved).close()
+        assert asked == (["a"] if saved and saved["points"][0][0] == 1 else [])
+    assert history(run, "a") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_guard_that_raises_ends_all_writing(config, monkeypatch):
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 3600.0)
+    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 3600.0)
+    run = tracking.begin(config, {})
+    lost = threading.Event()
+
+    def guard():
+        if lost.is_set():
+            raise PermissionError("the lease is somebody else's")
+
+    said = []
+    tracker = tracking.Tracker(run, warn=said.append, guard=guard)
+    tracker.metrics(1, {"train/lr": 0.1})
+    tracker.flush()
+    assert tracker.error is None
+    lost.set()
+    tracker.metrics(2, {"train/lr": 0.2})
+    tracker.image(2, "samples", Image.new("RGB", (8, 8)))
+    tracker.flush()
+    assert isinstance(tracker.error, PermissionError)
+    tracker.metrics(3, {"train/lr": 0.3})
+    tracker.close()
+    assert history(run, "train/lr") == [(1, 0.1)]
+    assert MlflowClient(run.uri).list_artifacts(run.run_id, "images") == []
+    assert len(said) == 1
+    assert "the lease is somebody else's" in said[0]
 
 
 def test_a_record_that_is_refused_does_not_hold_up_the_others(config):
     said = []
     run = tracking.begin(config, {})
     tracker = tracking.Tracker(run, warn=said.append)
-    tracker.metrics(1, {"no name : like ? this": 0.1})
-    tracker.metrics(2, {"train/lr": 0.2})
+    for step in range(1, 8):
+        tracker.metrics(step, {"train/lr": 0.2, "no name : like ? this": 0.1, "train/loss": 3.0})
+    tracker.image(1, "no name : like this", Image.new("RGB", (8, 8)))
     tracker.flush()
-    assert history(run, "train/lr") == [(2, 0.2)]
-    assert ["refused" in line for line in said] == [True]
+    tracker.metrics(8, {"train/lr": 0.2, "no name : like ? this": 0.1, "train/loss": 3.0})
     tracker.close()
+    assert history(run, "train/lr") == [(s, 0.2) for s in range(1, 9)]
+    assert history(run, "train/loss") == [(s, 3.0) for s in range(1, 9)]
+    assert sorted(line.partition(" refused ")[2].split(":")[0] for line in said) == [
+        "'no name ",
+        "image 'no name ",
+    ]
+
+
+def test_a_run_that_was_deleted_is_said_once(config, monkeypatch):
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 3600.0)
+    run = tracking.begin(config, {})
+    said = []
+    tracker = tracking.Tracker(run, warn=said.append)
+    tracker.flush()
+    MlflowClient(run.uri).delete_run(run.run_id)
+    for step in range(1, 4):
+        tracker.metrics(step, {"train/lr": 0.1, "train/loss": 0.1})
+    tracker.close()
+    assert said == [f"MLflow run {run.run_id} was deleted: nothing more is logged"]
+    assert tracker.error is None
+
+
+def images(run):
+    return sorted(f.path for f in MlflowClient(run.uri).list_artifacts(run.run_id, "images"))
+
+
+@pytest.mark.parametrize("method", ["log_image", "set_tag", "_log_artifact_helper"])
+def test_an_image_is_there_once_wherever_logging_it_failed(config, monkeypatch, method):
+    run = tracking.begin(config, {})
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    real, calls = getattr(MlflowClient, method), []
+
+    def flaky(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:  # of the files, the preview
+            raise ConnectionError("gone")
+        result = real(*args, **kwargs)
+        if len(calls) == 1 and method != "_log_artifact_helper":
+            raise ConnectionError("answer lost")
+        return result
+
+    monkeypatch.setattr(MlflowClient, method, flaky)
+    said = []
+    for step in (1, 2):
+        tracker = tracking.Tracker(run, warn=said.append)
+        tracker.image(step, "eval/samples", Image.new("RGB", (8, 8)))
+        tracker.image(1, "eval/samples", Image.new("RGB", (8, 8)))
+        tracker.close()
+    stems = [path.removesuffix(".png") for path in images(run) if path.endswith(".png")]
+    assert [stem.split("+timestamp")[0] for stem in stems] == [f"images/eval~samples+step+{s}" for s in (1, 2)]
+    assert images(run) == sorted([f"{s}.png" for s in stems] + [f"{s}+compressed.webp" for s in stems])
+    assert MlflowClient(run.uri).get_run(run.run_id).data.tags["mlflow.loggedImages"] == "True"
+    assert said[1::2] == ["MLflow takes images again"] * (len(said) // 2)
+
+
+def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_kept(config, monkeypatch):
+    run = tracking.begin(config, {})
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 3600.0)
+    said = []
+    with monkeypatch.context() as broken:
+        failing(broken, "log_image", *[OSError("no such bucket")] * 1000)
+        tracker = tracking.Tracker(run, warn=said.append)
+        for step in range(1, 9):
+            tracker.image(step, "samples", Image.new("RGB", (8, 8)))
+        tracker.flush()
+        tracker.metrics(1, {"train/lr": 0.1})
+        tracker._backlog.wait(60.0, lambda: not tracker.pending().get("points"))
+        assert history(run, "train/lr") == [(1, 0.1)]
+        saved = tracker.pending()
+        assert saved == {"images": [["samples", s] for s in (5, 6, 7, 8)]}
+        tracker.close()
+    assert "does not take images (OSError: no such bucket)" in said[0]
+    assert said[1].endswith("did not take 0 points and 4 images")
+    said.clear()
+    MlflowClient(run.uri).log_image(run.run_id, Image.new("RGB", (8, 8)), key="samples", step=6)
+    tracker = tracking.Tracker(run, warn=said.append, backlog=saved)
+    tracker._thread.join(0.0)
+    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 60.0)
+    tracker.close()
+    assert said == [
+        "images that the last attempt could not log: samples of step 5, samples of step 7, samples of step 8"
+    ]
+
+
+def test_too_many_points_are_said_and_the_oldest_dropped(config, monkeypatch):
+    monkeypatch.setattr(backlog, "MOST_POINTS", 10)
+    run = tracking.begin(config, {})
+    free = threading.Event()
+    said = []
+    tracker = tracking.Tracker(run, warn=said.append, guard=lambda: free.wait(60))
+    for step in range(1, 31):
+        tracker.metrics(step, {"train/lr": float(step)})
+    assert len(tracker.pending()["points"]) == 10
+    free.set()
+    tracker.close()
+    assert history(run, "train/lr") == [(s, float(s)) for s in range(21, 31)]
+    assert ["the oldest are dropped" in line for line in said] == [True]
+
+
+EVENTS = ["step", "look", "taken by the store", "not taken", "confirmed", "checkpoint", "crash"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(1, 5)), max_size=80))
+@example([("step", 2), ("look", 1), ("not taken", 1), ("checkpoint", 1), ("crash", 1)])
+@example([("step", 2), ("look", 1), ("taken by the store", 1), ("checkpoint", 1), ("crash", 1)])
+@example([("step", 3), ("checkpoint", 1), ("crash", 1), ("step", 2), ("look", 1)])
+@settings(deadline=None)
+def test_whenever_attempts_die_each_step_of_each_curve_is_logged_once_and_none_is_missing(events):
+    """The store keeps one of points that are alike; an attempt goes on from the newest checkpoint."""
+    store: dict[backlog.Point, None] = {}
+    clock = itertools.count()
+    step, queue, looked, batch, checkpoint = 0, backlog.Backlog(), False, None, (0, {})
+    end = [("step", 5), ("look", 1), ("confirmed", 1), *[("taken by the store", 1), ("confirmed", 1)] * 1000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backlog, "BATCH", 3)
+        patch.setattr(backlog, "_GATHER_SECONDS", -1.0)
+        for event, times in [*events, *end]:
+            if event == "step":
+                for _ in range(times):
+                    step, t = step + 1, next(clock)
+                    curves = ["a"] if step % 2 else ["a", "b"]
+                    queue.put(points=[backlog.Point(c, step, t, float(step)) for c in curves])
+            elif event == "look" and not looked:
+                steps: dict[str, list[int]] = {}
+                for p in store:
+                    steps.setdefault(p.curve, []).append(p.step)
+                last = {curve: max(of_curve) for curve, of_curve in steps.items()}
+                doubtful = {p.curve for p in queue.earlier if p.step <= last.get(p.curve, -1)}
+                queue.reconcile(last, {c: steps[c] for c in doubtful})
+                looked = True
+            elif event in ("taken by the store", "not taken") and looked and batch is None and queue.waiting[0]:
+                batch = queue.take()
+                store.update(dict.fromkeys(batch.points if event != "not taken" else ()))
+            elif event == "confirmed" and batch is not None:
+                store.update(dict.fromkeys(batch.points))
+                queue.done()
+                batch = None
+            elif event == "checkpoint":
+                checkpoint = (step, json.loads(json.dumps(queue.to_json())))
+            elif event == "crash":
+                step, queue, looked, batch = checkpoint[0], backlog.Backlog(checkpoint[1]), False, None
+        for curve, stride in (("a", 1), ("b", 2)):
+            assert [p.step for p in store if p.curve == curve] == list(range(stride, step + 1, stride))
+
+
+def test_an_ended_run_says_how(config):
+    run = tracking.begin(config, {})
+    tags = lambda: MlflowClient(run.uri).get_run(run.run_id).data.tags["eiwtrain.status"]  # noqa: E731
+    assert tags() == "running"
+    tracking.end(run, "KILLED", "stopped by SIGTERM; goes on with the same command")
+    assert (status(run), tags()) == ("KILLED", "stopped by SIGTERM; goes on with the same command")
+    tracking.end(run, "FINISHED")
+    assert (status(run), tags()) == ("FINISHED", "finished")
+
+
+def test_an_end_is_tried_again_for_a_while(config, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_AGAIN_SECONDS", 0.01)
+    run = tracking.begin(config, {})
+    left = failing(monkeypatch, "set_terminated", *[ConnectionError("gone")] * 3)
+    tracking.end(run, "FAILED")
+    assert not left
+    assert status(run) == "FAILED"
+    monkeypatch.setattr(tracking, "_END_SECONDS", 0.05)
+    failing(monkeypatch, "set_terminated", *[ConnectionError("gone")] * 1000)
+    tracking.end(run, "FINISHED")
+    assert capsys.readouterr().err == f"could not mark MLflow run {run.run_id} as FINISHED: ConnectionError: gone\n"
+
+
+@pytest.mark.parametrize("method", ["create_experiment", "create_run", "log_batch", "set_tag"])
+def test_a_beginning_that_fails_halfway_goes_on_with_the_same_run(config, monkeypatch, method):
+    monkeypatch.setattr(tracking, "_AGAIN_SECONDS", 0.01)
+    failing(monkeypatch, method, ConnectionError("answer lost"), after=True)
+    run = tracking.begin(config, {"a": "b"})
+    (found,) = MlflowClient(run.uri).search_runs([run.experiment_id])
+    assert (found.info.run_id, found.info.status) == (run.run_id, "RUNNING")
+    assert found.data.params["train.max_steps"] == "12"
 
 
 def test_params_that_an_interrupted_start_left_out_are_logged_by_the_next(config, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(MlflowClient, "log_batch", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("away")))
+        broken.setattr(tracking, "_BEGIN_SECONDS", 0.0)
+        failing(broken, "log_batch", ConnectionError("away"))
         with pytest.raises(tracking.TrackingError, match="away"):
             tracking.begin(config, {})
     (failed,) = MlflowClient(tracking.tracking_uri(config)).search_runs(["1"])
@@ -110,13 +494,13 @@ def test_an_identity_that_cannot_be_read_is_one_line(config):
         tracking.begin(config, {})
 
 
-def test_checking_a_local_store_makes_nothing(config, tmp_path):
-    tracking.check(config)
+def test_checking_a_local_store_makes_nothing_and_beginning_a_run_makes_it(new_config, tmp_path):
+    tracking.check(new_config)
     assert list(tmp_path.iterdir()) == []
+    assert status(tracking.begin(new_config, {})) == "RUNNING"
 
 
 def test_a_store_that_cannot_be_used_is_one_line(config):
-    Path(config.run.storage).mkdir(parents=True)
     Path(config.run.storage, "mlflow.db").write_bytes(b"this is no database" * 100)
     for call in (lambda: tracking.begin(config, {}), lambda: tracking.check(config)):
         with pytest.raises(tracking.TrackingError, match=r"tracking.uri: sqlite:///") as e:

@@ -207,10 +207,19 @@ def test_another_model_on_the_same_run_is_refused_before_anything_starts(folder,
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_samples_and_the_last_good_checkpoint(folder):
-    exit_code, output = Job(folder, "train.lr=1.0e+30", "train.warmup_steps=0", "train.clip=0", name="infinite").wait()
+    wild = ["train.lr=1.0e+30", "train.warmup_steps=0", "train.clip=0", "train.rollbacks=1"]
+    exit_code, output = Job(folder, *wild, name="infinite").wait()
     assert exit_code == 1, output
-    assert "is not finite; samples of train: [" in output
-    assert "last good checkpoint: " in output
+    # the first step is made, and ruins the weights; four more are not
+    assert "step 2 skipped: " in output
+    assert "step 5 skipped: " in output
+    assert "(4 in a row, 4 in all)" in output
+    assert "step 5 follows, with the weights of step 0" in output  # once back, behind the bad steps
+    assert "training from step 5 to" in output
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: step 10: loss or gradient was not finite in 4 steps in a row; samples of train: [")
+    assert "last good checkpoint: " in error
+    assert "/checkpoints/step-00000005-" in error  # of the weights that it went back to
     assert "Traceback" not in output
 
 

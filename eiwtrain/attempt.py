@@ -1,0 +1,193 @@
+"""One attempt: workers of a fixed number under Ray Train, what they say, and what they are asked.
+
+Ray places the workers, makes the process group, and sees when one dies. It does not restart or resize them: it would do
+so without a checkpoint, and onto nodes that are about to go. The next attempt (`eiwtrain.launch`) is as good.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from eiwtrain import checkpoint, ray_session
+from eiwtrain.config import Config
+from eiwtrain.console import Console
+from eiwtrain.lease import Lease
+from eiwtrain.mailbox import Request, start_mailbox
+from eiwtrain.signals import Stop
+from eiwtrain.tracking import TrackedRun
+from eiwtrain.worker import Job
+from eiwtrain.worker import train as train_worker
+
+_POLL_SECONDS = 0.25
+_HEAR_SECONDS = 10.0  # within which a living worker hears of a stop, whatever it does
+_END_SECONDS = 60.0
+_LOOK_SECONDS = 2.0  # between two looks at the cluster
+
+
+class Attempt:
+    """Workers from their start to their end."""
+
+    def __init__(
+        self,
+        config: Config,
+        tracked: TrackedRun,
+        lease: Lease,
+        workers: int,
+        number: int,
+        began: float,
+        attempt_began: float,
+        skip_to: int | None,
+    ) -> None:
+        """Start them.
+
+        Args:
+            workers: how many.
+            number: of this attempt under this driver, from 1.
+            began, attempt_began: Unix times at which the driver started, and at which the attempt before ended.
+            skip_to: step to go on with, from the weights of the last good checkpoint.
+        """
+        self._config, self._lease, self._workers = config, lease, workers
+        self._mailbox = start_mailbox()
+        environment = ray_session.forwarded_environment()
+        job = Job(
+            config, tracked, self._mailbox, lease.guard(), environment, began, lease.earlier_seconds, attempt_began,
+            lease.failures, skip_to,
+        )  # fmt: skip
+        self._fit = _Fit(config, job, workers, f"{config.run.name}-{int(began)}-{number}")
+        self._nodes: list[str] = []
+        self._looked_at = self._room_since = 0.0
+        self._asked: Request | None = None
+
+    @property
+    def holds_on(self) -> bool:
+        """Whether workers that should have ended have not."""
+        return self._fit.is_alive()
+
+    def follow(self, console: Console, stop: Stop) -> dict[str, Any]:
+        """Print what the workers say and ask them to end where they must, until they have; returns how they ended:
+        a dictionary that has one of finished, stopped, again, failed, crashed, lost."""
+        heard, asked_at = False, 0.0
+        while True:
+            ended = not self._fit.is_alive()  # before the mail is read: nothing comes after it
+            for kind, content in ray.get(self._mailbox.take.remote()):
+                if kind == "training":
+                    stop.training = True
+                    self._nodes = content["nodes"]
+                    console.note(
+                        f"training from step {content['step']:,} to {content['of']:,} "
+                        f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
+                    )
+                elif kind == "progress":
+                    console.progress(content)
+                elif kind == "note":
+                    console.note(content)
+                elif kind == "heard":
+                    heard = True
+                elif kind == "end":
+                    return self._ended(dict(content), stop)
+            if lost := self._lease.lost:
+                return {"lost": lost}
+            if ended:
+                return {"crashed": _cause(self._fit.error)}
+            if (request := self._request(stop)) is not None:
+                ray.get(self._mailbox.ask.remote(request))
+                self._asked, asked_at = request, time.monotonic()
+                if request.kind == "again":
+                    console.note(f"{request.reason}: a checkpoint, then on with the workers that there is room for")
+            if asked_at and not heard and time.monotonic() - asked_at > _HEAR_SECONDS and stop.number:
+                newest = checkpoint.newest(self._config.root)  # they died, and are not yet back
+                step, url = (newest.step, newest.url) if newest else (0, None)
+                return {"stopped": stop.reason, "step": step, "checkpoint": url}
+            time.sleep(_POLL_SECONDS)
+
+    def _ended(self, outcome: dict[str, Any], stop: Stop) -> dict[str, Any]:
+        if "failed" not in outcome:
+            self._fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
+        if "again" in outcome and self.holds_on:
+            return {"crashed": f"workers that should have ended did not within {_END_SECONDS:g} s"}
+        if "stopped" in outcome and stop.number:  # rank 0 may have learned of it from another rank alone
+            outcome["stopped"] = stop.reason
+        return outcome
+
+    def _request(self, stop: Stop) -> Request | None:
+        """What the workers are to be asked for, if it has not been asked yet."""
+        if stop.number:
+            return Request("stop", stop.reason) if self._asked is None or self._asked.kind == "again" else None
+        if self._asked is not None or not self._nodes or time.monotonic() - self._looked_at < _LOOK_SECONDS:
+            return None
+        self._looked_at = now = time.monotonic()
+        draining = ray_session.draining()
+        if ray.get_runtime_context().get_node_id() in draining:
+            return Request("stop", "the drain of this job's own node")
+        if going := sorted(draining & set(self._nodes)):
+            return Request("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
+        if self._workers < self._config.max_workers:
+            found = ray_session.room(self._config, self._nodes)
+            self._room_since = (self._room_since or now) if found > self._workers else 0.0
+            if self._room_since and now - self._room_since >= self._config.workers.grow_seconds:
+                return Request("again", f"there is room for {found} workers")
+        return None
+
+
+class _Fit(threading.Thread):
+    """Ray Train's blocking `fit` in a thread, where it leaves the signals to us."""
+
+    def __init__(self, config: Config, job: Job, workers: int, name: str) -> None:
+        super().__init__(daemon=True, name="fit")
+        self._config, self._job, self._workers, self._name = config, job, workers, name
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        class Trainer(TorchTrainer):
+            """One that starts no detached actor to tidy up after a dead driver: Ray does so itself, and the actor stays
+            in the cluster for good."""
+
+            def _create_default_callbacks(self) -> list[Any]:
+                callbacks = super()._create_default_callbacks()
+                return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+        w = self._config.workers
+        try:
+            Trainer(
+                train_worker,
+                train_loop_config={"job": self._job},
+                torch_config=TorchConfig(backend="nccl" if w.gpus else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self._workers,
+                    use_gpu=bool(w.gpus),
+                    resources_per_worker=ray_session.resources(w),
+                ),
+                run_config=RunConfig(
+                    name=self._name,
+                    storage_path=str(Path(tempfile.gettempdir(), "eiwtrain-ray")),  # Ray's notes, of no use to us
+                    failure_config=FailureConfig(max_failures=0),
+                    worker_runtime_env={"env_vars": ray_session.WORKER_ENV},
+                ),
+            ).fit()
+        except BaseException as e:
+            self.error = e
+
+
+def _cause(error: BaseException | None) -> str:
+    """What Ray gave up on, in one line: a rank that died before one that lost its connection to it."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    for rank, text in ((rank, str(failure)) for rank, failure in failures.items()):
+        if re.search(r"actor (died|is dead)|health ?check", text, re.IGNORECASE):
+            why = re.search(r"Worker exit detail: ([^.]*)", text)
+            return f"the process of rank {rank} is gone" + (f" ({why[1]})" if why else "")
+    rank, first = next(iter(failures.items()), (-1, error))
+    lines = [line.strip() for line in str(first or "").splitlines() if line.strip()]
+    cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
+    where = f"rank {rank}: " if rank >= 0 else ""
+    return where + (cause or (lines[0] if lines else type(first).__name__))[:300]

@@ -1,0 +1,165 @@
+"""When checkpoints are begun, and what is said when they could not be written."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_config
+
+from eiwtrain import keeper
+from eiwtrain.checkpoint import Checkpoint
+from eiwtrain.config import Config
+from eiwtrain.goodput import Clock
+from eiwtrain.keeper import Keeper
+from eiwtrain.lease import LeaseLost
+from eiwtrain.saver import Outcome
+
+
+@dataclass
+class FakeSaver:
+    """Stands for the thread that writes: a save ends when the test says so. The real one is in test_saver."""
+
+    begun: list[int] = field(default_factory=list)
+    busy: bool = False
+    outcome: Outcome | None = None
+
+    def begin(self, step: int, samples_seen: int, tensors: Any, state: dict[str, Any]) -> None:
+        self.begun.append(step)
+        self.busy = True
+
+    def end(self, error: Exception | None = None) -> None:
+        saved = None if error else Checkpoint(f"step-{self.begun[-1]}", self.begun[-1], 0, (), {})
+        self.outcome = Outcome(saved, None if error is None else str(error), error, 0.1, 0.2, 0)
+        self.busy = False
+
+    def poll(self) -> Outcome | None:
+        outcome, self.outcome = self.outcome, None
+        return None if self.busy else outcome
+
+    def wait(self, seconds: float | None = None) -> Outcome | None:
+        if self.busy and seconds is None:
+            self.end()
+        return self.poll()
+
+
+@dataclass
+class FakeState:
+    step: int = 0
+    score: object = None
+    newest: Checkpoint | None = None
+    samples_seen: int = 0
+    device: str = "cpu"
+
+    def tensors(self) -> list[Any]:
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+
+class Guard:
+    def check(self) -> None:
+        pass
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """A keeper every 10 steps, its state, its saver, and what it has said."""
+    saver, state, said = FakeSaver(), FakeState(), []
+    monkeypatch.setattr(keeper, "Saver", lambda *args: saver)
+    monkeypatch.setattr(keeper, "sum_over_ranks", lambda values, device: [float(v) for v in values])
+    config = Config.model_validate(tiny_config(Path("/x"), checkpoint={"every": 10}))
+    clock = Clock(0.0, 0.0, 0.0)
+    return Keeper(config, state, clock, Guard(), None, 0, said.append, "run"), state, saver, said
+
+
+def train(kept, to):
+    """Steps as the loop makes them."""
+    k, state, _, _ = kept
+    while state.step < to:
+        state.step += 1
+        state.score = None
+        if k.due():
+            k.save()
+        k.hear()
+
+
+def test_checkpoints_are_begun_when_they_are_due_and_told_when_they_are_written(kept):
+    _, state, saver, said = kept
+    train(kept, 10)
+    assert (saver.begun, said) == ([10], [])
+    saver.end()
+    train(kept, 25)
+    assert saver.begun == [10, 20]
+    assert state.newest.step == 10
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint at step 10: step-10 (0.0 MB; training waited 0.10 s, written in 0.2 s)")
+
+
+def test_while_one_is_written_the_next_waits_and_training_does_not(kept):
+    _, _, saver, _ = kept
+    train(kept, 24)
+    assert saver.begun == [10]
+    saver.end()
+    train(kept, 25)
+    assert saver.begun == [10, 25]
+
+
+def test_one_that_could_not_be_written_is_told_and_tried_again_at_once(kept):
+    _, state, saver, said = kept
+    train(kept, 10)
+    saver.end(OSError("no space left on device"))
+    train(kept, 12)
+    assert "a checkpoint could not be written: no space left on device; training goes on" in said[0]
+    assert saver.begun == [10, 12]
+    assert state.newest is None
+
+
+def test_a_step_is_saved_once_and_again_with_its_score(kept):
+    k, state, saver, _ = kept
+    train(kept, 5)
+    for _ in range(2):
+        k.save(wait=True)
+    assert saver.begun == [5]
+    state.score = object()
+    k.save(wait=True)
+    k.save(wait=True)
+    assert saver.begun == [5, 5]
+
+
+def test_a_save_that_shall_not_wait_is_put_off_while_another_is_written(kept):
+    k, state, saver, _ = kept
+    train(kept, 10)
+    state.score = object()
+    k.save()
+    assert saver.begun == [10]
+    saver.end()
+    train(kept, 11)
+    assert saver.begun == [10, 11]
+
+
+def test_a_lost_lease_ends_the_worker(kept):
+    k, _, saver, _ = kept
+    train(kept, 10)
+    saver.end(LeaseLost("run.name: 'x' was taken over by host, process 1"))
+    with pytest.raises(LeaseLost, match="taken over"):
+        k.hear()
+
+
+def test_what_the_store_lacks_and_the_clock_travel_in_the_checkpoint(kept, monkeypatch):
+    k, state, saver, _ = kept
+
+    class Tracker:
+        def pending(self):
+            return {"points": [1]}
+
+    states = []
+    monkeypatch.setattr(saver, "begin", lambda step, seen, tensors, about: states.append(about))
+    k._tracker = Tracker()
+    state.step = 3
+    k.save()
+    (about,) = states
+    assert about["unlogged"] == {"points": [1]}
+    assert about["mlflow_run_id"] == "run"
+    assert set(about["clock"]) == {"wall", "seconds"}
