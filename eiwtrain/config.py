@@ -201,7 +201,7 @@ class Workers(Section):
 
 
 class Checkpoint(Section):
-    every: PositiveInt | Text = 500
+    every: int | str = 500
     """Between two checkpoints: steps, a time (90s, 10m, 1.5h), or auto, from what one costs and how often the run
     fails; one is also written after each evaluation, on a stop and at the end."""
     mtbf_hours: PositiveFloat = 6.0
@@ -211,9 +211,9 @@ class Checkpoint(Section):
     keep_every: NonNegativeInt = 0
     """Keep also the first checkpoint in each so many steps, for ever; 0: none."""
 
-    @field_validator("every")
+    @field_validator("every", mode="before")
     @classmethod
-    def _an_interval(cls, value: int | str) -> int | str:
+    def _an_interval(cls, value: Any) -> Any:
         parse(value)
         return value
 
@@ -291,5 +291,5 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
         choices = [arg for part in (kind, *get_args(kind)) for arg in get_args(part)]  # of a Literal, or one or None
         if words := [str(c) for c in choices if isinstance(c, str | int)]:
             default += f"  # {' | '.join(words)}"
-        rows.append((prefix + name, default, field.description or ""))
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
     return rows

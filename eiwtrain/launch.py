@@ -36,9 +36,11 @@ def train(
     _start_ray(config, stop)
     try:
         attempt_began, skip_to = began, None
-        crashes, newest = 0, checkpoint.newest(config.root)
+        number = crashes = 0
+        newest = checkpoint.newest(config.root)
         ray_session.ask_for(config)
-        for number in range(1, 1_000_000):
+        while True:
+            number += 1
             checkpoint.clean(config.root)
             workers = _wait_for_room(config, console, stop)
             if (lost := lease.lost) is not None:
@@ -61,7 +63,6 @@ def train(
                 return outcome
             if stop.number:  # meanwhile
                 return _stopped_between(config, stop)
-        raise AssertionError("unreachable")
     finally:
         ray_session.ask_for(None)
         ray.shutdown()
