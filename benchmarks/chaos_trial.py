@@ -129,7 +129,8 @@ class Submitted:
         self.log, self._mark = log, mark
         self._code: int | None = None
         self._asked = 0.0
-        self._client = JobSubmissionClient(address)
+        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()  # Ray looks for it when it is imported, once
+        self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
         own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
         env_vars = own | {"PYTHONPATH": environment["PYTHONPATH"]}
         self._id = self._client.submit_job(entrypoint=" ".join(["exec", *command]), runtime_env={"env_vars": env_vars})

@@ -26,6 +26,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from cluster.processes import Process, spawn
 from cluster.ray_nodes import CLIENT_ENV, HOST, Node, RayNodes, SlowError, last_line
 from cluster.s3 import S3Error, S3Server
@@ -128,7 +130,7 @@ class LocalCluster:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.folder.chmod(0o700)
-            if any(process.alive for process in read(self.folder)):
+            if any(process.family() for process in read(self.folder)):
                 raise LocalError(f"{self.folder}: its cluster runs already; `down` ends it")
             forget(self.folder)
             write(self._token, secrets.token_hex(32))
@@ -263,7 +265,8 @@ class LocalCluster:
         """Write down what runs, for `status` and `down` in another process."""
         processes = [*self._spawned, *([self._mlflow] if self._mlflow else [])]
         if self._has_s3 and self.s3.pid is not None:
-            processes.append(Process.of("s3", self.s3.pid))
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has died by itself
+                processes.append(Process.of("s3", self.s3.pid))
         record(self.folder, processes, self._temp)
 
 

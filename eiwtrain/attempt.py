@@ -6,7 +6,10 @@ so without a checkpoint, and onto nodes that are about to go. The next attempt (
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -15,7 +18,7 @@ from typing import Any
 
 import ray
 
-from eiwtrain import checkpoint, ray_session
+from eiwtrain import ray_session
 from eiwtrain.config import Config
 from eiwtrain.console import Console
 from eiwtrain.lease import Lease
@@ -26,8 +29,9 @@ from eiwtrain.worker import Job
 from eiwtrain.worker import train as train_worker
 
 _POLL_SECONDS = 0.25
-_HEAR_SECONDS = 10.0  # within which a living worker hears of a stop, whatever it does
+_HEAR_SECONDS = 15.0  # within which a living worker hears of a stop, whatever it does
 _END_SECONDS = 60.0
+_LAST_WORDS_SECONDS = 5.0  # for the other ranks of a run that has failed: their notes, points on their way to MLflow
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
 
 
@@ -64,6 +68,8 @@ class Attempt:
         self._nodes: list[str] = []
         self._looked_at = self._room_since = 0.0
         self._asked: Request | None = None
+        self._heard = False
+        """Whether a worker has heard of it."""
 
     @property
     def holds_on(self) -> bool:
@@ -73,63 +79,83 @@ class Attempt:
     def follow(self, console: Console, stop: Stop) -> dict[str, Any]:
         """Print what the workers say and ask them to end where they must, until they have; returns how they ended:
         a dictionary that has one of finished, stopped, again, failed, crashed, lost."""
-        heard, asked_at = False, 0.0
+        try:
+            return self._follow(console, stop)
+        except ray.exceptions.RayError as e:  # the mailbox is gone, or Ray's head was away
+            return {"crashed": _cause(e)}
+
+    def _follow(self, console: Console, stop: Stop) -> dict[str, Any]:
+        asked_at = 0.0
         while True:
             ended = not self._fit.is_alive()  # before the mail is read: nothing comes after it
-            for kind, content in ray.get(self._mailbox.take.remote()):
-                if kind == "training":
-                    stop.training = True
-                    self._nodes = content["nodes"]
-                    console.note(
-                        f"training from step {content['step']:,} to {content['of']:,} "
-                        f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
-                    )
-                elif kind == "progress":
-                    console.progress(content)
-                elif kind == "note":
-                    console.note(content)
-                elif kind == "heard":
-                    heard = True
-                elif kind == "end":
-                    return self._ended(dict(content), stop)
+            if (outcome := self._read(console, stop)) is not None:
+                return self._ended(outcome, console, stop)
             if lost := self._lease.lost:
                 return {"lost": lost}
             if ended:
                 return {"crashed": _cause(self._fit.error)}
             if (request := self._request(stop)) is not None:
                 ray.get(self._mailbox.ask.remote(request))
-                self._asked, asked_at = request, time.monotonic()
+                self._asked, self._heard, asked_at = request, False, time.monotonic()
                 if request.kind == "again":
                     console.note(f"{request.reason}: a checkpoint, then on with the workers that there is room for")
-            if asked_at and not heard and time.monotonic() - asked_at > _HEAR_SECONDS and stop.number:
-                newest = checkpoint.newest(self._config.root)  # they died, and are not yet back
-                step, url = (newest.step, newest.url) if newest else (0, None)
-                return {"stopped": stop.reason, "step": step, "checkpoint": url}
+            if stop.number and not self._heard and time.monotonic() - asked_at > _HEAR_SECONDS:
+                return {"crashed": "no worker heard of the stop"}  # they died, or have not started
             time.sleep(_POLL_SECONDS)
 
-    def _ended(self, outcome: dict[str, Any], stop: Stop) -> dict[str, Any]:
-        if "failed" not in outcome:
-            self._fit.join(timeout=_END_SECONDS)  # let the workers return, so that nothing is cut off
+    def _read(self, console: Console, stop: Stop) -> dict[str, Any] | None:
+        """Read the mail: print, take note; returns how the workers ended, if they have said so."""
+        outcome: dict[str, Any] | None = None
+        for kind, content in ray.get(self._mailbox.take.remote()):
+            if kind == "training":
+                stop.training = True
+                self._nodes = content["nodes"]
+                console.note(
+                    f"training from step {content['step']:,} to {content['of']:,} "
+                    f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
+                )
+            elif kind == "progress":
+                console.progress(content)
+            elif kind == "note":
+                console.note(content)
+            elif kind == "heard":
+                self._heard = True
+            elif kind == "end":
+                outcome = outcome or dict(content)
+        return outcome
+
+    def _ended(self, outcome: dict[str, Any], console: Console, stop: Stop) -> dict[str, Any]:
+        # let the workers return, so that nothing is cut off
+        self._fit.join(timeout=_LAST_WORDS_SECONDS if "failed" in outcome else _END_SECONDS)
+        self._read(console, stop)
         if "again" in outcome and self.holds_on:
             return {"crashed": f"workers that should have ended did not within {_END_SECONDS:g} s"}
-        if "stopped" in outcome and stop.number:  # rank 0 may have learned of it from another rank alone
-            outcome["stopped"] = stop.reason
+        if "stopped" in outcome and self._asked is not None and self._asked.kind == "stop":
+            outcome["stopped"] = self._asked.reason  # rank 0 may have learned of it from another rank alone
         return outcome
 
     def _request(self, stop: Stop) -> Request | None:
         """What the workers are to be asked for, if it has not been asked yet."""
         if stop.number:
             return Request("stop", stop.reason) if self._asked is None or self._asked.kind == "again" else None
-        if self._asked is not None or not self._nodes or time.monotonic() - self._looked_at < _LOOK_SECONDS:
+        if self._asked is not None or time.monotonic() - self._looked_at < _LOOK_SECONDS:
             return None
-        self._looked_at = now = time.monotonic()
+        self._looked_at = time.monotonic()
+        with contextlib.suppress(Exception):  # Ray's head may be away for a moment; there is another look
+            return self._look(self._looked_at)
+        return None
+
+    def _look(self, now: float) -> Request | None:
+        """What the state of the cluster asks for."""
         draining = ray_session.draining()
         if ray.get_runtime_context().get_node_id() in draining:
             return Request("stop", "the drain of this job's own node")
+        if not self._nodes:  # they are starting
+            return None
         if going := sorted(draining & set(self._nodes)):
             return Request("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
         if self._workers < self._config.max_workers:
-            found = ray_session.room(self._config, self._nodes)
+            found = ray_session.room(self._config, self._nodes, patience=_LOOK_SECONDS)
             self._room_since = (self._room_since or now) if found > self._workers else 0.0
             if self._room_since and now - self._room_since >= self._config.workers.grow_seconds:
                 return Request("again", f"there is room for {found} workers")
@@ -158,6 +184,7 @@ class _Fit(threading.Thread):
                 return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
         w = self._config.workers
+        notes = Path(tempfile.gettempdir(), f"eiwtrain-ray-{os.getuid()}")  # Ray's own, of no use to us
         try:
             Trainer(
                 train_worker,
@@ -170,13 +197,14 @@ class _Fit(threading.Thread):
                 ),
                 run_config=RunConfig(
                     name=self._name,
-                    storage_path=str(Path(tempfile.gettempdir(), "eiwtrain-ray")),  # Ray's notes, of no use to us
-                    failure_config=FailureConfig(max_failures=0),
+                    storage_path=str(notes),
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                     worker_runtime_env={"env_vars": ray_session.WORKER_ENV},
                 ),
             ).fit()
         except BaseException as e:
             self.error = e
+        shutil.rmtree(notes / self._name, ignore_errors=True)
 
 
 def _cause(error: BaseException | None) -> str:

@@ -248,7 +248,7 @@ def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable]) -> 
         if _STRAY.match(name) and not name.startswith(".lease"):  # whose heartbeat goes on meanwhile
             storage.delete(storage.join(root, name))
     try:
-        storage.abandon_uploads(root)
+        storage.abandon_uploads(folder(root))
     except storage.StorageError as e:  # not everybody may list them, nor is every store able to; they cost space alone
         _log.warning("unfinished uploads are not looked for: %s", e)
 

@@ -152,7 +152,7 @@ class Train(Section):
     max_steps: PositiveInt = 1000
     """Optimizer steps after which the run is finished."""
     max_hours: PositiveFloat | None = None
-    """Wall time of one attempt, hours, after which it checkpoints and stops, to go on later; null: no limit."""
+    """Wall time of the job, hours, after which it checkpoints and stops, to go on later; null: no limit."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 100
@@ -191,9 +191,9 @@ class Workers(Section):
     """Workers to use when the cluster has room; null: as `min`."""
     grow_seconds: PositiveFloat = 60.0
     """How long there must be room for more workers, up to `max`, before all are started again to use it, seconds."""
-    hang_seconds: PositiveFloat = 900.0
+    hang_seconds: PositiveFloat = 1200.0
     """Time without progress after which a worker tells its stacks and all are started again, seconds; longer than a
-    compilation and than EIWTRAIN_RETRY_SECONDS."""
+    compilation and than three times EIWTRAIN_RETRY_SECONDS."""
     gpus: Literal[0, 1] = 0
     """GPUs per worker; 0: CPU and gloo."""
     cpus: PositiveInt = 1

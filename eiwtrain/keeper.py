@@ -18,6 +18,8 @@ from eiwtrain.state import TrainState, sum_over_ranks
 from eiwtrain.tracking import Tracker
 
 _PATIENCE = 20.0  # seconds for which an evaluation's checkpoint waits until the one before it is written
+_AGAIN_SECONDS = 30.0  # at least, until what could not be written is tried again: each try costs training a copy
+_LEASE_SECONDS = 300.0  # for which a checkpoint waits until the lease is seen to be ours; other ranks wait along
 _NOTHING = (-1, False)
 
 
@@ -46,16 +48,18 @@ class Keeper:
         self._state, self._clock, self._tracker, self._failures, self._note = state, clock, tracker, failures, note
         self._run_id = run_id
         c = config.checkpoint
-        self._saver = Saver(config.root, c.keep_last, c.keep_every, guard.check)
+        self._guard = guard
+        self._saver = Saver(config.root, c.keep_last, c.keep_every, self._may_write)
         self._pace = Pace(c.every, c.mtbf_hours, state.step, time.monotonic())
-        self._overdue = False
-        self._known = (state.step, state.score is not None) if state.newest else _NOTHING
+        self._overdue, self._not_before = False, 0.0
+        self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
         """(step, whether with its score) of the last checkpoint that was begun or restored."""
 
     def due(self) -> bool:
         """Whether a checkpoint should be begun now; asked on rank 0. One is written at a time."""
-        self._overdue = self._overdue or self._pace.due(self._state.step, time.monotonic())
-        return self._overdue and not self._saver.busy
+        now = time.monotonic()
+        self._overdue = self._overdue or self._pace.due(self._state.step, now)
+        return self._overdue and not self._saver.busy and now >= self._not_before
 
     def save(self, wait: bool = False) -> None:
         """Begin a checkpoint of this step, unless there is one that knows as much. Collective.
@@ -83,7 +87,7 @@ class Keeper:
                 "unlogged": self._tracker.pending() if self._tracker is not None else {},
                 "clock": self._clock.to_json(),
             }
-            self._saver.begin(state.step, state.samples_seen, state.tensors(), about)
+            self._heard(self._saver.begin(state.step, state.samples_seen, state.tensors(), about))
             if wait:
                 self._heard(self._saver.wait())
 
@@ -95,6 +99,10 @@ class Keeper:
         """Wait until no checkpoint is being written. Raises as `save`."""
         self._heard(self._saver.wait())
 
+    def _may_write(self) -> None:
+        end = time.monotonic() + _LEASE_SECONDS
+        self._guard.check(give_up=lambda: time.monotonic() > end)
+
     def _heard(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
@@ -103,6 +111,7 @@ class Keeper:
         if outcome.checkpoint is None:
             self._note(f"a checkpoint could not be written: {outcome.error}; training goes on, and tries again")
             self._known, self._overdue = _NOTHING, True
+            self._not_before = time.monotonic() + max(_AGAIN_SECONDS, outcome.seconds)
             return
         saved = self._state.newest = outcome.checkpoint
         wall, failures = self._clock.wall, self._failures

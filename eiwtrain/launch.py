@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import checkpoint, ray_session
+from eiwtrain import checkpoint, ray_session, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
-from eiwtrain.lease import Lease
+from eiwtrain.lease import Lease, LeaseLost
 from eiwtrain.signals import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -37,35 +38,54 @@ def train(
     try:
         attempt_began, skip_to = began, None
         number = crashes = 0
-        newest = checkpoint.newest(config.root)
+        newest = _newest(config)
         ray_session.ask_for(config)
         while True:
             number += 1
-            checkpoint.clean(config.root)
-            workers = _wait_for_room(config, console, stop)
-            if (lost := lease.lost) is not None:
-                return {"lost": lost}
+            lease.next_attempt()
+            if not (workers := _wait_for_room(config, lease, console, stop)):
+                return stopped(config, stop)
+            with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
+                lease.guard().check(give_up=lambda: bool(stop.number))
+                checkpoint.clean(config.root)
             console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
             attempt = Attempt(config, tracked, lease, workers, number, began, attempt_began, skip_to)
             outcome = attempt.follow(console, stop)
             attempt_began, skip_to = time.time(), outcome.get("skip_to")
-            if "crashed" in outcome:
-                lease.failed()
-                before, newest = newest, checkpoint.newest(config.root)
-                crashes = crashes + 1 if newest == before else 1
-                if crashes > config.run.max_failures:
-                    return {"failed": _gave_up(config, outcome["crashed"], newest)}
-                console.note(f"the workers failed: {outcome['crashed']}")
-                if attempt.holds_on:  # to its place in the cluster, too
-                    ray.shutdown()
-                    _start_ray(config, stop)
-            elif "again" not in outcome:
+            if "crashed" not in outcome and "again" not in outcome:
                 return outcome
+            if "crashed" in outcome:
+                console.note(f"the workers failed: {outcome['crashed']}")
+                lease.failed()
+                before, newest = newest, _newest(config) or newest
+                crashes = crashes + 1 if newest == before else 1
             if stop.number:  # meanwhile
-                return _stopped_between(config, stop)
+                return stopped(config, stop)
+            if crashes > config.run.max_failures:
+                return {"failed": _gave_up(config, outcome["crashed"], newest)}
+            if attempt.holds_on:  # to its place in the cluster, too
+                ray.shutdown()
+                _start_ray(config, stop)
+    except LeaseLost as e:
+        return {"lost": str(e)}
     finally:
-        ray_session.ask_for(None)
+        with contextlib.suppress(Exception):  # a head that has just gone
+            ray_session.ask_for(None)
         ray.shutdown()
+
+
+def stopped(config: Config, stop: Stop) -> dict[str, Any]:
+    """The outcome of a stop that no worker has heard of."""
+    newest = _newest(config)
+    step, url = (newest.step, newest.url) if newest else (0, None)
+    return {"stopped": stop.reason, "step": step, "checkpoint": url}
+
+
+def _newest(config: Config) -> checkpoint.Checkpoint | None:
+    """The last checkpoint; None where there is none, or storage does not answer."""
+    with contextlib.suppress(storage.StorageError), storage.impatient():
+        return checkpoint.newest(config.root)
+    return None
 
 
 def _start_ray(config: Config, stop: Stop) -> None:
@@ -80,28 +100,31 @@ def _start_ray(config: Config, stop: Stop) -> None:
     stop.listen()
 
 
-def _wait_for_room(config: Config, console: Console, stop: Stop) -> int:
-    """The number of workers that there is room for now, once it is at least `workers.min`."""
+def _wait_for_room(config: Config, lease: Lease, console: Console, stop: Stop) -> int:
+    """For how many workers there is room, once it is for `workers.min` at least; 0 if stopped.
+
+    Raises:
+        LeaseLost: the run is another's by now.
+        Stopped: before anything was trained.
+    """
     began = said_at = time.monotonic()
     while True:
+        if stop.number and stop.training:
+            return 0
+        if stop.number:
+            raise Stopped(stop.number)
+        if lease.lost is not None:
+            raise LeaseLost(lease.lost)
         found = ray_session.room(config)
         settled = time.monotonic() - began > _SETTLE_SECONDS
         if found == config.max_workers or (found >= config.workers.min and settled):
             return found
-        if stop.number:
-            raise Stopped(stop.number)
         if time.monotonic() - said_at > _WAITING_SECONDS:
             said_at, w = time.monotonic(), config.workers
             console.note(
                 f"waiting for {w.min} workers of {w.cpus} CPU and {w.gpus} GPU each; the cluster has room for {found}"
             )
         time.sleep(_POLL_SECONDS)
-
-
-def _stopped_between(config: Config, stop: Stop) -> dict[str, Any]:
-    newest = checkpoint.newest(config.root)
-    step, url = (newest.step, newest.url) if newest else (0, None)
-    return {"stopped": stop.reason, "step": step, "checkpoint": url}
 
 
 def _gave_up(config: Config, cause: str, newest: checkpoint.Checkpoint | None) -> str:

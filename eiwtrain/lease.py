@@ -92,6 +92,7 @@ class _Record:
     holder: _Holder
     beat: int
     attempt: Attempt
+    number: int = 0  # of the driver's attempt that may write
     earlier: tuple[Attempt, ...] = ()
     folded_seconds: float = 0.0  # of the attempts before `earlier`
     folded_failures: int = 0
@@ -124,7 +125,8 @@ class Lease:
         self._written: bytes | None = record.as_bytes()
         self._failures = 0
         self._lost: str | None = None
-        self._ending = threading.Event()
+        self._ending, self._soon = threading.Event(), threading.Event()
+        self._changing = threading.Lock()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
         self._thread.start()
 
@@ -200,9 +202,16 @@ class Lease:
         """Count one more failure within this attempt; the next heartbeat writes it down."""
         self._failures += 1
 
+    def next_attempt(self) -> None:
+        """Workers are started, or started again: the guards of those before, which may live on behind a broken
+        network, find the lease lost."""
+        with self._changing:
+            self._record = replace(self._record, number=self._record.number + 1)
+        self._soon.set()
+
     def guard(self) -> Guard:
-        """What a worker asks before it writes."""
-        return Guard(self._url, self.owner)
+        """What a worker of the present attempt asks before it writes."""
+        return Guard(self._url, self.owner, self._record.number)
 
     def release(self, outcome: Outcome) -> None:
         """End the heartbeat and give the lease back, with how the attempt ended. All workers must have ended before.
@@ -210,6 +219,7 @@ class Lease:
         Does nothing more where the lease is lost or given back already. Storage that does not answer is noted only.
         """
         self._ending.set()
+        self._soon.set()
         self._thread.join()
         if self._lost is not None or not self._record.held:
             return
@@ -222,7 +232,11 @@ class Lease:
 
     def _keep(self) -> None:
         with storage.impatient():  # a renewal that waits for longer would not notice that the lease is lost
-            while self._lost is None and not self._ending.wait(_BEAT_SECONDS):
+            while self._lost is None:
+                self._soon.wait(_BEAT_SECONDS)
+                self._soon.clear()
+                if self._ending.is_set():
+                    return
                 try:
                     self._renew("running")
                 except storage.StorageError:
@@ -232,9 +246,10 @@ class Lease:
 
     def _renew(self, outcome: Outcome) -> None:
         """Write that this process lives, or how it ended; sets `lost` where another owner is in the way."""
-        r = self._record
-        attempt = Attempt(r.attempt.began, time.time(), outcome, self._failures)
-        self._record = r = replace(r, beat=r.beat + 1, attempt=attempt)
+        with self._changing:
+            r = self._record
+            attempt = Attempt(r.attempt.began, time.time(), outcome, self._failures)
+            self._record = r = replace(r, beat=r.beat + 1, attempt=attempt)
         data = r.as_bytes()
         while not swap(self._url, self._written, data):
             content = read(self._url)
@@ -252,18 +267,19 @@ class Guard:
 
     Args:
         url: of the lease.
-        owner: of whose attempt the process is one.
+        owner: of whose attempts the process is one.
+        number: of that attempt, see `Lease.next_attempt`.
     """
 
-    def __init__(self, url: str, owner: str) -> None:
-        self._url, self._owner = url, owner
+    def __init__(self, url: str, owner: str, number: int = 0) -> None:
+        self._url, self._owner, self._number = url, owner, number
         self._lock = threading.Lock()
         self._content: bytes | None = None
         self._looked = self._good_until = -math.inf
         self._lost: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Guard, (self._url, self._owner)
+        return Guard, (self._url, self._owner, self._number)
 
     def check(self, give_up: Callable[[], bool] = lambda: False) -> None:
         """Return once the lease is seen to be ours and alive: as a rule at once, and without looking if it was looked
@@ -302,6 +318,10 @@ class Guard:
             return
         if found.owner != self._owner:
             self._lost = f"run.name: '{found.name}' was taken over by {_who(found)}"
+        elif found.number > self._number:
+            self._lost = f"run.name: another attempt at '{found.name}' has begun meanwhile"
+        elif found.number < self._number:  # the heartbeat is about to say so
+            return
         elif not found.held:
             self._lost = f"run.name: the attempt at '{found.name}' has ended ({found.attempt.outcome})"
         elif content != self._content:

@@ -82,7 +82,7 @@ class WorkerEnd:
         while self._request is None or self._request.kind == "again":
             try:
                 request = ray.get(self._mailbox.asked.remote())
-                if request is not None and self._request is None:
+                if request is not None and request != self._request:
                     self.say("heard", None)  # so that the driver knows that somebody will end
                 self._request = request
             except ray.exceptions.ActorDiedError:

@@ -68,6 +68,7 @@ def start(cpus: int) -> None:
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # it restarts workers as it sees fit
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where: dict[str, Any] = {}
     if not joins_cluster():
@@ -106,11 +107,12 @@ def draining() -> set[str]:
     return set(state.get_draining_nodes())
 
 
-def room(config: Config, own: Collection[str] = ()) -> int:
+def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SECONDS) -> int:
     """How many workers there is room for, at most `config.max_workers`, on nodes that live and stay.
 
     Args:
         own: the node of each worker that runs already; its place counts as free.
+        patience: seconds within which a node must answer to count.
     """
     import ray
     from ray._private.state import available_resources_per_node
@@ -125,11 +127,11 @@ def room(config: Config, own: Collection[str] = ()) -> int:
     unsure = [node for node, n in places.items() if n and node not in own]
     found = sum(n for node, n in places.items() if node not in unsure)
     if found < config.max_workers:
-        found += sum(places[node] for node in _answering(unsure))
+        found += sum(places[node] for node in _answering(unsure, patience))
     return min(found, config.max_workers)
 
 
-def _answering(nodes: Collection[str]) -> list[str]:
+def _answering(nodes: Collection[str], patience: float) -> list[str]:
     """Those of the nodes that start a task: of one that died a moment ago Ray does not know yet."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -138,7 +140,7 @@ def _answering(nodes: Collection[str]) -> list[str]:
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         answers[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_hello).remote()] = node
-    done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_SECONDS) if answers else ([], [])
+    done, late = ray.wait(list(answers), num_returns=len(answers), timeout=patience) if answers else ([], [])
     for answer in late:
         ray.cancel(answer, force=True)
     return [answers[answer] for answer in done if _is_good(answer)]

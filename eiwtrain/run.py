@@ -159,6 +159,9 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
     except tracking.TrackingError as e:
         raise ConfigError(str(e)) from None
     except storage.StorageError as e:
+        if stop.training:
+            print(f"error: run.storage: {e}; the same command goes on", file=sys.stderr)
+            return EXIT_FAILED
         raise ConfigError(f"run.storage: {e}") from None
     except Stopped:
         status = "KILLED"

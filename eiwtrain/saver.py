@@ -263,7 +263,7 @@ def _publish(new: checkpoint.Checkpoint, guard: Callable[[], None]) -> Exception
         failpoints.reach("checkpoint.manifest-written")
         return None
     except Exception as e:
-        with contextlib.suppress(storage.StorageError), storage.impatient():
+        with contextlib.suppress(Exception), storage.impatient():  # whatever comes, the other ranks wait for the answer
             checkpoint.delete(new.url)  # a manifest whose publication seemed to fail may be there
         return _portable(e)
 

@@ -92,7 +92,7 @@ class TrainState:
         self.score: Score | None = None
         """What the evaluation at this very step gave; None if there was none."""
         self.newest = saved
-        """The last checkpoint that was committed or restored."""
+        """The last checkpoint that was committed, as far as this rank knows, or restored."""
         if saved is not None:
             self.step, self.updates = saved.step, saved.state["updates"]
             self.skipped, self.skipped_in_row = saved.state["skipped"], saved.state["skipped_in_row"]
@@ -107,6 +107,7 @@ class TrainState:
             note(f"step {skip_to:,} follows, with the weights of step {self.step:,}")
             self.skipped += skip_to - self.step
             self.step, self.score, self.rollbacks = skip_to, None, self.rollbacks + 1
+            self.skipped_in_row = 0
 
     @property
     def samples_seen(self) -> int:
@@ -176,7 +177,7 @@ def _newest_intact(
     """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
 
     Args:
-        good: pass over those that were saved while steps were skipped.
+        good: pass over those that were saved while steps were skipped, if there are others.
 
     Raises:
         checkpoint.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
@@ -186,10 +187,10 @@ def _newest_intact(
     committed, unreadable = found[0]
     for bad in unreadable:
         note(f"checkpoint passed over: {bad.why}")
+    if good:
+        committed = [c for c in committed if not c.state["skipped_in_row"]] or committed
     damaged: list[checkpoint.Checkpoint] = []
     for saved in committed:
-        if good and saved.state["skipped_in_row"]:
-            continue
         try:
             tensors, damage = checkpoint.load(saved), None
         except checkpoint.DamagedCheckpoint as e:

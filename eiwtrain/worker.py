@@ -151,14 +151,17 @@ class Worker:
                     if state.skipped_in_row > c.train.max_skipped:
                         return self._give_up()
                     due = due and not self._evaluation_due()
-                if ending or due:
+                if ending or (due and not state.skipped_in_row):  # those before hold the same weights, and are good
+                    self.watchdog.beat(f"the checkpoint of step {state.step}")
                     self.keeper.save(wait=bool(ending))
                 if ending:
                     return self._ended(ending)
             score = self._evaluate()
+            self.watchdog.beat("the last checkpoint")
             self.keeper.save(wait=True)
-            if score is None or self._agreed():
-                return self._ended(self._agreed())
+            if ending := self._agreed():
+                return self._ended(ending)
+            assert score is not None  # or a reason to end was agreed on
             return self._finish(score) if self.rank == 0 else {}
         finally:
             if self.tracker is not None:
@@ -215,6 +218,7 @@ class Worker:
     def _give_up(self) -> dict[str, Any]:
         """Too many steps in a row that are not finite: back to good weights if that is wanted, else the end."""
         state, t = self.state, self.config.train
+        self.watchdog.beat("the checkpoint before steps that are not finite")
         self.keeper.settle()
         shares: list[Any] = [None] * self.world_size
         dist.all_gather_object(shares, self.skipped)
@@ -247,7 +251,7 @@ class Worker:
         saved = {"step": self.state.step, "checkpoint": newest.url if newest else None}
         if self.tracker is not None:
             self.tracker.flush()
-            self.tracker.close(0.0)  # what MLflow does not take now is in the checkpoint
+            self.tracker.close(0.0)  # points that MLflow does not take now are in the checkpoint
         if ending == "again":
             return {"again": reason} | saved
         if self.rank == 0:  # the driver does it too, unless it is killed before it comes to it
@@ -295,6 +299,7 @@ class Worker:
             if warning := report.drift_warning(drift, self.config):
                 self.note(warning)
             self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": drift})
+            self.watchdog.beat(f"drawing samples at step {state.step}")
             with self.clock.spending("evaluation"):
                 self.tracker.image(state.step, "samples", self._overview())
         return score
@@ -302,7 +307,9 @@ class Worker:
     def _finish(self, score: evaluate.Score) -> dict[str, Any]:
         """Draw, export and sum up, looking between for a stop; rank 0 alone."""
         c, state, root = self.config, self.state, self.config.root
-        assert state.newest is not None
+        if state.newest is None or state.newest.step != state.step:
+            last = state.newest.url if state.newest else "the beginning"
+            raise Fatal(f"the last checkpoint could not be written; the same command goes on from {last}")
         self.watchdog.beat("the end")
         failpoints.reach("worker.finish")
         png = evaluate.png_bits_per_dim((self.eval_set[i] for i in range(score.images)), c.model.n_bits)
@@ -314,6 +321,7 @@ class Worker:
         self.watchdog.beat("the export")
         if ending := _ending(*self._wants()):
             return self._ended(ending)
+        self.job.guard.check()
         export.export(state.averaged, model, export.metadata_of(state.newest))
         clock = self.clock
         summary = {
@@ -338,6 +346,7 @@ class Worker:
             "checkpoint": state.newest.url,
             "mlflow_run_id": self.job.tracked.run_id,
         }
+        self.job.guard.check()
         storage.write_bytes(storage.join(root, "summary.json"), json.dumps(summary, indent=1).encode())
         if self.tracker is not None:
             self.tracker.metrics(state.step, {"eval/png_bits_per_dim": png})

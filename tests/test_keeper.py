@@ -106,13 +106,18 @@ def test_while_one_is_written_the_next_waits_and_training_does_not(kept):
     assert saver.begun == [10, 25]
 
 
-def test_one_that_could_not_be_written_is_told_and_tried_again_at_once(kept):
+def test_one_that_could_not_be_written_is_told_and_tried_again_after_a_while(kept, monkeypatch):
     _, state, saver, said = kept
+    now = [100.0]
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
     train(kept, 10)
     saver.end(OSError("no space left on device"))
-    train(kept, 12)
+    train(kept, 25)
     assert "a checkpoint could not be written: no space left on device; training goes on" in said[0]
-    assert saver.begun == [10, 12]
+    assert saver.begun == [10]  # each try costs training a copy of its tensors
+    now[0] += 30.0
+    train(kept, 26)
+    assert saver.begun == [10, 26]
     assert state.newest is None
 
 
@@ -126,6 +131,14 @@ def test_a_step_is_saved_once_and_again_with_its_score(kept):
     k.save(wait=True)
     k.save(wait=True)
     assert saver.begun == [5, 5]
+
+
+def test_weights_that_went_back_are_saved_under_the_step_that_follows(kept, monkeypatch):
+    _, state, saver, _ = kept
+    state.step, state.newest = 15, Checkpoint("step-10", 10, 0, (), {})  # as with skip_to=15
+    config = Config.model_validate(tiny_config(Path("/x"), checkpoint={"every": 10}))
+    Keeper(config, state, Clock(0.0, 0.0, 0.0), Guard(), None, 0, print, "run").save()
+    assert saver.begun == [15]
 
 
 def test_a_save_that_shall_not_wait_is_put_off_while_another_is_written(kept):

@@ -494,3 +494,16 @@ def wait_until(true, seconds=60.0):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_workers_of_an_attempt_before_may_not_write_any_more(root):
+    held = acquire(root)
+    first = held.guard()
+    first.check()
+    held.next_attempt()
+    second = held.guard()
+    second.check()  # once the heartbeat has said so
+    again = pickle.loads(pickle.dumps(first))
+    with pytest.raises(LeaseLost, match=r"another attempt at .tiny. has begun"):
+        again.check()
+    held.release("finished")
