@@ -192,8 +192,8 @@ class Workers(Section):
     grow_seconds: PositiveFloat = 60.0
     """How long there must be room for more workers, up to `max`, before all are started again to use it, seconds."""
     hang_seconds: PositiveFloat = 1200.0
-    """Time without progress after which a worker tells its stacks and all are started again, seconds; longer than a
-    compilation and than three times EIWTRAIN_RETRY_SECONDS."""
+    """Time without progress (up to the first step at least 300) after which a worker tells its stacks and all are
+    started again, seconds; longer than a compilation and than three times EIWTRAIN_RETRY_SECONDS."""
     gpus: Literal[0, 1] = 0
     """GPUs per worker; 0: CPU and gloo."""
     cpus: PositiveInt = 1

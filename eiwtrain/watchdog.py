@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable
 
 _LOOKS = 20  # a limit's parts, after each of which the watchdog looks
+_START_SECONDS = 300.0  # at least, up to the first beat: a checkpoint may have to be fetched
 _OTHERS_SECONDS = 5.0  # for the other ranks to tell their stacks too, before the first death ends them
 _STUCK_SECONDS = 30.0  # after which a process whose interpreter hangs as well is ended without it
 
 
 class Watchdog:
-    """Wants to hear a `beat` every `limit` seconds at least, from the moment when it is made."""
+    """Wants to hear a `beat` every `limit` seconds at least; the first may take longer."""
 
     def __init__(self, limit: float, tell: Callable[[str], None]) -> None:
         """
@@ -30,15 +31,15 @@ class Watchdog:
             limit: seconds.
             tell: is given what happened, with the stacks, in a thread of the watchdog's; may block.
         """
-        self._limit, self._tell = limit, tell
+        self._limit, self._allowed, self._tell = limit, max(limit, _START_SECONDS), tell
         self._closed = threading.Event()
         self._main = threading.get_ident()
-        self.beat("starting")
+        self._doing, self._last = "the start", time.monotonic()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, doing: str) -> None:
         """Progress was made; what follows is `doing`, e.g. "step 12"."""
-        self._doing, self._last = doing, time.monotonic()
+        self._doing, self._last, self._allowed = doing, time.monotonic(), self._limit
         # C code that holds the interpreter's lock would keep the thread below from running
         faulthandler.dump_traceback_later(self._limit + _STUCK_SECONDS, exit=True, file=2)  # standard error
 
@@ -49,7 +50,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._limit / _LOOKS):
-            if time.monotonic() - self._last > self._limit:
+            if time.monotonic() - self._last > self._allowed:
                 break
         else:
             return
@@ -67,4 +68,4 @@ class Watchdog:
             for ident in order
             if ident != threading.get_ident()
         ]
-        return f"no progress for {self._limit:g} s in {self._doing}\n" + "\n".join(stacks)
+        return f"no progress for {self._allowed:g} s in {self._doing}\n" + "\n".join(stacks)

@@ -18,7 +18,7 @@ def run(body, seconds=60):
     program = f"""
         import threading, time
         from eiwtrain import watchdog
-        watchdog._OTHERS_SECONDS, watchdog._STUCK_SECONDS = 0.5, 1.0
+        watchdog._OTHERS_SECONDS, watchdog._STUCK_SECONDS, watchdog._START_SECONDS = 0.5, 1.0, 1.5
         {body}
     """
     done = subprocess.run(
@@ -45,6 +45,7 @@ def test_a_process_whose_interpreter_hangs_is_ended_without_it():
     status, told, stacks = run("""
         import re
         dog = watchdog.Watchdog(0.5, lambda what: print(what, flush=True))
+        dog.beat("step 12")
         re.match("(a+)+$", "a" * 60 + "b")
     """)
     assert status == 1
@@ -82,9 +83,21 @@ def test_the_limit_is_looked_at_often_enough(monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *what: killed.append(what))
     told = []
     dog = Watchdog(0.2, told.append)
+    dog.beat("step 1")
     end = time.monotonic() + 30
     while not killed and time.monotonic() < end:
         time.sleep(0.01)
     dog.close()
     assert killed == [(os.getpid(), signal.SIGKILL)]
     assert len(told) == 1
+
+
+def test_a_start_is_given_longer_and_not_for_ever():
+    status, told, _ = run("""
+        dog = watchdog.Watchdog(0.2, lambda what: print(what, flush=True))
+        time.sleep(0.8)
+        print("lives", flush=True)
+        threading.Event().wait()
+    """)
+    assert status == -signal.SIGKILL
+    assert told.startswith("lives\nno progress for 1.5 s in the start\n")

@@ -12,12 +12,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 SEED = 5
 SHORT = (
-    "kill-rank",
     "kill-driver",
     "kill-supervisor",
     "kill-node",
     "kill-storage",
-    "kill-mlflow",
     "flip-bit",
     "at-checkpoint.manifest-half-written",
 )

@@ -137,7 +137,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_before_it_goes(cluster, folder
 
 
 def test_a_rank_that_stands_still_is_found_and_the_run_goes_on(cluster, folder, on_cluster):
-    job = on_cluster("hung", "workers.hang_seconds=20", "workers.min=2")  # above a start on a busy machine
+    job = on_cluster("hung", "workers.hang_seconds=15", "workers.min=2")
     job.wait_for("checkpoint at step 20:")
     workers = [
         p
@@ -148,7 +148,7 @@ def test_a_rank_that_stands_still_is_found_and_the_run_goes_on(cluster, folder, 
     ]
     assert len(workers) == 2
     workers[1].send_signal(signal.SIGSTOP)
-    job.wait_for("no progress for 20 s in step")
+    job.wait_for("no progress for 15 s in step")
     code, output = job.wait(300)
     assert code == 0, output
     assert "all_reduce" in output  # where the other rank waited
