@@ -44,7 +44,7 @@ def train(
             number += 1
             lease.next_attempt()
             if not (workers := _wait_for_room(config, lease, console, stop)):
-                return stopped(config, stop)
+                return _stopped(config, stop)
             with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
                 lease.guard().check(give_up=lambda: bool(stop.number))
                 checkpoint.clean(config.root)
@@ -60,7 +60,7 @@ def train(
                 before, newest = newest, _newest(config) or newest
                 crashes = crashes + 1 if newest == before else 1
             if stop.number:  # meanwhile
-                return stopped(config, stop)
+                return _stopped(config, stop)
             if crashes > config.run.max_failures:
                 return {"failed": _gave_up(config, outcome["crashed"], newest)}
             if attempt.holds_on:  # to its place in the cluster, too
@@ -74,7 +74,7 @@ def train(
         ray.shutdown()
 
 
-def stopped(config: Config, stop: Stop) -> dict[str, Any]:
+def _stopped(config: Config, stop: Stop) -> dict[str, Any]:
     """The outcome of a stop that no worker has heard of."""
     newest = _newest(config)
     step, url = (newest.step, newest.url) if newest else (0, None)

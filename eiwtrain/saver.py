@@ -59,16 +59,19 @@ class Outcome:
 
     checkpoint: checkpoint.Checkpoint | None
     """What was committed; None if nothing was."""
-    error: str | None
-    """What failed. With a checkpoint: it is committed, and what it makes superfluous could not be deleted."""
     exception: Exception | None
-    """What `error` is the text of."""
+    """What failed. With a checkpoint: it is committed, and what it makes superfluous could not be deleted."""
     stall: float
     """Seconds for which training was held."""
     seconds: float
     """From the beginning to the commit, or to the failure."""
     bytes: int
     """Of all parts; 0 without a checkpoint."""
+
+    @property
+    def error(self) -> str | None:
+        """The text of `exception`."""
+        return None if self.exception is None else str(self.exception) or type(self.exception).__name__
 
 
 class Saver:
@@ -155,8 +158,7 @@ class Saver:
                 checkpoint.sweep(self._root, *self._keep)
             except Exception as e:
                 failure = e
-        error = None if failure is None else str(failure) or type(failure).__name__
-        self._outcome = Outcome(saved, error, failure, stall, seconds, saved.bytes if saved else 0)
+        self._outcome = Outcome(saved, failure, stall, seconds, saved.bytes if saved else 0)
 
 
 def snapshot(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:

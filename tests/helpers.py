@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def free_port() -> int:
 def run_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
     """`work(*args)` in `world_size` fresh processes that share a gloo group; raises when one fails."""
     mp.start_processes(_rank, args=(work, world_size, free_port(), args), nprocs=world_size, start_method="spawn")
+
+
+@contextlib.contextmanager
+def lone_group(folder: Path) -> Iterator[None]:
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _rank(rank: int, work: Callable[..., None], world_size: int, port: int, args: tuple[Any, ...]) -> None:

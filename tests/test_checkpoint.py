@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks, tiny_config
+from helpers import lone_group, run_ranks, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,10 +17,8 @@ CONFIG = Config.model_validate(tiny_config(Path("/x")))
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory):
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with lone_group(tmp_path_factory.mktemp("group")):
+        yield
 
 
 def tensors(seed=0):

@@ -30,7 +30,7 @@ class FakeSaver:
 
     def end(self, error: Exception | None = None) -> None:
         saved = None if error else Checkpoint(f"step-{self.begun[-1]}", self.begun[-1], 0, (), {})
-        self.outcome = Outcome(saved, None if error is None else str(error), error, 0.1, 0.2, 0)
+        self.outcome = Outcome(saved, error, 0.1, 0.2, 0)
         self.busy = False
 
     def poll(self) -> Outcome | None:

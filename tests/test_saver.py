@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks
+from helpers import lone_group, run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,10 +26,8 @@ class Lost(RuntimeError):
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory):
-    file = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with lone_group(tmp_path_factory.mktemp("group")):
+        yield
 
 
 def tensors(seed):
