@@ -110,6 +110,20 @@ def committed(root: str) -> list[Checkpoint]:
     return survey(root)[0]
 
 
+def at(url: str) -> Checkpoint | None:
+    """The committed checkpoint whose folder is `url`; None if that is none.
+
+    Raises:
+        DamagedCheckpoint: its manifest cannot be read.
+    """
+    if not _FOLDER.search(url.rstrip("/")):
+        return None
+    try:
+        return _parse(url.rstrip("/"), storage.read_bytes(storage.join(url, MANIFEST)))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def newest(root: str) -> Checkpoint | None:
     """The run's newest committed checkpoint, None if there is none; its parts are not read."""
     return next(iter(committed(root)), None)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import checkpoint, flow, storage
+from eiwtrain import checkpoint, flow, models, storage
 
 
 def export(model: flow.EIWFlow, url: str, metadata: dict[str, Any]) -> None:
@@ -22,39 +22,6 @@ def export(model: flow.EIWFlow, url: str, metadata: dict[str, Any]) -> None:
             storage.put_file(file, storage.join(url, file.name))
 
 
-def choose(which: str, root: str) -> checkpoint.Checkpoint:
-    """The newest checkpoint (`last`), the best by held-out bits/dim (`best`), or that of a step.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = checkpoint.committed(root)
-    if which == "best":
-        found = [b] if (b := checkpoint.best(found)) else []
-    elif which != "last":
-        found = [c for c in found if str(c.step) == which]
-    if not found:
-        there, unreadable = checkpoint.survey(root)
-        bad = "; ".join(u.why for u in unreadable)
-        raise ValueError(
-            f"{root}: no checkpoint {which!r}; committed: {[c.step for c in there]}" + (bad and f"; {bad}")
-        )
-    return found[0]
-
-
-def model_of(saved: checkpoint.Checkpoint) -> flow.EIWFlow:
-    """The averaged weights of a checkpoint as a model, in eval mode on CPU."""
-    model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
-    model.load_state_dict(checkpoint.section(checkpoint.load(saved), "ema"))
-    return model.eval()
-
-
-def metadata_of(saved: checkpoint.Checkpoint) -> dict[str, Any]:
-    """What an exported model says of its origin."""
-    keys = ("data", "data_fingerprint", "eval_bits_per_dim")
-    return {"step": saved.step, "samples_seen": saved.samples_seen} | {k: saved.state.get(k) for k in keys}
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.export", description="Export a checkpoint as a model.")
@@ -63,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder or URL to write")
     args = parser.parse_args(argv)
     try:
-        saved = choose(args.which, args.run)
-        export(model_of(saved), args.output, metadata_of(saved))
+        saved = models.choose(args.which, args.run)
+        model = models.of_checkpoint(saved)
+        export(model.flow, args.output, model.metadata)
     except (ValueError, OSError, storage.StorageError, checkpoint.DamagedCheckpoint) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

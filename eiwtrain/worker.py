@@ -8,8 +8,6 @@ all-reduced, so no rank is left waiting in a collective.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
 import os
 import socket
@@ -22,14 +20,15 @@ import fsspec.config
 import ray
 import torch
 import torch.distributed as dist
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from eiwtrain import data, evaluate, export, failpoints, flow, goodput, report, sample, storage, tracking
+from eiwtrain import data, evaluate, failpoints, flow, goodput, report, storage, tracking
 from eiwtrain.audit import Audit
 from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.config import Config, Train
+from eiwtrain.finish import finish
 from eiwtrain.goodput import Clock
+from eiwtrain.held_out import HeldOut
 from eiwtrain.keeper import Keeper
 from eiwtrain.lease import Guard, LeaseLost
 from eiwtrain.mailbox import WorkerEnd
@@ -38,7 +37,7 @@ from eiwtrain.tracking import TrackedRun, Tracker
 from eiwtrain.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
-_HELD_OUT_SEED = 0  # of held-out noise and of samples: the same for every run, so that runs compare
+_FIRST_SEED = 0  # of their noise
 
 Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: go on, or one of the requests of the driver
 
@@ -103,16 +102,17 @@ class Worker:
         d = job.config.data
         manifest = data.load_manifest(d.path)
         self.train_set = data.ShardReader(d.path, manifest, d.train_split, d.cache_dir, d.cache_bytes)
-        self.eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
+        eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
         self.state = TrainState(
             job.config,
             manifest,
             self.device,
             (self.micro_batch, accumulation),
-            first=lambda: self._on_device(self._first(self.train_set, _INITIALIZE_IMAGES)),
+            first=lambda: self._on_device(data.first_batch(self.train_set, _INITIALIZE_IMAGES, _FIRST_SEED)),
             note=self.note,
             skip_to=job.skip_to,
         )
+        self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)
         saved = self.state.newest.state if self.state.newest else {}
         self.clock = Clock.resumed(saved.get("clock"), job.began, job.earlier, job.attempt_began)
         self.tracker: Tracker | None = None
@@ -271,14 +271,6 @@ class Worker:
         state = self.state
         if state.score is not None:
             return state.score
-        batches = data.eval_batches(
-            self.eval_set,
-            images=self.config.eval.images,
-            seed=_HELD_OUT_SEED,
-            micro_batch=self.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
 
         def stopped() -> bool:
             self.watchdog.beat(f"the evaluation at step {state.step}")
@@ -286,72 +278,45 @@ class Worker:
 
         failpoints.reach("worker.evaluation")
         with self.clock.spending("evaluation"):
-            score = evaluate.score(state.averaged, batches, stopped)
+            score = self.held_out.score(stopped)
         if score is None:
             return None
         state.score = score
         self.note(
             f"step {state.step:,}: held-out {score.bits_per_dim:.4f} ± {score.standard_error:.4f} bits/dim "
-            f"on {score.images:,} images of {self.eval_set.manifest.title}"
+            f"on {score.images:,} images of {state.manifest.title}"
         )
         if self.tracker is not None:
-            drift = self._drift()
+            drift = self.held_out.drift()
             if warning := report.drift_warning(drift, self.config):
                 self.note(warning)
             self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": drift})
             self.watchdog.beat(f"drawing samples at step {state.step}")
             with self.clock.spending("evaluation"):
-                self.tracker.image(state.step, "samples", self._overview())
+                self.tracker.image(state.step, "samples", self.held_out.overview())
         return score
 
     def _finish(self, score: evaluate.Score) -> dict[str, Any]:
-        """Draw, export and sum up, looking between for a stop; rank 0 alone."""
-        c, state, root = self.config, self.state, self.config.root
+        """What the run leaves, looking between for a stop; rank 0 alone."""
+        state = self.state
         if state.newest is None or state.newest.step != state.step:
             last = state.newest.url if state.newest else "the beginning"
             raise Fatal(f"the last checkpoint could not be written; the same command goes on from {last}")
         self.watchdog.beat("the end")
         failpoints.reach("worker.finish")
-        png = evaluate.png_bits_per_dim((self.eval_set[i] for i in range(score.images)), c.model.n_bits)
-        samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
-        if ending := _ending(*self._wants()):
-            return self._ended(ending)
-        self.job.guard.check()
-        storage.write_bytes(samples, _png(self._overview()))
-        self.watchdog.beat("the export")
-        if ending := _ending(*self._wants()):
-            return self._ended(ending)
-        self.job.guard.check()
-        export.export(state.averaged, model, export.metadata_of(state.newest))
-        clock = self.clock
-        summary = {
-            "data": self.eval_set.manifest.title,
-            "steps": state.step,
-            "images": state.samples_seen,
-            "test_bits_per_dim": score.bits_per_dim,
-            "test_standard_error": score.standard_error,
-            "test_images": score.images,
-            "png_bits_per_dim": png,
-            "images_per_second": state.samples_seen
-            / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
-            "goodput": clock.goodput,
-            "goodput_shares": clock.shares(),
-            "goodput_line": goodput.describe(clock),
-            "wall_seconds": clock.wall,
-            "skipped_steps": state.skipped,
-            "drift": self._drift(),
-            "workers": self.world_size,
-            "samples": samples,
-            "exported_model": model,
-            "checkpoint": state.newest.url,
-            "mlflow_run_id": self.job.tracked.run_id,
-        }
-        self.job.guard.check()
-        storage.write_bytes(storage.join(root, "summary.json"), json.dumps(summary, indent=1).encode())
-        if self.tracker is not None:
-            self.tracker.metrics(state.step, {"eval/png_bits_per_dim": png})
-            self.tracker.tags({"exported_model": model})
-        return {"finished": summary}
+        ending: Ending = ""
+
+        def may_go_on(what: str) -> bool:
+            nonlocal ending
+            self.watchdog.beat(what)
+            ending = _ending(*self._wants())
+            if not ending:
+                self.job.guard.check()
+            return not ending
+
+        assert self.tracker is not None
+        summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, may_go_on)
+        return self._ended(ending) if summary is None else {"finished": summary}
 
     def _train_batches(self) -> Iterator[list[data.Batch]]:
         c = self.config
@@ -370,23 +335,9 @@ class Worker:
             warn=self.note,
         )
 
-    def _first(self, reader: data.ShardReader, n: int) -> data.Batch:
-        """The first n samples of a split."""
-        return data.first_batch(reader, n, _HELD_OUT_SEED)
-
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the flow takes: pixels, noise, labels."""
         return data.flow_inputs(batch, self.config.model.classes, self.device)
-
-    def _drift(self) -> float:
-        """Relative error of held-out images through the flow and back."""
-        images, noise, labels = self._on_device(self._first(self.eval_set, self.config.eval.samples))
-        x = flow.dequantize(images, noise, self.config.model.n_bits)
-        return self.state.averaged.drift(x, labels)
-
-    def _overview(self) -> Image:
-        e, batch = self.config.eval, self._first(self.eval_set, self.config.eval.samples)
-        return sample.overview(self.state.averaged, batch, e.samples, e.temperatures, _HELD_OUT_SEED)
 
     def note(self, text: str) -> None:
         """Have the driver print a line; from rank 0 only."""
@@ -462,9 +413,3 @@ def _device(config: Config) -> torch.device:
     device = get_device()
     torch.cuda.set_device(device)
     return device
-
-
-def _png(image: Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from PIL import Image
 
-from eiwtrain import backlog, storage, tracking
+from eiwtrain import storage, tracking
 from eiwtrain.config import Config
+from eiwtrain.tracking import backlog, store
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def failing(monkeypatch, method, *errors, after=False):
 
 def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeypatch):
     said = []
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
     left = failing(monkeypatch, "log_batch", *[ConnectionError("gone")] * 4)
     tracker = tracking.Tracker(run, warn=said.append)
@@ -126,7 +127,7 @@ def test_a_single_failed_call_is_no_news(config, monkeypatch):
 
 
 def test_what_the_store_took_though_the_call_failed_is_there_once(config, monkeypatch):
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
     left = failing(monkeypatch, "log_batch", *[ConnectionError("answer lost")] * 3, after=True)
     tracker = tracking.Tracker(run, warn=lambda _: None)
@@ -168,8 +169,8 @@ def test_a_batch_waits_for_others_and_a_flush_does_not(config, monkeypatch):
 
 def test_a_flush_does_not_wait_for_a_store_that_is_away(config, monkeypatch):
     run = tracking.begin(config, {})
-    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 3600.0)
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 0.0)
     failing(monkeypatch, "log_batch", *[ConnectionError("gone")] * 1000)
     said = []
     tracker = tracking.Tracker(run, warn=said.append)
@@ -182,10 +183,10 @@ def test_a_flush_does_not_wait_for_a_store_that_is_away(config, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["disk full", "locked"])
 def test_a_database_that_is_full_or_locked_is_tried_again(config, monkeypatch, fault):
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
     path = run.uri.removeprefix("sqlite:///")
-    engine = tracking._client(run.uri)._tracking_client.store.engine
+    engine = store.client(run.uri)._tracking_client.store.engine
     away = threading.Event()
     said = []
 
@@ -222,7 +223,7 @@ def test_a_database_that_is_full_or_locked_is_tried_again(config, monkeypatch, f
 
 def test_points_that_were_not_logged_go_on_in_the_next_attempt(config, monkeypatch):
     run = tracking.begin(config, {})
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 0.0)
     said = []
     with monkeypatch.context() as broken:
         failing(broken, "log_batch", *[ConnectionError("gone")] * 1000)
@@ -233,7 +234,7 @@ def test_points_that_were_not_logged_go_on_in_the_next_attempt(config, monkeypat
         saved = json.loads(json.dumps(first.pending(), allow_nan=False))
         first.metrics(6, {"train/lr": 6.0})  # after the checkpoint
         first.close()
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 60.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 60.0)
     # in between somebody has logged two of them, with other times
     MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 2.0, step=2, timestamp=7)
     MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 4.0, step=4, timestamp=7)
@@ -259,8 +260,8 @@ def test_the_histories_of_curves_are_read_only_where_a_backlog_asks_for_it(confi
 
 
 def test_a_guard_that_raises_ends_all_writing(config, monkeypatch):
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 3600.0)
-    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 3600.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 3600.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._FLUSH_SECONDS", 3600.0)
     run = tracking.begin(config, {})
     lost = threading.Event()
 
@@ -305,7 +306,7 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(config):
 
 
 def test_a_run_that_was_deleted_is_said_once(config, monkeypatch):
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 3600.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 3600.0)
     run = tracking.begin(config, {})
     said = []
     tracker = tracking.Tracker(run, warn=said.append)
@@ -325,7 +326,7 @@ def images(run):
 @pytest.mark.parametrize("method", ["log_image", "set_tag", "_log_artifact_helper"])
 def test_an_image_is_there_once_wherever_logging_it_failed(config, monkeypatch, method):
     run = tracking.begin(config, {})
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     real, calls = getattr(MlflowClient, method), []
 
     def flaky(*args, **kwargs):
@@ -353,8 +354,8 @@ def test_an_image_is_there_once_wherever_logging_it_failed(config, monkeypatch, 
 
 def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_kept(config, monkeypatch):
     run = tracking.begin(config, {})
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 0.0)
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 3600.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 3600.0)
     said = []
     with monkeypatch.context() as broken:
         failing(broken, "log_image", *[OSError("no such bucket")] * 1000)
@@ -374,7 +375,7 @@ def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_k
     MlflowClient(run.uri).log_image(run.run_id, Image.new("RGB", (8, 8)), key="samples", step=6)
     tracker = tracking.Tracker(run, warn=said.append, backlog=saved)
     tracker._thread.join(0.0)
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 60.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 60.0)
     tracker.close()
     assert said == [
         "images that the last attempt could not log: samples of step 5, samples of step 7, samples of step 8"
@@ -453,13 +454,13 @@ def test_an_ended_run_says_how(config):
 
 
 def test_an_end_is_tried_again_for_a_while(config, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.record._AGAIN_SECONDS", 0.01)
     run = tracking.begin(config, {})
     left = failing(monkeypatch, "set_terminated", *[ConnectionError("gone")] * 3)
     tracking.end(run, "FAILED")
     assert not left
     assert status(run) == "FAILED"
-    monkeypatch.setattr(tracking, "_END_SECONDS", 0.05)
+    monkeypatch.setattr("eiwtrain.tracking.record._END_SECONDS", 0.05)
     failing(monkeypatch, "set_terminated", *[ConnectionError("gone")] * 1000)
     tracking.end(run, "FINISHED")
     assert capsys.readouterr().err == f"could not mark MLflow run {run.run_id} as FINISHED: ConnectionError: gone\n"
@@ -467,7 +468,7 @@ def test_an_end_is_tried_again_for_a_while(config, monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", ["create_experiment", "create_run", "log_batch", "set_tag"])
 def test_a_beginning_that_fails_halfway_goes_on_with_the_same_run(config, monkeypatch, method):
-    monkeypatch.setattr(tracking, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("eiwtrain.tracking.record._AGAIN_SECONDS", 0.01)
     failing(monkeypatch, method, ConnectionError("answer lost"), after=True)
     run = tracking.begin(config, {"a": "b"})
     (found,) = MlflowClient(run.uri).search_runs([run.experiment_id])
@@ -477,7 +478,7 @@ def test_a_beginning_that_fails_halfway_goes_on_with_the_same_run(config, monkey
 
 def test_params_that_an_interrupted_start_left_out_are_logged_by_the_next(config, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(tracking, "_BEGIN_SECONDS", 0.0)
+        broken.setattr("eiwtrain.tracking.record._BEGIN_SECONDS", 0.0)
         failing(broken, "log_batch", ConnectionError("away"))
         with pytest.raises(tracking.TrackingError, match="away"):
             tracking.begin(config, {})

@@ -28,7 +28,7 @@ from .conditioners import (
 )
 from .config import FlowConfig
 from .dequantization import VariationalDequantizer
-from .files import load, save
+from .files import CONFIG_FILE, MODEL_FILE, load, metadata, save
 from .images import bits_per_dim, dequantize, quantize
 from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
 from .level import Level
@@ -39,6 +39,8 @@ from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
 from .spline import SplineCoupling
 
 __all__ = [
+    "CONFIG_FILE",
+    "MODEL_FILE",
     "PRESETS",
     "ActNorm",
     "AffineCoupling",
@@ -67,6 +69,7 @@ __all__ = [
     "load",
     "make_conditioner",
     "make_shuffle",
+    "metadata",
     "preset",
     "quantize",
     "run",

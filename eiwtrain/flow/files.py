@@ -44,19 +44,12 @@ def load(path: str | Path) -> EIWFlow:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no such flow, or lacks or has too many tensors, or has them in other shapes.
     """
-    path = Path(path)
-    path = path / MODEL_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            # Cloned, as the file's own packing is not aligned and matrix products may round by alignment: a loaded flow
-            # is to give the same bits as the one that was saved.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    path, header = _header(path)
     config = _config(path, header)
+    with safe_open(path, framework="pt") as file:
+        # Cloned, as the file's own packing is not aligned and matrix products may round by alignment: a loaded flow
+        # is to give the same bits as the one that was saved.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     with torch.random.fork_rng(devices=[]):  # so that loading leaves the caller's random numbers as they are
         flow = EIWFlow(config)
     wanted = flow.state_dict()
@@ -69,6 +62,32 @@ def load(path: str | Path) -> EIWFlow:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, and should be {tuple(wanted[name].shape)}")
     flow.load_state_dict(tensors, assign=True)  # assign: a flow saved in float64 comes back in float64
     return flow.eval()
+
+
+def metadata(path: str | Path) -> dict[str, Any]:
+    """What `save` was given to keep beside the config; weights are not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no flow.
+    """
+    path, header = _header(path)
+    _config(path, header)
+    kept = json.loads(header["eiwtrain"]).get("metadata")
+    return kept if isinstance(kept, dict) else {}
+
+
+def _header(path: str | Path) -> tuple[Path, dict[str, str]]:
+    """The file, and what its header keeps beside the tensors."""
+    path = Path(path)
+    path = path / MODEL_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return path, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
 
 
 def _config(path: Path, header: dict[str, str]) -> FlowConfig:

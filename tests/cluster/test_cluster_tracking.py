@@ -14,8 +14,9 @@ from helpers import free_port, tiny_config
 from mlflow import MlflowClient
 from PIL import Image
 
-from eiwtrain import backlog, tracking
+from eiwtrain import tracking
 from eiwtrain.config import Config
+from eiwtrain.tracking import backlog
 
 pytestmark = pytest.mark.cluster
 
@@ -78,9 +79,9 @@ def server(started):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(tracking, "_AGAIN_SECONDS", 0.1)
-    monkeypatch.setattr(tracking, "_DRAIN_SECONDS", 120.0)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("eiwtrain.tracking.record._AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 120.0)
     monkeypatch.setattr(backlog, "_GATHER_SECONDS", 0.05)
 
 

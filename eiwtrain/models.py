@@ -1,0 +1,111 @@
+"""A trained flow from whatever a user has of it: an exported model, a checkpoint, a run, or a registered model.
+
+For the commands. Not for resuming training, nor for programs without the rest of eiwtrain: those call `flow.load`.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eiwtrain import checkpoint, flow, storage
+from eiwtrain.checkpoint import Checkpoint
+
+_REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A flow, in eval mode on the CPU, and what is known of it.
+
+    Attributes:
+        source: where it was found: the URL of the exported model or of the checkpoint.
+        metadata: `step`, `samples_seen`, `data` (title), `data_fingerprint`, `eval_bits_per_dim` and so on; a model
+            that was exported by a program of somebody else may lack any of them.
+    """
+
+    flow: flow.EIWFlow
+    source: str
+    metadata: dict[str, Any]
+
+
+def open_model(name: str) -> Model:
+    """The flow at `name`: an exported model's folder or URL, a checkpoint's, a run's (its best checkpoint, the newest
+    if none was evaluated), or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of the MLflow Model Registry that
+    MLFLOW_TRACKING_URI names.
+
+    Raises:
+        ValueError: there is no such model.
+        storage.StorageError: it cannot be read.
+        checkpoint.DamagedCheckpoint: it is not as it was written.
+    """
+    if _REGISTERED.match(name):
+        return _registered(name)
+    if storage.exists(storage.join(name, flow.MODEL_FILE)):
+        return _exported(name)
+    if (saved := checkpoint.at(name)) is not None:
+        return of_checkpoint(saved)
+    found = checkpoint.committed(name)
+    if not found:
+        raise ValueError(f"{name}: neither an exported model nor a checkpoint nor a run that has one")
+    return of_checkpoint(checkpoint.best(found) or found[0])
+
+
+def choose(which: str, root: str) -> Checkpoint:
+    """The newest checkpoint of a run (`last`), the best by held-out bits/dim (`best`), or that of a step.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = checkpoint.committed(root)
+    if which == "best":
+        found = [b] if (b := checkpoint.best(found)) else []
+    elif which != "last":
+        found = [c for c in found if str(c.step) == which]
+    if not found:
+        there, unreadable = checkpoint.survey(root)
+        bad = "; ".join(u.why for u in unreadable)
+        raise ValueError(
+            f"{root}: no checkpoint {which!r}; committed: {[c.step for c in there]}" + (bad and f"; {bad}")
+        )
+    return found[0]
+
+
+def of_checkpoint(saved: Checkpoint) -> Model:
+    """The averaged weights of a checkpoint."""
+    model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
+    model.load_state_dict(checkpoint.section(checkpoint.load(saved), "ema"))
+    return Model(model.eval(), saved.url, metadata_of(saved))
+
+
+def metadata_of(saved: Checkpoint) -> dict[str, Any]:
+    """What an exported model says of its origin."""
+    keys = ("data", "data_fingerprint", "eval_bits_per_dim")
+    return {"step": saved.step, "samples_seen": saved.samples_seen} | {k: saved.state.get(k) for k in keys}
+
+
+def _exported(url: str) -> Model:
+    # the header of the weights holds all that config.json does: no other file is fetched
+    if storage.is_local(url):
+        return _loaded(Path(storage.absolute(url), flow.MODEL_FILE), url)
+    with tempfile.TemporaryDirectory() as copy:
+        storage.get_file(storage.join(url, flow.MODEL_FILE), Path(copy, flow.MODEL_FILE))
+        return _loaded(Path(copy, flow.MODEL_FILE), url)
+
+
+def _loaded(file: Path, source: str) -> Model:
+    return Model(flow.load(file), source, flow.metadata(file))
+
+
+def _registered(name: str) -> Model:
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as copy:
+        try:
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=name, dst_path=copy)
+        except Exception as e:
+            raise ValueError(f"{name}: {' '.join(str(e).split())[:200]}") from None
+        return _loaded(Path(folder, flow.MODEL_FILE), name)

@@ -1,0 +1,80 @@
+"""An MLflow tracking store: where it is, a client of it, and what its errors say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eiwtrain.config import Config
+
+
+class TrackingError(RuntimeError):
+    """The tracking server or database cannot be used; one line with the URI and the cause."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """Where a run is recorded."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def view_command(self) -> str:
+        """The command that opens the MLflow UI on this run's store; empty when a server has it already."""
+        if self.uri.startswith("http"):
+            return ""
+        mlflow = Path(sys.executable).with_name("mlflow")
+        return f"{shlex.quote(str(mlflow))} ui --backend-store-uri {shlex.quote(self.uri)} --port 5000"
+
+    @property
+    def url(self) -> str:
+        """The run's page in the MLflow UI (for a local store: once `view_command` runs)."""
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        # the UI opens on GenAI unless the address says otherwise
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+
+
+def tracking_uri(config: Config) -> str:
+    """The MLflow tracking URI of a config: as given, or sqlite in the local storage folder."""
+    return config.tracking.uri or f"sqlite:///{config.run.storage}/mlflow.db"
+
+
+def client(uri: str) -> Any:
+    # no retries of a request, which would create a run twice: those here look first and have their own patience
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
+    try:
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):  # after the import, which sets levels of its own
+            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each try
+        return MlflowClient(tracking_uri=uri)
+    except Exception as e:
+        raise TrackingError(f"tracking.uri: {uri} cannot be used: {one_line(e)}") from None
+
+
+def refused(e: Exception) -> bool:
+    """Whether the server understood and said no: trying again would hold up everything behind it for ever."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(e, MlflowException) and e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+
+
+def one_line(e: BaseException) -> str:
+    """The innermost cause that the message repeats: a refused connection, without the layers that it came through."""
+    whole, cause = str(e), e.__cause__ or e.__context__
+    while cause is not None:
+        if str(cause) and str(cause) in whole:
+            e = cause
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(e).split()).partition(" [SQL: ")[0]  # of sqlalchemy: the statement and its numbers
+    return f"{type(e).__name__}: {text[:200]}"

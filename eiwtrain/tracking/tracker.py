@@ -1,0 +1,236 @@
+"""Logs into an MLflow run from a background thread, which training never waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from eiwtrain.tracking.backlog import BATCH, MOST_POINTS, Backlog, Picture, Point
+from eiwtrain.tracking.store import TrackedRun, client, one_line, refused
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_RETRY_SECONDS = 5.0
+_FLUSH_SECONDS = 5.0
+_DRAIN_SECONDS = 60.0  # how long a closing tracker waits for a server that is away
+
+
+class Tracker:
+    """Logs into a run from a background thread: each step of a curve once, in order, however often it must be tried.
+
+    A store that is away, locked or full is tried again until it is back; training never waits for it. The same points
+    are sent again after a failure, whether or not the store had taken them: MLflow's databases keep one of points that
+    are alike in curve, step, time and value. Steps that an earlier attempt has logged are passed over.
+
+    Attributes:
+        error: what `guard` raised; from then on nothing is written.
+
+    Args:
+        run: where to log.
+        warn: is given a line for people, from the background thread.
+        guard: called in the background thread before each write; it may wait, or raise to end all writing.
+        backlog: what `pending` gave to the checkpoint that this attempt goes on from.
+    """
+
+    def __init__(
+        self,
+        run: TrackedRun,
+        warn: Callable[[str], None] = print,
+        guard: Callable[[], object] = lambda: None,
+        backlog: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.error: Exception | None = None
+        self._run, self._warn, self._guard = run, warn, guard
+        self._client = client(run.uri)
+        self._backlog = Backlog(backlog)
+        self._unwanted: set[str] = set()  # curves that the store refuses
+        self._away = self._full = self._closed = False
+        self._image_failures = self._caught_up = 0  # images: in a row
+        self._thread = threading.Thread(target=self._work, daemon=True, name="tracker")
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Queue one point of each named curve."""
+        now = int(time.time() * 1000)
+        self._backlog.put(points=[Point(curve, step, now, float(value)) for curve, value in values.items()])
+        if self._backlog.dropped and not self._full:
+            self._full = True
+            self._warn(f"MLflow at {self._run.uri}: more than {MOST_POINTS:,} points wait; the oldest are dropped")
+
+    def image(self, step: int, name: str, image: Image) -> None:
+        """Queue an image, shown in the UI under its step. Of images that wait only the newest few are kept."""
+        self._backlog.put(picture=Picture(name, step, image))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Queue tags, e.g. the URL of the newest checkpoint."""
+        self._backlog.put(tags=values)
+
+    def pending(self) -> dict[str, Any]:
+        """What the store has not confirmed yet, as JSON: the `backlog` of the attempt that goes on from here. Of images
+        it names those that wait, and does not hold them. Empty as a rule, never more than a few MB."""
+        return self._backlog.to_json()
+
+    def flush(self) -> None:
+        """Wait until what was queued is logged, at most `_FLUSH_SECONDS`, and not for a store that is away."""
+        self._backlog.wait(_FLUSH_SECONDS, lambda: self._away or self._image_failures > 1)
+
+    def close(self, patience: float | None = None) -> None:
+        """Wait until what was queued is logged, at most so many seconds (by default a minute);
+        closing twice is fine."""
+        if self._closed:
+            return
+        self._closed = True
+        self._backlog.close()
+        self._thread.join(_DRAIN_SECONDS if patience is None else patience)
+        points, images = self._backlog.waiting
+        self._backlog.abandon()
+        if points or images:
+            self._warn(f"MLflow at {self._run.uri} did not take {points:,} points and {images} images")
+
+    def _work(self) -> None:
+        try:
+            if self._until_done(self._look) is not None:
+                self._backlog.reconcile({}, {})
+            while (batch := self._backlog.take()) is not None:
+                if batch.picture is not None:
+                    self._log_picture(batch.picture)
+                    continue
+                self._log_points(batch.points) if batch.points else self._log_tags(batch.tags)
+                self._backlog.done()
+                self._say_back(len(batch.points))
+        except _GivenUp:
+            pass
+        except Exception as e:
+            self.error = e
+            self._warn(f"nothing more is written to MLflow run {self._run.run_id}: {one_line(e)}")
+        finally:
+            self._backlog.abandon()
+
+    def _look(self) -> None:
+        """See what earlier attempts have logged. One call, and one more for each curve that may have a gap."""
+        run = self._client.get_run(self._run.run_id)
+        last = {m.key: m.step for m in run.data._metric_objs}  # of each curve the point with the highest step
+        doubtful = {p.curve for p in self._backlog.earlier if p.step <= last.get(p.curve, -1)}
+        logged = {c: {m.step for m in self._client.get_metric_history(self._run.run_id, c)} for c in doubtful}
+        self._backlog.reconcile(last, logged)
+        with contextlib.suppress(Exception):  # a place for images that is away does not hold up curves
+            lost = [f"{n} of step {s:,}" for n, s in self._backlog.lost_pictures if not self._files(n, s)]
+            if lost:
+                self._warn(f"images that the last attempt could not log: {', '.join(lost)}")
+
+    def _log_points(self, points: list[Point]) -> None:
+        """Log a batch; where the store refuses it, log it by halves, to lose no more than what is refused."""
+        from mlflow.entities import Metric
+
+        wanted = [p for p in points if p.curve not in self._unwanted]
+        if not wanted:
+            return
+        metrics = [Metric(p.curve, p.value, p.time, p.step) for p in wanted]
+        refusal = self._until_done(lambda: self._client.log_batch(self._run.run_id, metrics=metrics, synchronous=True))
+        if refusal is not None and len(wanted) > 1:
+            self._log_points(wanted[: len(wanted) // 2])
+            self._log_points(wanted[len(wanted) // 2 :])
+        elif refusal is not None:
+            self._unwanted.add(wanted[0].curve)
+            self._warn(f"MLflow at {self._run.uri} refused {wanted[0].curve!r}: {one_line(refusal)}")
+
+    def _log_tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(f"eiwtrain.{key}", value) for key, value in values.items()]
+        refusal = self._until_done(lambda: self._client.log_batch(self._run.run_id, tags=tags, synchronous=True))
+        if refusal is not None:
+            self._warn(f"MLflow at {self._run.uri} refused tags: {one_line(refusal)}")
+
+    def _log_picture(self, picture: Picture) -> None:
+        """Log an image, or put it back: a place for images that is away does not hold up curves."""
+        name, step, image = picture
+        self._guard()
+        try:
+            files = self._files(name, step)
+            if not files:
+                self._client.log_image(self._run.run_id, image, key=name, step=step, synchronous=True)
+            elif len(files) == 1:  # of the two files of an image one was written when an attempt failed
+                preview = files[0].removesuffix(".png") + "+compressed.webp"
+                self._client.log_image(self._run.run_id, image, artifact_file=preview)
+                self._client.set_tag(self._run.run_id, "mlflow.loggedImages", True)
+        except Exception as e:
+            if isinstance(e, (ValueError, TypeError)) or refused(e):
+                self._warn(f"MLflow at {self._run.uri} refused image {name!r}: {one_line(e)}")
+                self._backlog.done()
+                return
+            self._see_that_the_run_is_there()  # not before the store is back, if it is the one that is away
+            self._image_failures += 1
+            if self._image_failures == 2:
+                self._warn(f"MLflow at {self._run.uri} does not take images ({one_line(e)}); will go on trying")
+            self._backlog.put_back(_RETRY_SECONDS if self._image_failures > 1 else 0.0)
+        else:
+            self._backlog.done()
+            if self._image_failures > 1:
+                self._warn("MLflow takes images again")
+            self._image_failures = 0
+
+    def _files(self, name: str, step: int) -> list[str]:
+        """The artifacts of an image that was logged under `name` and `step`: a PNG and then a preview."""
+        prefix = f"images/{name.replace('/', '~')}+step+{step}+"
+        return sorted(
+            f.path for f in self._client.list_artifacts(self._run.run_id, "images") if f.path.startswith(prefix)
+        )
+
+    def _until_done(self, act: Callable[[], object]) -> Exception | None:
+        """Act until the store answers; returns its refusal, if it is one. The second failure in a row is told.
+
+        Raises:
+            _GivenUp: the run was deleted, or the tracker is not waited for any more.
+        """
+        failed = False
+        while True:
+            self._guard()
+            try:
+                act()
+            except Exception as e:
+                if refused(e):
+                    self._see_that_the_run_is_there()
+                    return e
+                if failed and not self._away:
+                    self._away = True
+                    self._warn(f"MLflow at {self._run.uri} is away ({one_line(e)}); will go on trying")
+                    self._backlog.touch()
+                if failed and not self._backlog.pause(_RETRY_SECONDS):
+                    raise _GivenUp from None
+                failed = True
+            else:
+                return None
+
+    def _see_that_the_run_is_there(self) -> None:
+        there = True
+
+        def look() -> None:
+            nonlocal there
+            try:
+                there = self._client.get_run(self._run.run_id).info.lifecycle_stage == "active"
+            except Exception as e:
+                if not refused(e):
+                    raise
+                there = False
+
+        self._until_done(look)
+        if not there:
+            self._warn(f"MLflow run {self._run.run_id} was deleted: nothing more is logged")
+            raise _GivenUp
+
+    def _say_back(self, points: int) -> None:
+        """Tell that a store is back, once all that had waited is logged."""
+        self._caught_up += points if self._away else 0
+        if self._away and self._backlog.waiting[0] < BATCH:
+            dropped = f", {self._backlog.dropped:,} were dropped" if self._backlog.dropped else ""
+            self._warn(f"MLflow is back; {self._caught_up:,} points caught up{dropped}")
+            self._away, self._full, self._caught_up, self._backlog.dropped = False, False, 0, 0
+
+
+class _GivenUp(Exception):
+    """There is nothing more to do for the background thread."""
