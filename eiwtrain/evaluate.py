@@ -8,18 +8,15 @@ Not for training: the loop calls `score` on batches of its own.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
-from eiwtrain import data, flow, storage
+from eiwtrain import data, flow, storage, yardsticks
 
 
 @dataclass(frozen=True)
@@ -75,26 +72,6 @@ def score(
     return Score(mean, math.sqrt(variance / max(1.0, count - 1)), int(count))
 
 
-def png_bits_per_dim(images: Iterable[np.ndarray], n_bits: int = 8) -> float:
-    """Bits per dimension of PNG files of single images, at PNG's strongest compression.
-
-    The yardstick beside every bits/dim: a lossless coder that everybody has. File headers count: they are part of
-    what an image costs.
-
-    Args:
-        images: uint8 arrays (3, H, W).
-        n_bits: bits per channel kept before encoding, as the model sees them.
-    """
-    total_bits = dims = 0
-    for image in images:
-        kept = image >> (8 - n_bits)
-        file = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(kept.transpose(1, 2, 0))).save(file, "PNG", optimize=True)
-        total_bits += 8 * file.tell()
-        dims += image.size
-    return total_bits / dims
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.evaluate", description="Held-out bits per dimension.")
@@ -124,14 +101,15 @@ def main(argv: list[str] | None = None) -> int:
         ]
         result = score(model, draws[0], more_draws=draws[1:])
         assert result is not None
-        png = png_bits_per_dim((reader[i] for i in range(result.images)), model.config.n_bits)
+        coders = yardsticks.bits_per_dim((reader[i] for i in range(result.images)), model.config.n_bits)
     except (ValueError, OSError, storage.StorageError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     kind = f"IWBO({args.iwbo})" if args.iwbo > 1 else "ELBO" if model.dequantizer else "one draw of uniform noise"
     print(
         f"bits/dim {result.bits_per_dim:.4f} ± {result.standard_error:.4f} ({kind}) on {result.images} images "
-        f"of {reader.manifest.title}, split {args.split}; PNG {png:.4f}"
+        f"of {reader.manifest.title}, split {args.split}; PNG {coders['png']:.4f}, "
+        f"WebP {coders['webp']:.4f}"
     )
     return 0
 

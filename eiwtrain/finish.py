@@ -33,7 +33,7 @@ def finish(
     config, state = held_out.config, held_out.state
     root = config.root
     assert state.newest is not None
-    png = held_out.png(score.images)
+    coders = held_out.yardsticks(score.images)
     samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
     if not may_go_on("drawing samples"):
         return None
@@ -48,7 +48,8 @@ def finish(
         "test_bits_per_dim": score.bits_per_dim,
         "test_standard_error": score.standard_error,
         "test_images": score.images,
-        "png_bits_per_dim": png,
+        "png_bits_per_dim": coders["png"],
+        "webp_bits_per_dim": coders["webp"],
         "images_per_second": state.samples_seen / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
         "goodput": clock.goodput,
         "goodput_shares": clock.shares(),
@@ -65,7 +66,7 @@ def finish(
     if not may_go_on("the summary"):
         return None
     storage.write_bytes(storage.join(root, "summary.json"), json.dumps(summary, indent=1).encode())
-    tracker.metrics(state.step, {"eval/png_bits_per_dim": png})
+    tracker.metrics(state.step, {f"eval/{coder}_bits_per_dim": bits for coder, bits in coders.items()})
     tracker.tags({"exported_model": model})
     return summary
 

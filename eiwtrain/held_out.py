@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 
-from eiwtrain import data, evaluate, flow, sample
+from eiwtrain import data, evaluate, flow, sample, yardsticks
 from eiwtrain.config import Config
 from eiwtrain.state import TrainState
 
@@ -52,9 +52,9 @@ class HeldOut:
         e = self.config.eval
         return sample.overview(self.state.averaged, self._first(), e.samples, e.temperatures, _SEED)
 
-    def png(self, images: int) -> float:
-        """What PNG needs for the first so many images, bits/dim."""
-        return evaluate.png_bits_per_dim((self.reader[i] for i in range(images)), self.config.model.n_bits)
+    def yardsticks(self, images: int) -> dict[str, float]:
+        """What lossless coders need for the first so many images, bits/dim."""
+        return yardsticks.bits_per_dim((self.reader[i] for i in range(images)), self.config.model.n_bits)
 
     def _first(self) -> data.Batch:
         return data.first_batch(self.reader, self.config.eval.samples, _SEED)

@@ -7,7 +7,7 @@ import torch
 from helpers import run_ranks, tiny_config, write_shards
 from PIL import Image
 
-from eiwtrain import data, evaluate, export, flow, sample
+from eiwtrain import data, evaluate, export, flow, sample, yardsticks
 from eiwtrain.config import Config
 from eiwtrain.state import flow_config
 
@@ -115,10 +115,10 @@ def test_png_yardstick_counts_whole_files():
     image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(file, "PNG", optimize=True)
-    assert evaluate.png_bits_per_dim([image, image]) == pytest.approx(8 * file.tell() / image.size)
-    assert evaluate.png_bits_per_dim([image]) > 8  # noise cannot be compressed, and a header comes on top
-    assert evaluate.png_bits_per_dim([np.zeros((3, 32, 32), np.uint8)]) < 1
-    assert evaluate.png_bits_per_dim([image], n_bits=3) < 4
+    assert yardsticks.bits_per_dim([image, image])["png"] == pytest.approx(8 * file.tell() / image.size)
+    assert yardsticks.bits_per_dim([image])["png"] > 8  # noise cannot be compressed, and a header comes on top
+    assert yardsticks.bits_per_dim([np.zeros((3, 32, 32), np.uint8)])["png"] < 1
+    assert yardsticks.bits_per_dim([image], n_bits=3)["png"] < 4
 
 
 def test_reconstructions_are_exact_and_samples_repeat(shards):
