@@ -225,6 +225,9 @@ class Tracking(Section):
     """MLflow experiment of the run."""
     log_every: PositiveInt = 10
     """Steps between two points of the training curves."""
+    registered_model: Annotated[str, Field(pattern=r"^[\w.-][\w. -]*$")] | None = None
+    """Name in MLflow's Model Registry of which the finished run's model becomes a version; null: that is left to
+    `eiwtrain.export`."""
 
 
 class Eval(Section):

@@ -1,43 +1,234 @@
 """From a checkpoint to a model folder that loads with torch and safetensors alone: `eiwtrain.flow.load(folder)`.
 
-python -m eiwtrain.export best --run runs/quickstart --output exported
+    python -m eiwtrain.export best --run runs/quickstart --output exported
+
+The same folder is a model that MLflow loads and serves (`eiwtrain.exporting.package`), laid out as Hugging Face's hub
+takes it. Registering it is the business of `eiwtrain.exporting.registry`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
+import shlex
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import checkpoint, flow, models, storage
+import torch
+
+from eiwtrain import checkpoint, data, flow, models, pictures, storage
+from eiwtrain.checkpoint import Checkpoint
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.exporting import model_card, onnx, registry
+from eiwtrain.exporting.package import MLMODEL, note_size, package
+from eiwtrain.models import Model
+from eiwtrain.tracking import TrackedRun, TrackingError
+
+_SAMPLES, _TEMPERATURES, _SEED = 16, (0.7, 1.0), 0
+_EXAMPLES = 2
 
 
-def export(model: flow.EIWFlow, url: str, metadata: dict[str, Any]) -> None:
-    """Publish the model at a folder or URL; `metadata` (JSON data) goes into its config.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        flow.save(model, folder, metadata)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights before the config that names them
-            storage.put_file(file, storage.join(url, file.name))
+def export(
+    model: flow.EIWFlow,
+    url: str,
+    metadata: Mapping[str, Any],
+    manifest: Manifest | None = None,
+    yardsticks: Mapping[str, float] | None = None,
+) -> None:
+    """Publish the model at a folder or URL, in place of one that is there. Arguments as of `assembled`."""
+    with assembled(model, metadata, manifest, yardsticks) as folder:
+        publish(folder, url)
+
+
+@contextlib.contextmanager
+def assembled(
+    model: flow.EIWFlow,
+    metadata: Mapping[str, Any],
+    manifest: Manifest | None = None,
+    yardsticks: Mapping[str, float] | None = None,
+    with_onnx: bool = False,
+) -> Iterator[Path]:
+    """The folder of an exported model, on this machine for the time of the context.
+
+    Args:
+        metadata: JSON data, as `models.metadata_of` gives it; it goes into config.json and the model card.
+        manifest: of the data set, if it can be read.
+        yardsticks: bits/dim of lossless coders, by name, on the images of the held-out score.
+        with_onnx: whether the encoder is to be there as an ONNX graph too; raises ValueError where it cannot be had.
+    """
+    described = dict(metadata)
+    if manifest is not None and model.config.classes:
+        described["class_names"] = list(manifest.classes)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "model")
+        # examples of its own making: images of the data set are not everybody's to pass on
+        examples = _samples(model, _EXAMPLES, 1.0).permute(0, 2, 3, 1).contiguous().numpy()
+        package(folder, model, examples, described)
+        flow.save(model, folder, described)
+        panels = [(f"samples, temperature {t:g}", _samples(model, _SAMPLES, t)) for t in _TEMPERATURES]
+        pictures.grid(panels).save(folder / model_card.SAMPLES_FILE)
+        parameters = sum(p.numel() for p in model.parameters())
+        card = model_card.render(model.config, parameters, described, manifest, yardsticks)
+        (folder / model_card.CARD_FILE).write_text(card, encoding="utf-8")
+        if with_onnx:
+            onnx.write(model, folder / onnx.ONNX_FILE)
+        note_size(folder)
+        yield folder
+
+
+def publish(folder: Path, url: str) -> None:
+    """Copy an assembled folder to a folder or URL.
+
+    Weights come last but for the file that MLflow looks for, and those of another model that are there go first: what
+    is interrupted is no model, neither to `flow.load` nor to MLflow.
+    """
+    last = [flow.MODEL_FILE, MLMODEL]
+    names = [name for name, _ in storage.find(str(folder)) if name not in last]
+    for name in reversed(last):
+        storage.delete(storage.join(url, name))
+    for name in [*names, *last]:
+        storage.put_file(folder / name, storage.join(url, name))
+
+
+def place(root: str, saved: Checkpoint) -> str:
+    """Where the model of a checkpoint goes if nothing else is said: a folder of its own, below the run's root."""
+    return storage.join(root, "exported", _name(saved))
+
+
+def register(
+    folder: Path, name: str, root: str, saved: Checkpoint, tracked: TrackedRun, model: flow.EIWFlow
+) -> registry.Registered:
+    """Register the assembled model of a run's last checkpoint; for the end of a run, whose own folder of the model
+    is written again when it goes on, and is nothing for a version to refer to.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+        StorageError: the run's storage cannot be used.
+    """
+    url = root
+    if not storage.is_local(root):
+        url = place(root, saved)
+        publish(folder, url)
+    return registry.register(name, folder, url, tracked.uri, tracked.run_id, model, models.metadata_of(saved))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.register is not None:
+            registry.check_name(args.register)
+        root = _root(args.run, args.storage)
+        saved = models.choose(args.which, root)
+        output = args.output or place(root, saved)
+        _refuse_another_model(output, saved)
+        model = models.of_checkpoint(saved)
+        if args.onnx:
+            onnx.check(model.flow)
+        facts = model.metadata, _manifest(saved), _yardsticks(root, saved)
+        with assembled(model.flow, *facts, with_onnx=args.onnx) as folder:
+            publish(folder, output)
+            print(f"step {saved.step:,} -> {output}")
+            return 0 if args.no_register else _register(args, root, saved, model, folder, output)
+    except (ValueError, OSError, storage.StorageError, checkpoint.DamagedCheckpoint) as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.export", description="Export a checkpoint as a model.")
     parser.add_argument("which", help="best, last or a step")
-    parser.add_argument("--run", required=True, help="folder or URL of the run: storage/name")
-    parser.add_argument("--output", required=True, help="folder or URL to write")
-    args = parser.parse_args(argv)
+    parser.add_argument("--run", required=True, help="folder or URL of the run, or its name under --storage")
+    parser.add_argument("--storage", default="runs", help="where a run lies that is given by its name (runs)")
+    parser.add_argument("--output", help="folder or URL to write (exported/CHECKPOINT under the run's)")
+    parser.add_argument("--onnx", action="store_true", help="also write the encoder as encode.onnx (takes minutes)")
+    registering = parser.add_mutually_exclusive_group()
+    registering.add_argument("--register", metavar="NAME", help="in MLflow's Model Registry (the run's name)")
+    registering.add_argument("--no-register", action="store_true", help="leave the Model Registry alone")
+    parser.add_argument("--tracking-uri", help="of MLflow (MLFLOW_TRACKING_URI, or where the run was recorded)")
+    return parser
+
+
+def _root(run: str, under: str) -> str:
+    """The run's root: a bare name that is no folder here is one of `under`."""
+    bare = "/" not in run and not Path(run).is_dir()
+    return storage.join(under, run) if bare else run.rstrip("/")
+
+
+def _name(saved: Checkpoint) -> str:
+    return saved.url.rpartition("/")[2]
+
+
+def _refuse_another_model(output: str, saved: Checkpoint) -> None:
+    """Raises ValueError where the export of another checkpoint is, which a registered version may refer to."""
+    if not storage.exists(storage.join(output, flow.MODEL_FILE)):
+        return
     try:
-        saved = models.choose(args.which, args.run)
-        model = models.of_checkpoint(saved)
-        export(model.flow, args.output, model.metadata)
-    except (ValueError, OSError, storage.StorageError, checkpoint.DamagedCheckpoint) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print(f"step {saved.step} -> {args.output}")
+        there = json.loads(storage.read_bytes(storage.join(output, flow.CONFIG_FILE)))["metadata"].get("checkpoint")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        there = None
+    if there != _name(saved):
+        raise ValueError(f"--output: {output} holds another model; name another folder, or delete it first")
+
+
+def _samples(model: flow.EIWFlow, n: int, temperature: float) -> torch.Tensor:
+    """uint8 (n, C, H, W), the same each time."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(_SEED)
+    return model.to_images(model.sample(n, temperature, generator)).cpu()
+
+
+def _manifest(saved: Checkpoint) -> Manifest | None:
+    """Of the data set of a checkpoint, if it is still there and the same."""
+    try:
+        manifest = data.load_manifest(saved.state["config"]["data"]["path"])
+    except (data.DataError, storage.StorageError, OSError):
+        return None
+    return manifest if manifest.fingerprint == saved.state["data_fingerprint"] else None
+
+
+def _yardsticks(root: str, saved: Checkpoint) -> dict[str, float]:
+    """As the run's summary has them, if it has one and it is of the same images as the score."""
+    try:
+        summary = json.loads(storage.read_bytes(storage.join(root, "summary.json")))
+        if summary["test_images"] == (saved.state["score"] or {}).get("images"):
+            return {coder: float(summary[f"{coder}_bits_per_dim"]) for coder in ("png", "webp")}
+    except (OSError, ValueError, KeyError, TypeError, storage.StorageError):
+        pass
+    return {}
+
+
+def _register(args: argparse.Namespace, root: str, saved: Checkpoint, model: Model, folder: Path, output: str) -> int:
+    config = saved.state["config"]
+    name = args.register or config["run"]["name"]
+    try:
+        uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _store(root, config)
+        run_id = saved.state.get("mlflow_run_id")
+        print(registry.register(name, folder, output, uri, run_id, model.flow, model.metadata))
+    except (TrackingError, storage.StorageError) as e:
+        again = ["python", "-m", "eiwtrain.export", str(saved.step), "--run", root, "--output", output]
+        again += ["--register", name] + (["--tracking-uri", args.tracking_uri] if args.tracking_uri else [])
+        print(f"not registered: {e}; to do so: {shlex.join(again)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _store(root: str, config: Mapping[str, Any]) -> str:
+    """The MLflow in which a run was recorded.
+
+    Raises:
+        TrackingError: that is a database beside the run, which is not there any more.
+    """
+    if config["tracking"]["uri"]:
+        return str(config["tracking"]["uri"])
+    database = Path(storage.absolute(root)).parent / "mlflow.db"
+    if not storage.is_local(root) or not database.is_file():
+        raise TrackingError(f"{database if storage.is_local(root) else root}: no MLflow there; give --tracking-uri")
+    return f"sqlite:///{database}"
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from PIL.Image import Image
 
-from eiwtrain import export, goodput, models, storage
-from eiwtrain.evaluate import Score
+from eiwtrain import export, goodput, models, pictures, storage
 from eiwtrain.goodput import Clock
 from eiwtrain.held_out import HeldOut
-from eiwtrain.tracking import TrackedRun, Tracker
+from eiwtrain.lease import Guard
+from eiwtrain.scoring.scores import Score
+from eiwtrain.tracking import TrackedRun, Tracker, TrackingError
+
+METRICS = "metrics.jsonl"
+"""Under the run's root: its curves (`eiwtrain.tracking.journal`)."""
 
 
 def finish(
@@ -23,24 +25,38 @@ def finish(
     clock: Clock,
     tracked: TrackedRun,
     tracker: Tracker,
+    guard: Guard,
     may_go_on: Callable[[str], bool],
 ) -> dict[str, Any] | None:
     """Draw, export and sum up; returns what `summary.json` under the run's root holds, or None if it may not go on.
 
     Args:
-        may_go_on: asked before each thing is written, and told what comes next.
+        guard: asked before each thing is written; raises LeaseLost.
+        may_go_on: asked before that, and told what comes next.
     """
     config, state = held_out.config, held_out.state
     root = config.root
     assert state.newest is not None
-    coders = held_out.yardsticks(score.images)
     samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
     if not may_go_on("drawing samples"):
         return None
-    storage.write_bytes(samples, _png(held_out.overview()))
+    guard.check()
+    storage.write_bytes(samples, pictures.png(held_out.overview()))
     if not may_go_on("the export"):
         return None
-    export.export(state.averaged, model, models.metadata_of(state.newest))
+    guard.check()
+    facts = models.metadata_of(state.newest), state.manifest, held_out.yardsticks
+    registered = None
+    with export.assembled(state.averaged, *facts) as folder:
+        export.publish(folder, model)
+        if (name := config.tracking.registered_model) is not None:
+            if not may_go_on("registering the model"):
+                return None
+            guard.check()
+            try:
+                registered = str(export.register(folder, name, root, state.newest, tracked, state.averaged))
+            except (TrackingError, storage.StorageError) as e:
+                registered = f"not registered: {e}; python -m eiwtrain.export {state.step} --run {root} does it"
     summary = {
         "data": state.manifest.title,
         "steps": state.step,
@@ -48,8 +64,9 @@ def finish(
         "test_bits_per_dim": score.bits_per_dim,
         "test_standard_error": score.standard_error,
         "test_images": score.images,
-        "png_bits_per_dim": coders["png"],
-        "webp_bits_per_dim": coders["webp"],
+        "png_bits_per_dim": held_out.yardsticks["png"],
+        "webp_bits_per_dim": held_out.yardsticks["webp"],
+        "yardstick_images": held_out.yardstick_images,
         "images_per_second": state.samples_seen / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
         "goodput": clock.goodput,
         "goodput_shares": clock.shares(),
@@ -58,20 +75,16 @@ def finish(
         "skipped_steps": state.skipped,
         "drift": held_out.drift(),
         "workers": dist.get_world_size(),
+        "metrics": storage.join(root, METRICS),
         "samples": samples,
         "exported_model": model,
+        "registered": registered,
         "checkpoint": state.newest.url,
         "mlflow_run_id": tracked.run_id,
     }
     if not may_go_on("the summary"):
         return None
+    guard.check()
     storage.write_bytes(storage.join(root, "summary.json"), json.dumps(summary, indent=1).encode())
-    tracker.metrics(state.step, {f"eval/{coder}_bits_per_dim": bits for coder, bits in coders.items()})
     tracker.tags({"exported_model": model})
     return summary
-
-
-def _png(image: Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

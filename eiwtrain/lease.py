@@ -331,6 +331,21 @@ class Guard:
         self._looked = now
 
 
+def look(root: str) -> tuple[str, Attempt] | None:
+    """The owner (see `Lease.owner`) of the last holding of the lease of the run at `root`, and that attempt; None where
+    there is no lease. It is "running" while the holder may live, and "died" once it is known without waiting that it
+    does not. Changes nothing.
+
+    Raises:
+        StorageError: the lease cannot be read.
+    """
+    content = read(storage.join(root, "lease.json"))
+    found = None if content is None else _parse(content)
+    if found is None:
+        return None
+    return found.owner, replace(found.attempt, outcome="died") if found.held and _is_dead(found) else found.attempt
+
+
 def _parse(data: bytes) -> _Record | None:
     """The record in `data`; None where it is none."""
     try:

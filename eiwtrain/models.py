@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import checkpoint, flow, storage
+from eiwtrain import __version__, checkpoint, flow, storage
 from eiwtrain.checkpoint import Checkpoint
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+
+_TRAINING = ("global_batch", "lr", "schedule", "warmup_steps", "weight_decay", "clip", "ema", "precision", "seed")
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,26 @@ def of_checkpoint(saved: Checkpoint) -> Model:
 
 
 def metadata_of(saved: Checkpoint) -> dict[str, Any]:
-    """What an exported model says of its origin."""
-    keys = ("data", "data_fingerprint", "eval_bits_per_dim")
-    return {"step": saved.step, "samples_seen": saved.samples_seen} | {k: saved.state.get(k) for k in keys}
+    """What an exported model says of its origin: no path, address or name of a machine, as models get published."""
+    state, config = saved.state, saved.state["config"]
+    score, train = state.get("score") or {}, config["train"]
+    return {
+        "run": config["run"]["name"],
+        "checkpoint": saved.url.rpartition("/")[2],
+        "step": saved.step,
+        "samples_seen": saved.samples_seen,
+        "data": state.get("data"),
+        "data_fingerprint": state.get("data_fingerprint"),
+        "eval_bits_per_dim": state.get("eval_bits_per_dim"),
+        "eval_standard_error": score.get("standard_error"),
+        "eval_images": score.get("images"),
+        "eval_split": config["data"]["eval_split"],
+        "train_split": config["data"]["train_split"],
+        "training": {name: train[name] for name in _TRAINING if name in train},
+        "workers": state.get("world_size"),
+        "wall_seconds": state.get("clock", {}).get("wall"),
+        "eiwtrain": __version__,
+    }
 
 
 def _exported(url: str) -> Model:
@@ -105,7 +124,7 @@ def _registered(name: str) -> Model:
 
     with tempfile.TemporaryDirectory() as copy:
         try:
-            folder = mlflow.artifacts.download_artifacts(artifact_uri=name, dst_path=copy)
+            file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)
         except Exception as e:
             raise ValueError(f"{name}: {' '.join(str(e).split())[:200]}") from None
-        return _loaded(Path(folder, flow.MODEL_FILE), name)
+        return _loaded(Path(file), name)

@@ -2,36 +2,111 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+MOST_TILES = 1024
+"""In a grid: more is a file for programs, not a picture for people."""
+MOST_ABREAST = 64
+"""Tiles side by side, and one above the other."""
 _COLUMNS = 8
+_CLASS_COLUMNS = 16
 _TILE = 64  # pixels an image is enlarged to at least, so that small ones can be seen
 _GAP = 2
-_TITLE = 18
+_TITLE = 20
+_FONT = 14
+_LONGEST = 24  # characters of a row's title that are shown
+_BETWEEN = 14  # pixels between panels that stand side by side
 
 
-def grid(panels: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Titled panels of uint8 images (n, C, H, W), eight a row, one above the other."""
-    rows = [(title, _tiles(images)) for title, images in panels]
-    width = max(tiles.width for _, tiles in rows)
-    height = sum(_TITLE + tiles.height for _, tiles in rows)
-    picture = Image.new("RGB", (width, height), "white")
-    draw, y = ImageDraw.Draw(picture), 0
-    for title, tiles in rows:
-        draw.text((_GAP + 2, y + 3), title, fill="black")
-        picture.paste(tiles, (0, y + _TITLE))
-        y += _TITLE + tiles.height
+def grid(
+    panels: Sequence[tuple[str, Tensor]],
+    columns: int | None = None,
+    row_titles: Sequence[str] = (),
+    side_by_side: bool = False,
+) -> Image.Image:
+    """Titled panels of uint8 images (n, 3, H, W), one above the other or side by side. Images keep their pixels:
+    small ones are enlarged by a whole factor.
+
+    Args:
+        columns: images in a row; by default as `columns_for` says.
+        row_titles: of each row, on the left, the same for all panels.
+    """
+    font = ImageFont.load_default(_FONT)
+    shown = [t if len(t) <= _LONGEST else t[: _LONGEST - 1] + "…" for t in row_titles]
+    margin = math.ceil(max(font.getlength(t) for t in shown)) + 3 * _GAP if shown else 0
+    tiles = [_tiles(images, columns or columns_for(len(images), side_by_side)) for _, images in panels]
+    widths = [
+        max(t.width, math.ceil(font.getlength(title)) + 3 * _GAP) for t, (title, _) in zip(tiles, panels, strict=True)
+    ]
+    heights = [_TITLE + t.height for t in tiles]
+    if side_by_side:
+        size = margin + sum(widths) + _BETWEEN * (len(panels) - 1), max(heights)
+    else:
+        size = margin + max(widths), sum(heights)
+    picture = Image.new("RGB", size, "white")
+    draw, x, y = ImageDraw.Draw(picture), margin, 0
+    for (title, images), panel, width, height in zip(panels, tiles, widths, heights, strict=True):
+        draw.text((x + _GAP, y + _TITLE // 2), title, fill="black", font=font, anchor="lm")
+        picture.paste(panel, (x, y + _TITLE))
+        if x == margin:
+            step = _scale(images) * images.shape[2] + _GAP
+            for row, text in enumerate(shown):
+                middle = y + _TITLE + _GAP + row * step + step // 2
+                draw.text((margin - 2 * _GAP, middle), text, fill="black", font=font, anchor="rm")
+        x, y = (x + width + _BETWEEN, y) if side_by_side else (x, y + height)
     return picture
 
 
-def _tiles(images: Tensor) -> Image.Image:
+def columns_for(n: int, side_by_side: bool = False) -> int:
+    """Images in a row of a panel of n: eight for up to 64 images, else, or beside other panels, as in a square."""
+    square = math.ceil(math.sqrt(n))
+    return square if side_by_side or n > _COLUMNS**2 else min(_COLUMNS, n)
+
+
+def rows_by_class(n: int, classes: int) -> tuple[int, int]:
+    """(columns, rows a class) of a panel of n images, with rows for each class: one if it has up to 16 images."""
+    each = -(-n // classes)
+    rows = -(-each // _CLASS_COLUMNS)
+    return -(-each // rows), rows
+
+
+def by_class(images: Tensor, classes: int) -> Tensor:
+    """Images whose classes come in turn, (n, C, H, W), reordered for rows of one class each; where a class has too
+    few to fill its rows, white."""
+    columns, rows = rows_by_class(len(images), classes)
+    panel = torch.full((classes, columns * rows, *images.shape[1:]), 255, dtype=torch.uint8)
+    for number in range(classes):
+        own = images[number::classes]
+        panel[number, : len(own)] = own
+    return panel.flatten(0, 1)
+
+
+def check_size(columns: int, rows: int) -> None:
+    """Raises ValueError for a grid of more tiles than anybody would look at: see `MOST_TILES`, `MOST_ABREAST`."""
+    if columns * rows > MOST_TILES or max(columns, rows) > MOST_ABREAST:
+        raise ValueError(
+            f"a grid {columns:,} images wide and {rows:,} high is too large to look at; it has at most {MOST_TILES:,}, "
+            f"{MOST_ABREAST} a side"
+        )
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _tiles(images: Tensor, columns: int) -> Image.Image:
     n, _, height, width = images.shape
-    scale = max(1, _TILE // max(height, width))
-    columns = min(_COLUMNS, n)
+    scale = _scale(images)
     step_x, step_y = width * scale + _GAP, height * scale + _GAP
     tiles = Image.new("RGB", (columns * step_x + _GAP, -(-n // columns) * step_y + _GAP), "white")
     for i, image in enumerate(images.numpy()):
@@ -39,3 +114,8 @@ def _tiles(images: Tensor) -> Image.Image:
         tile = tile.resize((width * scale, height * scale), Image.Resampling.NEAREST)
         tiles.paste(tile, (_GAP + (i % columns) * step_x, _GAP + (i // columns) * step_y))
     return tiles
+
+
+def _scale(images: Tensor) -> int:
+    """The whole factor that makes the longer side at least a tile's."""
+    return -(-_TILE // max(images.shape[2:]))

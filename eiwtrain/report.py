@@ -79,6 +79,7 @@ def curves(
     lr: float,
     entropy: Tensor,
     faults: int,
+    epoch: float,
 ) -> dict[str, float]:
     """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
 
@@ -88,15 +89,17 @@ def curves(
     Args:
         entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
         faults: failures of storage that all workers have ridden out since they were started.
+        epoch: how often each training image has been seen.
     """
     values = {
         "train/bits_per_dim": bits_per_dim,
         "train/grad_norm": norm,
         "train/lr": lr,
+        "train/epoch": epoch,
         "flow/shuffle_penalty": penalty,
         "time/images_per_second": meter.images_per_second,
         "time/data_wait": meter.data_wait,
-        "storage/faults": float(faults),
+        "time/storage_faults": float(faults),
     }
     for level, (leaves, stays) in enumerate(entropy.tolist()):
         values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}

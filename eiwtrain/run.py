@@ -12,7 +12,6 @@ import argparse
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from eiwtrain.config_file import load_config
 from eiwtrain.console import Console, duration
 from eiwtrain.lease import Lease, LeaseHeld
 from eiwtrain.signals import Stop, Stopped
+from eiwtrain.watcher import Watcher
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 preflight.check_storage(config)
             manifest = manifest or _prepare(config, console)
             preflight.find_checkpoint(config, manifest)
-            return _run(config, began, argv, console, stop)
+            return _run(config, manifest, began, _command(argv), console, stop)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_USAGE
@@ -97,16 +97,12 @@ def _prepare(config: Config, console: Console) -> Manifest:
 
 
 def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int:
-    import torch
     import yaml
 
-    from eiwtrain import flow, tracking
-    from eiwtrain.state import flow_config
+    from eiwtrain import tracking
 
     console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
-    with torch.device("meta"):
-        model = flow.EIWFlow(flow_config(config, manifest.channels if manifest else 3))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _parameters(config, manifest.channels if manifest else 3)
     console.note(f"model     {parameters:,} parameters, {4 * parameters / 1e6:,.1f} MB in float32")
     if manifest is None:
         console.note(f"data      none at {config.data.path}; the run writes {config.data.prepare} there first")
@@ -123,16 +119,35 @@ def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int
         tracking.check(config)
     except tracking.TrackingError as e:
         raise ConfigError(str(e)) from None
-    console.note(f"tracking  {tracking.tracking_uri(config)}: answers")
+    console.note(f"tracking  {tracking.tracking_uri(config)}: answers; experiment '{config.tracking.experiment}'")
     return 0
 
 
-def _run(config: Config, began: float, argv: list[str], console: Console, stop: Stop) -> int:
-    """Everything between a config that can work and the summary."""
-    from eiwtrain import tracking
+def _parameters(config: Config, channels: int) -> int:
+    """How many the model has."""
+    import torch
 
-    tags = {"mlflow.source.git.commit": _git_revision(), "eiwtrain.command": _command(argv)}
+    from eiwtrain import flow
+    from eiwtrain.state import flow_config
+
+    with torch.device("meta"):
+        model = flow.EIWFlow(flow_config(config, channels))
+    return sum(p.numel() for p in model.parameters())
+
+
+def _run(config: Config, manifest: Manifest, began: float, command: str, console: Console, stop: Stop) -> int:
+    """Everything between a config that can work and the summary.
+
+    Args:
+        command: the one that goes on with this run.
+    """
+    from eiwtrain import tracking
+    from eiwtrain.tracking import provenance
+
+    about = provenance.description(config, manifest, command, _parameters(config, manifest.channels))
+    tags = provenance.tags(config, command) | {provenance.NOTE_TAG: about}
     tracked: TrackedRun | None = None
+    watcher: Watcher | None = None
     status: tracking.Status = "FAILED"
     detail = ""
     lease: Lease | None = None
@@ -140,7 +155,10 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
     try:
         lease = Lease.acquire(config.root, config.run.name, console.note)
         with stop.held():  # a run that was begun must be ended
-            tracked = tracking.begin(config, tags)
+            tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
+            watcher = Watcher(tracked, config.root, lease.owner)
+        for line in tracking.reconcile(tracked):
+            console.note(line)
         outcome = launch.train(config, tracked, lease, began, console, stop)
         if "finished" in outcome:
             status = "FINISHED"
@@ -150,7 +168,7 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
             status, detail = "KILLED", f"stopped by {outcome['stopped']}; goes on with the same command"
             console.note(f"stopped at step {outcome['step']:,} of {config.train.max_steps:,} by {outcome['stopped']}")
             console.note(f"checkpoint  {outcome['checkpoint']}")
-            console.note(f"go on with  {_command(argv)}")
+            console.note(f"go on with  {command}")
             return 128 + stop.number if stop.number else EXIT_GOES_ON_LATER
         print(f"error: {outcome.get('lost') or outcome['failed']}", file=sys.stderr)
         return EXIT_FAILED
@@ -167,18 +185,23 @@ def _run(config: Config, began: float, argv: list[str], console: Console, stop: 
         status = "KILLED"
         raise
     finally:
-        if tracked is not None and "lost" not in outcome:  # which is another's now
-            tracking.end(tracked, status, detail)
+        if tracked is not None and watcher is not None:
+            watcher.will_end(status, detail)
+            if "lost" in outcome or tracking.end(tracked, status, detail):  # lost: the run is another's now
+                watcher.dismiss()
         if lease is not None:
             lease.release(_LEASE_OUTCOMES[status])
 
 
 def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, console: Console) -> None:
     console.note()
+    of_all = s["yardstick_images"] == s["test_images"]
+    yardsticks = "for the same" if of_all else f"for the first {s['yardstick_images']:,}"
     console.note(f"{config.run.name}: {s['steps']:,} steps, {s['images']:,} images, {duration(s['wall_seconds'])}")
     console.note(
         f"  held-out     {s['test_bits_per_dim']:.3f} ± {s['test_standard_error']:.3f} bits/dim "
-        f"on {s['test_images']:,} images (PNG needs {s['png_bits_per_dim']:.3f} for the same)"
+        f"on {s['test_images']:,} images (PNG needs {s['png_bits_per_dim']:.3f}, "
+        f"WebP {s['webp_bits_per_dim']:.3f} {yardsticks})"
     )
     console.note(f"  data         {s['data']}")
     console.note(f"  throughput   {s['images_per_second']:,.1f} images/s on {s['workers']} workers")
@@ -186,6 +209,8 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, conso
     console.note(f"  drift        {s['drift']:.1e} relative error of images through the flow and back")
     console.note(f"  samples      {s['samples']}")
     console.note(f"  model        {s['exported_model']}  (eiwtrain.flow.load)")
+    if s["registered"]:
+        console.note(f"  registry     {s['registered']}")
     if tracked.view_command:
         console.note(f"  MLflow       {tracked.view_command}")
         console.note(f"               then open {tracked.url}")
@@ -208,16 +233,6 @@ def _shortest(path: str) -> str:
     """The path as seen from here, when it is below."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
-
-
-def _git_revision() -> str:
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git, as in most containers
-        return "unknown"
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -1,39 +1,52 @@
-"""Images from a flow: samples at a temperature, reconstructions, and the grid that shows them.
+"""Images from a flow: samples, reconstructions, one picture of both, and the command that draws samples.
 
 python -m eiwtrain.sample runs/quickstart/model --n 64 --temperature 0.7 --seed 0 --output grid.png
+
+Not for which images there are to draw (`eiwtrain.sampling.series`), how pictures look (`eiwtrain.pictures`), or
+files of many images (`eiwtrain.sampling.image_sets`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from eiwtrain import data, flow, storage
-from eiwtrain.pictures import grid
+from eiwtrain import data, flow, models, pictures, storage
+from eiwtrain.checkpoint import DamagedCheckpoint
+from eiwtrain.sampling import image_sets
+from eiwtrain.sampling.series import (
+    BATCH,
+    Series,
+    between_images,
+    between_samples,
+    decode,
+    encode,
+    pairs_of,
+    render,
+    samples,
+)
+
+_N, _ROWS = 64, 8  # of images; of interpolations, and of images of each class
 
 
 def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor:
-    """n images, uint8 (n, C, H, W); the same for the same seed on the same device."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        return model.to_images(model.sample(n, temperature=temperature, generator=generator)).cpu()
+    """n images, uint8 (n, C, H, W), of a seed: the first ones are the same whatever n, and their latents the same on
+    every device. A model of classes gives them in turn."""
+    return torch.cat(list(render(model, samples(model, n, seed), temperature)))
 
 
 def reconstruct(model: flow.EIWFlow, batch: data.Batch) -> Tensor:
     """The images of a batch through the flow and back, uint8 (n, C, H, W)."""
-    device = next(model.parameters()).device
-    images, noise, labels = data.flow_inputs(batch, model.config.classes, device)
-    with torch.no_grad():
-        x, _ = model.dequantize(images, noise)
-        latents, _ = model.encode(x, labels)
-        return model.to_images(model.decode(latents, labels)).cpu()
+    return decode(model, *encode(model, batch))
 
 
 def overview(model: flow.EIWFlow, batch: data.Batch, n: int, temperatures: Sequence[float], seed: int) -> Image.Image:
@@ -42,31 +55,216 @@ def overview(model: flow.EIWFlow, batch: data.Batch, n: int, temperatures: Seque
     shift = 8 - model.config.n_bits
     panels.append(("held-out images", (batch.images >> shift) << shift))
     panels.append(("their reconstructions", reconstruct(model, batch)))
-    return grid(panels)
+    return pictures.grid(panels)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eiwtrain.sample", description="Draw a grid of samples.")
-    parser.add_argument("model", help="folder or URL of an exported model")
-    parser.add_argument("--n", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="grid.png", help="PNG file to write")
-    args = parser.parse_args(argv)
-    if args.n < 1 or not 0 < args.temperature < math.inf:
-        print(f"error: --n {args.n} --temperature {args.temperature}: both must be numbers above 0", file=sys.stderr)
-        return 2
+    args = _arguments(argv)
     try:
-        with storage.local_folder(args.model) as folder:
-            model = flow.load(folder)
-        images = sample(model, args.n, args.temperature, args.seed)
-        grid([(f"samples, temperature {args.temperature:g}", images)]).save(args.output)
-    except (ValueError, OSError, storage.StorageError) as e:
+        kind = _check(args)
+        found = models.open_model(args.model)
+        classes = _classes(args, found)
+        n, columns, rows = _layout(args, len(classes))
+        _check_output(args, kind, found, columns, rows)
+        reader = _reader(args, found.flow)
+        model = found.flow.to(_device(args.device))
+        if reader is not None:
+            pairs = pairs_of(reader, n, model.config.classes, args.seed)
+            series = between_images(model, pairs, args.interpolate, args.batch)
+        elif args.interpolate:
+            series = between_samples(model, n, args.interpolate, args.seed, classes)
+        else:
+            series = samples(model, n, args.seed, classes)
+        what = _what(args, reader)
+        with tqdm(total=series.n * len(args.temperature), unit=" images", disable=None) as bar:  # None: on a terminal
+            drawn = [_counted(render(model, series, t, args.batch), bar) for t in args.temperature]
+            if kind == "npz":
+                image_sets.write_npz(args.output, drawn[0], series.n, series.labels)
+            elif kind == "folder":
+                image_sets.write_folder(args.output, drawn[0])
+            else:
+                panels = [torch.cat(list(batches)) for batches in drawn]
+                picture = _picture(args, what, series, panels, columns, classes, _names(found))
+                storage.write_bytes(args.output, pictures.png(picture))
+    except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(args.output)
+    except torch.OutOfMemoryError:
+        print(
+            f"error: --batch: {args.batch} images at a time do not fit in the GPU's memory; give fewer", file=sys.stderr
+        )
+        return 2
+    images = f"{series.n:,} image{'s' * (series.n > 1)}"
+    print(f"{args.output}: {images} ({what}), seed {args.seed}, of {found.source}")
     return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eiwtrain.sample", description="Draw samples of a trained flow.")
+    parser.add_argument("model", help="an exported model, a checkpoint or a run (folder or URL), or models:/NAME@best")
+    parser.add_argument(
+        "--n",
+        type=int,
+        help=f"images in all, 64 unless given; with --interpolate rows, {_ROWS}; with --classes {_ROWS} of each",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="scale of the latents, 1 unless given; several: the same latents, side by side",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="all, or numbers or names: a row for each, images in turn"
+    )
+    parser.add_argument("--interpolate", type=int, metavar="K", help="rows of K images from one sample to another")
+    parser.add_argument("--data", help="with --interpolate: between held-out images of this data set (folder or URL)")
+    parser.add_argument("--split", default="test", help="of --data")
+    parser.add_argument(
+        "--output",
+        default="grid.png",
+        help="x.png: a grid; x.npz: one array, for FID tools; x/: PNG files 000000.png and so on. Path or URL",
+    )
+    parser.add_argument("--batch", type=int, default=BATCH, help="images decoded at a time")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> str:
+    """What can be told before anything is opened; fills in defaults. Returns the kind of the output."""
+    for name, value, least in (("n", args.n, 1), ("batch", args.batch, 1), ("interpolate", args.interpolate, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: {value} is too few; give at least {least}")
+    for t in args.temperature or ():
+        if not 0 < t < math.inf:
+            raise ValueError(f"--temperature: {t} is not a number above 0")
+    if args.data is not None:
+        if args.interpolate is None:
+            raise ValueError("--data: it goes with --interpolate K, whose rows lead from one of its images to another")
+        if args.temperature or args.classes:
+            raise ValueError("--data: images have their own latents and classes; leave out --temperature, --classes")
+    args.temperature = args.temperature or [1.0]
+    with _about("--output"):
+        kind = image_sets.kind(args.output)
+    if kind != "grid" and len(args.temperature) > 1:
+        raise ValueError(f"--temperature: several are for a grid (x.png) to compare them; {args.output} takes one")
+    return kind
+
+
+def _names(found: models.Model) -> list[str]:
+    """What to call each class: its name if the model knows names, else its number."""
+    named = list(map(str, found.metadata.get("class_names") or []))
+    return named if len(named) == found.flow.config.classes else list(map(str, range(found.flow.config.classes)))
+
+
+def _classes(args: argparse.Namespace, found: models.Model) -> list[int]:
+    """The classes that --classes names, by number or name."""
+    if args.classes is None:
+        return []
+    count, names = found.flow.config.classes, _names(found)
+    if not count:
+        raise ValueError(f"--classes: {args.model} was trained without classes; leave it out")
+    if args.classes == ["all"]:
+        return list(range(count))
+    known = {name: number for number, name in enumerate(names)} | {str(number): number for number in range(count)}
+    if unknown := [name for name in args.classes if name not in known]:
+        called = "" if names[0] == "0" else f" ({', '.join(names[:10])}{', ...' if count > 10 else ''})"
+        raise ValueError(f"--classes: no class {unknown[0]!r}; the model has 0 to {count - 1}{called}, or all")
+    return [known[name] for name in args.classes]
+
+
+def _layout(args: argparse.Namespace, classes: int) -> tuple[int, int, int]:
+    """How many images, or rows of interpolations, and the columns and rows of a panel of them."""
+    if args.interpolate:
+        rows = args.n or _ROWS
+        return rows, args.interpolate, rows
+    if classes:
+        n = args.n or _ROWS * classes
+        columns, rows = pictures.rows_by_class(n, classes)
+        return n, columns, rows * classes
+    n = args.n or _N
+    columns = pictures.columns_for(n, side_by_side=len(args.temperature) > 1)
+    return n, columns, -(-n // columns)
+
+
+def _check_output(args: argparse.Namespace, kind: str, found: models.Model, columns: int, rows: int) -> None:
+    channels = found.flow.config.image_shape[0]
+    if channels != 3:
+        raise ValueError(f"{args.model}: its images have {channels} channels, and what is written here has 3")
+    if kind == "grid":
+        try:
+            pictures.check_size(columns * len(args.temperature), rows)
+        except ValueError as e:
+            raise ValueError(f"--output: {e}; draw fewer, or give x.npz, or x/ for PNG files") from None
+    with _about("--output"):
+        image_sets.check(args.output)
+
+
+def _reader(args: argparse.Namespace, model: flow.EIWFlow) -> data.ShardReader | None:
+    """Of the images to go between."""
+    if args.data is None:
+        return None
+    with _about("--data"):
+        reader = data.ShardReader(args.data, data.load_manifest(args.data), args.split)
+    if reader.image_shape != model.config.image_shape:
+        sizes = ["x".join(map(str, shape[1:])) for shape in (reader.image_shape, model.config.image_shape)]
+        raise ValueError(f"--data: its images are {sizes[0]}, and the model's {sizes[1]}")
+    if model.config.classes and model.config.classes != len(reader.manifest.classes):
+        raise ValueError(
+            f"--data: {len(reader.manifest.classes)} classes, and the model was trained on {model.config.classes}"
+        )
+    return reader
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, and PyTorch finds no GPU; give cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _what(args: argparse.Namespace, reader: data.ShardReader | None) -> str:
+    if reader is not None:
+        return f"between images of {reader.manifest.title}, split {args.split}"
+    temperatures = ", ".join(f"{t:g}" for t in args.temperature)
+    return f"{'between samples' if args.interpolate else 'samples'}, temperature {temperatures}"
+
+
+def _picture(
+    args: argparse.Namespace,
+    what: str,
+    series: Series,
+    panels: list[Tensor],
+    columns: int,
+    classes: list[int],
+    names: list[str],
+) -> Image.Image:
+    """The images at each temperature, with titles."""
+    row_titles: list[str] = []
+    if args.interpolate and series.labels is not None:
+        row_titles = [names[number] for number in series.labels[:: args.interpolate].tolist()]
+    elif classes and not args.interpolate:
+        panels = [pictures.by_class(panel, len(classes)) for panel in panels]
+        spare = [""] * (pictures.rows_by_class(series.n, len(classes))[1] - 1)
+        row_titles = [title for number in classes for title in (names[number], *spare)]
+    titles = [what] if len(panels) == 1 else [f"temperature {t:g}" for t in args.temperature]
+    return pictures.grid(list(zip(titles, panels, strict=True)), columns, row_titles, side_by_side=True)
+
+
+def _counted(batches: Iterator[Tensor], bar: tqdm[NoReturn]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch
+        bar.update(len(batch))
+
+
+@contextlib.contextmanager
+def _about(argument: str) -> Iterator[None]:
+    """Errors name the argument."""
+    try:
+        yield
+    except (ValueError, storage.StorageError) as e:
+        raise ValueError(f"{argument}: {e}") from None
 
 
 if __name__ == "__main__":

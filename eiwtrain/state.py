@@ -20,7 +20,7 @@ from eiwtrain import checkpoint, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.engine import Engine
-from eiwtrain.evaluate import Score
+from eiwtrain.scoring.scores import Score
 
 
 def flow_config(config: Config, channels: int) -> flow.FlowConfig:

@@ -22,17 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eiwtrain import data, evaluate, failpoints, flow, goodput, report, storage, tracking
+from eiwtrain import data, failpoints, flow, goodput, report, storage, tracking
 from eiwtrain.audit import Audit
 from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.config import Config, Train
-from eiwtrain.finish import finish
+from eiwtrain.finish import METRICS, finish
 from eiwtrain.goodput import Clock
 from eiwtrain.held_out import HeldOut
 from eiwtrain.keeper import Keeper
 from eiwtrain.lease import Guard, LeaseLost
 from eiwtrain.mailbox import WorkerEnd
+from eiwtrain.scoring.scores import Score
 from eiwtrain.state import TrainState, sum_over_ranks
+from eiwtrain.system import System
 from eiwtrain.tracking import TrackedRun, Tracker
 from eiwtrain.watchdog import Watchdog
 
@@ -117,7 +119,8 @@ class Worker:
         self.clock = Clock.resumed(saved.get("clock"), job.began, job.earlier, job.attempt_began)
         self.tracker: Tracker | None = None
         if self.rank == 0:
-            self.tracker = Tracker(job.tracked, warn=self.note, guard=job.guard.check, backlog=saved.get("unlogged"))
+            journal = storage.join(job.config.root, METRICS)
+            self.tracker = Tracker(job.tracked, self.note, job.guard.check, saved.get("unlogged"), journal)
             tags = {"data": manifest.title, "data_fingerprint": manifest.fingerprint}
             if (newest := self.state.newest) is not None:
                 tags |= {"checkpoint": newest.url, "step": str(newest.step)}
@@ -139,6 +142,7 @@ class Worker:
         dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
         about = {"step": state.step, "of": c.train.max_steps, "workers": self.world_size, "nodes": nodes}
         self.say("training", about)
+        self.system = System(nodes, self.device, self.note)
         batches = self._train_batches()
         try:
             if self.job.skip_to is not None:
@@ -164,6 +168,7 @@ class Worker:
             assert score is not None  # or a reason to end was agreed on
             return self._finish(score) if self.rank == 0 else {}
         finally:
+            self.system.close()
             if self.tracker is not None:
                 self.tracker.close()
 
@@ -186,8 +191,10 @@ class Worker:
         self.audit.made(state.step - 1, indices)
         self.skipped = [] if applied else self.skipped + indices
         bits_and_penalty = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches)]
-        measured = [*bits_and_penalty, data.new_faults(), *self._wants(), self.rank == 0 and self.keeper.due()]
-        bits, penalty, faults, again, stop, due = sum_over_ranks(measured, self.device)
+        logs = state.step % self.config.tracking.log_every == 0
+        due = [self.rank == 0 and self.keeper.due(), logs and self.system.due()]
+        measured = [*bits_and_penalty, data.new_faults(), *self._wants(), *due]
+        bits, penalty, faults, again, stop, save, look = sum_over_ranks(measured, self.device)
         worked = time.perf_counter() - started - waited
         self.clock.spend("productive" if applied else "lost", worked)
         self.clock.spend("data_wait", waited)
@@ -198,14 +205,15 @@ class Worker:
                 f"step {state.step:,} skipped: {bits / images:g} bits/dim, gradient norm {norm:g} "
                 f"({state.skipped_in_row} in a row, {state.skipped} in all)"
             )
-        if self.tracker is not None and state.step % self.config.tracking.log_every == 0:
-            entropy = micro_batches[-1].entropy
-            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, entropy, self.faults)
-            curves |= {"train/skipped_steps": float(state.skipped)} | goodput.curves(self.clock)
+        of_machines = self.system.curves() if look else {}
+        if self.tracker is not None and logs:
+            entropy, epoch = micro_batches[-1].entropy, state.samples_seen / len(self.train_set)
+            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, entropy, self.faults, epoch)
+            curves |= {"train/skipped_steps": float(state.skipped)} | goodput.curves(self.clock) | of_machines
             self.tracker.metrics(state.step, curves)
         self.keeper.hear()
         self._progress()
-        return _ending(again, stop), due > 0
+        return _ending(again, stop), save > 0
 
     def _progress(self) -> None:
         """The training line, every few seconds."""
@@ -266,7 +274,7 @@ class Worker:
             and (step % self.config.eval.every == 0 or step == self.config.train.max_steps)
         )
 
-    def _evaluate(self) -> evaluate.Score | None:
+    def _evaluate(self) -> Score | None:
         """Held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
         state = self.state
         if state.score is not None:
@@ -287,16 +295,11 @@ class Worker:
             f"on {score.images:,} images of {state.manifest.title}"
         )
         if self.tracker is not None:
-            drift = self.held_out.drift()
-            if warning := report.drift_warning(drift, self.config):
-                self.note(warning)
-            self.tracker.metrics(state.step, {"eval/bits_per_dim": score.bits_per_dim, "flow/drift": drift})
-            self.watchdog.beat(f"drawing samples at step {state.step}")
             with self.clock.spending("evaluation"):
-                self.tracker.image(state.step, "samples", self.held_out.overview())
+                self.held_out.show(score, self.tracker, self.note, self._may_go_on)
         return score
 
-    def _finish(self, score: evaluate.Score) -> dict[str, Any]:
+    def _finish(self, score: Score) -> dict[str, Any]:
         """What the run leaves, looking between for a stop; rank 0 alone."""
         state = self.state
         if state.newest is None or state.newest.step != state.step:
@@ -304,19 +307,15 @@ class Worker:
             raise Fatal(f"the last checkpoint could not be written; the same command goes on from {last}")
         self.watchdog.beat("the end")
         failpoints.reach("worker.finish")
-        ending: Ending = ""
-
-        def may_go_on(what: str) -> bool:
-            nonlocal ending
-            self.watchdog.beat(what)
-            ending = _ending(*self._wants())
-            if not ending:
-                self.job.guard.check()
-            return not ending
-
         assert self.tracker is not None
-        summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, may_go_on)
-        return self._ended(ending) if summary is None else {"finished": summary}
+        guard = self.job.guard
+        summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, guard, self._may_go_on)
+        return self._ended(_ending(*self._wants())) if summary is None else {"finished": summary}
+
+    def _may_go_on(self, what: str) -> bool:
+        """On rank 0 alone, before `what`: whether this rank knows of no reason to end."""
+        self.watchdog.beat(what)
+        return not any(self._wants())
 
     def _train_batches(self) -> Iterator[list[data.Batch]]:
         c = self.config

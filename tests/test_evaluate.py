@@ -7,16 +7,10 @@ import torch
 from helpers import run_ranks, tiny_config, write_shards
 from PIL import Image
 
-from eiwtrain import data, evaluate, export, flow, sample, yardsticks
+from eiwtrain import data, evaluate, export, flow
 from eiwtrain.config import Config
+from eiwtrain.scoring import scores, yardsticks
 from eiwtrain.state import flow_config
-
-
-class MidQuantum(data.Batch):
-    """A batch whose noise is 1/2: what rounds must not lie at a quantum's edge."""
-
-    def noise(self, device=None):
-        return torch.full(self.images.shape, 0.5)
 
 
 def tiny_model(**model):
@@ -48,7 +42,7 @@ def reader(folder):
 
 
 def score(folder, **kwargs):
-    return evaluate.score(tiny_model(), data.eval_batches(reader(folder), images=100, seed=0, **kwargs))
+    return scores.score(tiny_model(), data.eval_batches(reader(folder), images=100, seed=0, **kwargs))
 
 
 def test_the_score_is_the_mean_over_images_with_its_standard_error(shards):
@@ -76,7 +70,7 @@ def test_the_score_is_the_same_at_another_world_size(shards):
 def test_more_draws_of_noise_give_a_tighter_bound(shards):
     model = tiny_model()
     one, other, both = (
-        evaluate.score(model, draws[0], more_draws=draws[1:])
+        scores.score(model, draws[0], more_draws=draws[1:])
         for draws in (
             [data.eval_batches(reader(shards), images=9, seed=0, micro_batch=4, draw=n) for n in numbers]
             for numbers in ([0], [1], [0, 1])
@@ -95,20 +89,18 @@ def test_a_class_conditional_model_is_scored_with_the_labels_of_the_images(shard
     batch = data.first_batch(reader(shards), 6, seed=0)
     assert set(batch.labels.tolist()) == {0, 1}
     expected = model.bits_per_dim(batch.images, batch.noise(), batch.labels).mean().item()
-    assert evaluate.score(model, [batch]).bits_per_dim == pytest.approx(expected, rel=1e-6)
+    assert scores.score(model, [batch]).bits_per_dim == pytest.approx(expected, rel=1e-6)
     assert not torch.allclose(
         *(model.log_prob(batch.images, batch.noise(), x) for x in (batch.labels, 1 - batch.labels))
     )
-    middle = MidQuantum(*batch)
-    assert torch.equal(sample.reconstruct(model, middle), batch.images)
     with pytest.raises(data.DataError, match=r"sample \d+ has no class"):
-        evaluate.score(model, [batch._replace(labels=batch.labels - 1)])
+        scores.score(model, [batch._replace(labels=batch.labels - 1)])
 
 
 def test_an_evaluation_stops_when_asked(shards):
     batches = data.eval_batches(reader(shards), images=100, seed=0, micro_batch=2)
     answers = iter([False, True])
-    assert evaluate.score(tiny_model(), batches, lambda: next(answers)) is None
+    assert scores.score(tiny_model(), batches, lambda: next(answers)) is None
 
 
 def test_png_yardstick_counts_whole_files():
@@ -121,35 +113,9 @@ def test_png_yardstick_counts_whole_files():
     assert yardsticks.bits_per_dim([image], n_bits=3)["png"] < 4
 
 
-def test_reconstructions_are_exact_and_samples_repeat(shards):
-    model = tiny_model()
-    batch = data.first_batch(reader(shards), 4, seed=0)
-    batch = MidQuantum(*batch)
-    assert torch.equal(sample.reconstruct(model, batch), batch.images)
-    first, again, other = (sample.sample(model, 3, 0.8, seed) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert first.dtype == torch.uint8
-
-
-def test_the_overview_shows_two_temperatures_and_reconstructions(shards):
-    batch = data.first_batch(reader(shards), 4, seed=0)
-    batch = MidQuantum(*batch)
-    picture = sample.overview(tiny_model(), batch, 4, (0.7, 1.0), 0)
-    tile, title, gap = 64, 18, 2
-    assert picture.size == (4 * (tile + gap) + gap, 4 * (title + tile + 2 * gap))
-    pixels = np.asarray(picture)
-    row = title + tile + 2 * gap
-    held_out, reconstructed = pixels[2 * row + title : 3 * row], pixels[3 * row + title :]
-    assert (held_out == reconstructed).all()
-    assert held_out[gap + 1, gap + 1].tolist() == batch.images[0, :, 0, 0].tolist()
-
-
-def test_the_commands_work_on_an_exported_model(shards, model_folder, tmp_path, capsys):
+def test_the_command_works_on_an_exported_model(shards, model_folder, capsys):
     assert evaluate.main([str(model_folder), "--data", str(shards)]) == 0
     assert f"on {len(reader(shards))} images of data, split test" in capsys.readouterr().out
-    assert sample.main([str(model_folder), "--n", "9", "--output", str(tmp_path / "g.png")]) == 0
-    assert Image.open(tmp_path / "g.png").width > 8 * 64
 
 
 @pytest.mark.parametrize(
@@ -158,10 +124,6 @@ def test_the_commands_work_on_an_exported_model(shards, model_folder, tmp_path, 
         (lambda m, s: evaluate.main(["/nowhere", "--data", str(s)]), "/nowhere"),
         (lambda m, s: evaluate.main([str(m), "--data", "/nowhere"]), "/nowhere"),
         (lambda m, s: evaluate.main([str(m), "--data", str(s), "--split", "val"]), "'val'"),
-        (lambda m, s: sample.main([str(m), "--n", "0"]), "--n 0"),
-        (lambda m, s: sample.main([str(m), "--temperature", "nan"]), "--temperature nan"),
-        (lambda m, s: sample.main(["memory://nowhere/model"]), "memory://nowhere/model"),
-        (lambda m, s: sample.main(["/nowhere"]), "/nowhere"),
         (lambda m, s: export.main(["best", "--run", "/nowhere", "--output", "/tmp/x"]), "no checkpoint 'best'"),
     ],
 )

@@ -76,3 +76,71 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
     assert run._command(["a.yaml", "run.name=x y"]).endswith("-m eiwtrain.run a.yaml 'run.name=x y'")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     assert run._command(["a.yaml"]) == "ray job submit --working-dir . -- python -m eiwtrain.run a.yaml"
+
+
+class Watched:
+    """What a watcher was told."""
+
+    told: list[tuple[str, ...]]
+
+    def __init__(self, tracked, root, owner):
+        Watched.told = [("watches", tracked.run_id, root, owner)]
+
+    def will_end(self, status, detail):
+        Watched.told.append(("will end", status, detail))
+
+    def dismiss(self):
+        Watched.told.append(("dismissed",))
+
+
+STOPPED = {"stopped": "SIGTERM", "step": 3, "checkpoint": "x"}
+WILL_END = ("will end", "KILLED", "stopped by SIGTERM; goes on with the same command")
+
+
+def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch):
+    def train(config, tracked, lease, *rest):
+        assert Watched.told == [("watches", tracked.run_id, config.root, lease.owner)]
+        return STOPPED
+
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(run, "Watcher", Watched)
+    assert run.main([str(path)]) == 75
+    assert Watched.told[1:] == [WILL_END, ("dismissed",)]
+
+
+def test_the_watcher_stays_when_mlflow_could_not_be_told(path, monkeypatch):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(run, "Watcher", Watched)
+    monkeypatch.setattr(tracking, "end", lambda *args: False)
+    run.main([str(path)])
+    assert Watched.told[1:] == [WILL_END]
+
+
+def test_a_run_that_is_anothers_by_now_is_not_ended_nor_watched(path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "train", lambda *args: {"lost": "taken over"})
+    monkeypatch.setattr(run, "Watcher", Watched)
+    assert run.main([str(path)]) == 1
+    assert Watched.told[-1] == ("dismissed",)
+    assert status(path) == "RUNNING"
+
+
+def test_the_page_of_a_run_tells_what_it_trains_on_with_what_and_how_it_goes_on(path, monkeypatch):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    run.main([str(path)])
+    client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")
+    (found,) = client.search_runs(["1"])
+    assert [i.tags[0].value for i in found.inputs.dataset_inputs] == ["training", "evaluation"]
+    command = run._command([str(path)])
+    assert found.data.tags["eiwtrain.command"] == command
+    assert f"`{command}`" in found.data.tags["mlflow.note.content"]
+    assert "2 levels of 2 steps" in found.data.tags["mlflow.note.content"]
+    assert {a.path for a in client.list_artifacts(found.info.run_id)} >= {"config.yaml", "environment.json"}
+
+
+def test_a_start_says_which_runs_nobody_trains(path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(tracking, "end", lambda *args: False)
+    monkeypatch.setattr(run, "Watcher", Watched)  # a real one might be faster
+    run.main([str(path), "run.name=other"])  # its lease says that it was stopped
+    run.main([str(path)])
+    assert "MLflow had 'other' as RUNNING, and nobody trains it: now KILLED" in capsys.readouterr().out

@@ -360,26 +360,25 @@ def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_k
     with monkeypatch.context() as broken:
         failing(broken, "log_image", *[OSError("no such bucket")] * 1000)
         tracker = tracking.Tracker(run, warn=said.append)
-        for step in range(1, 9):
+        for step in range(1, backlog.MOST_IMAGES + 5):
             tracker.image(step, "samples", Image.new("RGB", (8, 8)))
         tracker.flush()
         tracker.metrics(1, {"train/lr": 0.1})
         tracker._backlog.wait(60.0, lambda: not tracker.pending().get("points"))
         assert history(run, "train/lr") == [(1, 0.1)]
         saved = tracker.pending()
-        assert saved == {"images": [["samples", s] for s in (5, 6, 7, 8)]}
+        assert saved == {"images": [["samples", s] for s in range(5, 5 + backlog.MOST_IMAGES)]}
         tracker.close()
     assert "does not take images (OSError: no such bucket)" in said[0]
-    assert said[1].endswith("did not take 0 points and 4 images")
+    assert said[1].endswith("did not take 0 points and 6 images")
     said.clear()
     MlflowClient(run.uri).log_image(run.run_id, Image.new("RGB", (8, 8)), key="samples", step=6)
     tracker = tracking.Tracker(run, warn=said.append, backlog=saved)
     tracker._thread.join(0.0)
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 60.0)
     tracker.close()
-    assert said == [
-        "images that the last attempt could not log: samples of step 5, samples of step 7, samples of step 8"
-    ]
+    lost = ", ".join(f"samples of step {s}" for s in (5, 7, 8, 9, 10))
+    assert said == [f"images that the last attempt could not log: {lost}"]
 
 
 def test_too_many_points_are_said_and_the_oldest_dropped(config, monkeypatch):

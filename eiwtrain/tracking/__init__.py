@@ -4,8 +4,19 @@ The driver begins and ends the run (`record`); rank 0 logs into it (`tracker`). 
 by URL, not uploaded.
 """
 
-from eiwtrain.tracking.record import Status, begin, check, end
+from eiwtrain.tracking.record import Status, begin, check, end, reconcile, settle
 from eiwtrain.tracking.store import TrackedRun, TrackingError, tracking_uri
 from eiwtrain.tracking.tracker import Tracker
 
-__all__ = ["Status", "TrackedRun", "Tracker", "TrackingError", "begin", "check", "end", "tracking_uri"]
+__all__ = [
+    "Status",
+    "TrackedRun",
+    "Tracker",
+    "TrackingError",
+    "begin",
+    "check",
+    "end",
+    "reconcile",
+    "settle",
+    "tracking_uri",
+]

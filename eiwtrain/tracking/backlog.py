@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # points taken at once
 MOST_POINTS = 100_000  # that wait: about 10 MB of memory, and 5 MB of JSON
-MOST_IMAGES = 4  # that wait: the newest
+MOST_IMAGES = 6  # that wait: the newest, of two evaluations
 _GATHER_SECONDS = 5.0  # how long points wait for others to be logged with
 
 
@@ -75,6 +75,7 @@ class Backlog:
         self._pictures: deque[Picture] = deque(maxlen=MOST_IMAGES)
         self._taken: Batch | None = None
         self._logged: dict[str, int] = {}
+        self._accepted: Callable[[list[Point]], None] | None = None
         self._since = time.monotonic()  # when the oldest of what waits came
         self._pictures_after = 0.0
         self._hurry = self._closed = self._abandoned = False
@@ -88,9 +89,10 @@ class Backlog:
                 return
             if not self._points and not self._tags:
                 self._since = time.monotonic()
-            self._points.extend(
-                p._replace(curve=intern(p.curve)) for p in points if p.step > self._logged.get(p.curve, -1)
-            )
+            new = [p._replace(curve=intern(p.curve)) for p in points if p.step > self._logged.get(p.curve, -1)]
+            self._points.extend(new)
+            if self._accepted is not None:
+                self._accepted(new)
             self._tags.update(tags or {})
             if picture is not None:
                 self._pictures.append(picture)
@@ -99,7 +101,12 @@ class Backlog:
                 self.dropped += 1
             self._changed.notify_all()
 
-    def reconcile(self, last: Mapping[str, int], logged: Mapping[str, Collection[int]]) -> None:
+    def reconcile(
+        self,
+        last: Mapping[str, int],
+        logged: Mapping[str, Collection[int]],
+        accepted: Callable[[list[Point]], None] | None = None,
+    ) -> None:
         """Forget what the store has: call it once, before the first `take`.
 
         Own points are passed over up to the last step that the store has of their curve. Earlier ones are looked up
@@ -108,6 +115,8 @@ class Backlog:
         Args:
             last: the last step of every curve that the store has.
             logged: all steps of those curves that have an earlier point at or before their last step.
+            accepted: is given all points that wait now, and from then on those of each `put` that are not passed over,
+                whether or not they are dropped later; it must not wait.
         """
         with self._changed:
             missing = [p for p in self.earlier if p.step not in logged.get(p.curve, ())]
@@ -117,6 +126,9 @@ class Backlog:
             own = (p for p in self._points if p.step > self._logged.get(p.curve, -1))
             self._points = deque([*missing, *own])
             self.earlier = []
+            self._accepted = accepted
+            if accepted is not None:
+                accepted(list(self._points))
             self._changed.notify_all()
 
     def take(self) -> Batch | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from eiwtrain import storage
+from eiwtrain import lease, storage
 from eiwtrain.config import Config, flatten
+from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
 from eiwtrain.tracking.store import TrackedRun, TrackingError, one_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of
 
@@ -22,14 +24,18 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its e
 _UID_TAG = "eiwtrain.uid"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # model training, not GenAI
 _STATUS_TAG = "eiwtrain.status"
+_RUNNING_TEXT = "running"
 _STATUS_TEXT: dict[Status, str] = {
     "FINISHED": "finished",
     "FAILED": "failed",
     "KILLED": "stopped; goes on with the same command",
 }
+_STATUS_OF: dict[lease.Outcome, Status] = {"finished": "FINISHED", "failed": "FAILED"}  # others: KILLED
 _BEGIN_SECONDS = 5.0  # how long a beginning run waits for a store that is away: somebody may be waiting for the answer
 _END_SECONDS = 30.0  # and an ending one
 _AGAIN_SECONDS = 1.0
+_MOST_RECONCILED = 50
+_RECONCILE_SECONDS = 10.0  # after which the others are left to the next start
 
 
 def check(config: Config) -> None:
@@ -48,11 +54,18 @@ def check(config: Config) -> None:
         raise TrackingError(f"tracking.uri: {tracking_uri(config)} cannot be used: {one_line(e)}") from None
 
 
-def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
+def begin(
+    config: Config, tags: Mapping[str, str], inputs: Sequence[Any] = (), environment: Mapping[str, Any] | None = None
+) -> TrackedRun:
     """Find the run of this config's name, or create it, mark it RUNNING and set `tags`.
 
     Its identity is a random id in `run.json` under the run's root, so a run whose folder was deleted begins anew and
     two storages never share one. Params are logged at creation and never again (MLflow has them immutable).
+
+    Args:
+        tags: set in each attempt, but for the description, which people edit: set where there is none.
+        inputs: MLflow's `DatasetInput` of each data set; MLflow keeps one of those that are alike.
+        environment: goes into the artifact `environment.json`, that of the last attempt.
 
     Raises:
         TrackingError: the store cannot be used.
@@ -64,7 +77,7 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
     client = client_of(uri)
     begun: list[TrackedRun] = []
     try:
-        return _patiently(_BEGIN_SECONDS, lambda: _begin(client, config, uid, tags, begun))
+        return _patiently(_BEGIN_SECONDS, lambda: _begin(client, config, uid, tags, inputs, environment, begun))
     except Exception as e:
         if begun:
             with contextlib.suppress(Exception):
@@ -72,9 +85,17 @@ def begin(config: Config, tags: Mapping[str, str]) -> TrackedRun:
         raise TrackingError(f"tracking.uri: {uri} cannot be used: {one_line(e)}") from None
 
 
-def _begin(client: Any, config: Config, uid: str, tags: Mapping[str, str], begun: list[TrackedRun]) -> TrackedRun:
+def _begin(
+    client: Any,
+    config: Config,
+    uid: str,
+    tags: Mapping[str, str],
+    inputs: Sequence[Any],
+    environment: Mapping[str, Any] | None,
+    begun: list[TrackedRun],
+) -> TrackedRun:
     """One try, which finds what an earlier one has made; tells in `begun` of the run as soon as there is one."""
-    from mlflow.entities import Param
+    from mlflow.entities import Param, RunTag
 
     uri = tracking_uri(config)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
@@ -86,38 +107,123 @@ def _begin(client: Any, config: Config, uid: str, tags: Mapping[str, str], begun
     else:
         experiment_id = experiment.experiment_id
     found = client.search_runs([experiment_id], f"tags.`{_UID_TAG}` = '{uid}'", max_results=1)
+    params: dict[str, Any] = flatten(config.model_dump(mode="json"))
+    tags = dict(tags) | {_STATUS_TAG: _RUNNING_TEXT}
     if found:
-        run_id, has_params = found[0].info.run_id, bool(found[0].data.params)
+        run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
+        params = {} if found[0].data.params else params
+        tags = {k: v for k, v in tags.items() if k != NOTE_TAG or k not in found[0].data.tags}
     else:
-        origin = {"mlflow.user": _user(), "mlflow.source.name": "eiwtrain.run"}
-        run = client.create_run(experiment_id, run_name=config.run.name, tags=origin | {_UID_TAG: uid})
-        run_id, has_params = run.info.run_id, False
+        origin = {"mlflow.user": user(), _UID_TAG: uid, ROOT_TAG: config.root}
+        run_id = client.create_run(experiment_id, run_name=config.run.name, tags=origin).info.run_id
     begun.append(TrackedRun(uri, experiment_id, run_id))
-    if not has_params:
-        params = [Param(name, str(value)) for name, value in flatten(config.model_dump(mode="json")).items()]
-        client.log_batch(run_id, params=params, synchronous=True)
-    for key, value in (dict(tags) | {_STATUS_TAG: "running"}).items():
-        client.set_tag(run_id, key, value)
+    client.log_batch(
+        run_id,
+        params=[Param(name, str(value)) for name, value in params.items()],
+        tags=[RunTag(name, value) for name, value in tags.items()],
+        synchronous=True,
+    )
+    if inputs:
+        client.log_inputs(run_id, datasets=list(inputs))
     client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
+    if environment is not None:
+        client.log_dict(run_id, dict(environment), "environment.json")
     return begun[-1]
 
 
-def end(run: TrackedRun, status: Status, detail: str = "") -> None:
-    """Mark the run as ended, with `detail`, e.g. "stopped by SIGTERM", as its tag `eiwtrain.status`.
+def end(run: TrackedRun, status: Status, detail: str = "") -> bool:
+    """Mark the run as ended, with `detail`, e.g. "stopped by SIGTERM", as its tag `eiwtrain.status`; whether it is.
 
     A store that is away is tried again for half a minute; if it stays away that is reported, not raised.
     """
     try:
         _patiently(_END_SECONDS, lambda: _terminate(run, status, detail or _STATUS_TEXT[status]))
+        return True
     except Exception as e:
         print(f"could not mark MLflow run {run.run_id} as {status}: {one_line(e)}", file=sys.stderr)
+        return False
 
 
-def _terminate(run: TrackedRun, status: Status, detail: str) -> None:
+def settle(
+    run: TrackedRun, owner: str, root: str, ended: float, status: Status | None = None, detail: str = ""
+) -> bool:
+    """End a run that MLflow has as RUNNING in the place of its driver, which is gone; whether it did.
+
+    It does so only while the lease of the run names that driver. Should a new driver take the lease and begin the run
+    in the middle of this, the run is RUNNING again when this returns.
+
+    Args:
+        owner: of the lease, that driver's.
+        root: URL of the run's folder.
+        ended: Unix time in seconds, of the driver's end or its last sign of life.
+        status, detail: how the driver wanted to end the run; None: not known, so it died.
+
+    Raises:
+        storage.StorageError, mlflow.exceptions.MlflowException: it cannot be told, or not be written.
+    """
     client = client_of(run.uri)
-    client.set_terminated(run.run_id, status)
-    client.set_tag(run.run_id, _STATUS_TAG, detail)
+
+    def ours() -> bool:
+        found = lease.look(root)
+        return found is not None and found[0] == owner
+
+    if not ours() or client.get_run(run.run_id).info.status != "RUNNING":
+        return False
+    if status is None:
+        when = datetime.fromtimestamp(ended, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+        status, detail = "KILLED", f"its driver died, last sign of life {when}; goes on with the same command"
+    detail = detail or _STATUS_TEXT[status]
+    _terminate(run, status, detail, ended)
+    if ours():
+        return True
+
+    def give_back() -> None:
+        now = client.get_run(run.run_id)
+        if now.info.status == status and now.data.tags.get(_STATUS_TAG) in (detail, _RUNNING_TEXT):
+            client.update_run(run.run_id, status="RUNNING")
+        if now.data.tags.get(_STATUS_TAG) == detail:
+            client.set_tag(run.run_id, _STATUS_TAG, _RUNNING_TEXT)
+
+    _patiently(_END_SECONDS, give_back)
+    return False
+
+
+def reconcile(run: TrackedRun) -> list[str]:
+    """End the other runs of the experiment that MLflow has as RUNNING though nobody trains them, as their leases tell;
+    returns a line about each. A run that cannot be looked at from here is left alone, and no error is raised.
+    """
+    lines: list[str] = []
+    give_up = time.monotonic() + _RECONCILE_SECONDS
+    with contextlib.suppress(Exception), storage.impatient():
+        running = f"attributes.status = 'RUNNING' AND tags.`{ROOT_TAG}` LIKE '%'"
+        found = client_of(run.uri).search_runs([run.experiment_id], running, max_results=_MOST_RECONCILED)
+        for other in found:
+            if other.info.run_id == run.run_id or time.monotonic() > give_up:
+                continue
+            with contextlib.suppress(Exception):
+                if status := _reconcile_one(replace(run, run_id=other.info.run_id), other.data.tags):
+                    lines.append(f"MLflow had '{other.info.run_name}' as RUNNING, and nobody trains it: now {status}")
+    return lines
+
+
+def _reconcile_one(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
+    """How it has been ended; None where it has not."""
+    root = tags[ROOT_TAG]
+    if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name, but of another run or machine
+        return None
+    last = lease.look(root)
+    if last is None or last[1].outcome == "running":
+        return None
+    owner, attempt = last
+    status = None if attempt.outcome == "died" else _STATUS_OF.get(attempt.outcome, "KILLED")
+    return (status or "KILLED") if settle(run, owner, root, attempt.ended, status) else None
+
+
+def _terminate(run: TrackedRun, status: Status, detail: str, ended: float | None = None) -> None:
+    client = client_of(run.uri)
+    client.set_tag(run.run_id, _STATUS_TAG, detail)  # first: a run that is not RUNNING is not looked at again
+    client.set_terminated(run.run_id, status, None if ended is None else round(1000 * ended))
 
 
 def _patiently(seconds: float, act: Callable[[], Any]) -> Any:
@@ -134,17 +240,26 @@ def _patiently(seconds: float, act: Callable[[], Any]) -> Any:
 
 def _uid(root: str) -> str:
     """The random identity of the run at `root`, made at first use."""
-    url = storage.join(root, "run.json")
-    try:
-        return str(json.loads(storage.read_bytes(url))["uid"])
-    except FileNotFoundError:
+    if (uid := _known_uid(root)) is None:
         uid = uuid.uuid4().hex
-        storage.write_bytes(url, json.dumps({"uid": uid}).encode())
-        return uid
+        storage.write_bytes(_identity(root), json.dumps({"uid": uid}).encode())
+    return uid
+
+
+def _known_uid(root: str) -> str | None:
+    """The identity of the run at `root`; None where there is no run."""
+    try:
+        return str(json.loads(storage.read_bytes(_identity(root)))["uid"])
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError):
         raise TrackingError(
-            f"run.storage: {url} is not the run's identity; delete it to begin a new MLflow run"
+            f"run.storage: {_identity(root)} is not the run's identity; delete it to begin a new MLflow run"
         ) from None
+
+
+def _identity(root: str) -> str:
+    return storage.join(root, "run.json")
 
 
 def _artifacts(config: Config) -> str:
@@ -153,10 +268,3 @@ def _artifacts(config: Config) -> str:
     return (
         Path(config.run.storage, "mlartifacts").as_uri() if local else storage.join(config.run.storage, "mlartifacts")
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "unknown"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain.tracking.backlog import BATCH, MOST_POINTS, Backlog, Picture, Point
+from eiwtrain.tracking.journal import Journal, Recorded
 from eiwtrain.tracking.store import TrackedRun, client, one_line, refused
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Tracker:
         warn: is given a line for people, from the background thread.
         guard: called in the background thread before each write; it may wait, or raise to end all writing.
         backlog: what `pending` gave to the checkpoint that this attempt goes on from.
+        journal: URL of a file that is to have the same points.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class Tracker:
         warn: Callable[[str], None] = print,
         guard: Callable[[], object] = lambda: None,
         backlog: Mapping[str, Any] | None = None,
+        journal: str | None = None,
     ) -> None:
         self.error: Exception | None = None
         self._run, self._warn, self._guard = run, warn, guard
         self._client = client(run.uri)
         self._backlog = Backlog(backlog)
+        self._journal = Journal(journal, warn, guard) if journal is not None else None
         self._unwanted: set[str] = set()  # curves that the store refuses
         self._away = self._full = self._closed = False
         self._image_failures = self._caught_up = 0  # images: in a row
@@ -76,7 +80,10 @@ class Tracker:
 
     def flush(self) -> None:
         """Wait until what was queued is logged, at most `_FLUSH_SECONDS`, and not for a store that is away."""
+        end = time.monotonic() + _FLUSH_SECONDS
         self._backlog.wait(_FLUSH_SECONDS, lambda: self._away or self._image_failures > 1)
+        if self._journal is not None:
+            self._journal.flush(max(0.0, end - time.monotonic()))
 
     def close(self, patience: float | None = None) -> None:
         """Wait until what was queued is logged, at most so many seconds (by default a minute);
@@ -84,12 +91,16 @@ class Tracker:
         if self._closed:
             return
         self._closed = True
+        patience = _DRAIN_SECONDS if patience is None else patience
+        end = time.monotonic() + patience
         self._backlog.close()
-        self._thread.join(_DRAIN_SECONDS if patience is None else patience)
+        self._thread.join(patience)
         points, images = self._backlog.waiting
         self._backlog.abandon()
         if points or images:
             self._warn(f"MLflow at {self._run.uri} did not take {points:,} points and {images} images")
+        if self._journal is not None:
+            self._journal.close(max(end - time.monotonic(), min(patience, _FLUSH_SECONDS)))
 
     def _work(self) -> None:
         try:
@@ -113,14 +124,22 @@ class Tracker:
     def _look(self) -> None:
         """See what earlier attempts have logged. One call, and one more for each curve that may have a gap."""
         run = self._client.get_run(self._run.run_id)
-        last = {m.key: m.step for m in run.data._metric_objs}  # of each curve the point with the highest step
+        newest = {m.key: (m.step, m.timestamp) for m in run.data._metric_objs}  # the points with the highest step
+        last = {curve: step for curve, (step, _) in newest.items()}
         doubtful = {p.curve for p in self._backlog.earlier if p.step <= last.get(p.curve, -1)}
-        logged = {c: {m.step for m in self._client.get_metric_history(self._run.run_id, c)} for c in doubtful}
-        self._backlog.reconcile(last, logged)
+        logged = {curve: self._history(curve) for curve in doubtful}
+        steps = {curve: {p.step for p in points} for curve, points in logged.items()}
+        if self._journal is not None:
+            self._journal.begin(Recorded(newest, logged, self._history))
+        self._backlog.reconcile(last, steps, self._journal.append if self._journal is not None else None)
         with contextlib.suppress(Exception):  # a place for images that is away does not hold up curves
             lost = [f"{n} of step {s:,}" for n, s in self._backlog.lost_pictures if not self._files(n, s)]
             if lost:
                 self._warn(f"images that the last attempt could not log: {', '.join(lost)}")
+
+    def _history(self, curve: str) -> list[Point]:
+        history = self._client.get_metric_history(self._run.run_id, curve)
+        return [Point(curve, m.step, m.timestamp, m.value) for m in history]
 
     def _log_points(self, points: list[Point]) -> None:
         """Log a batch; where the store refuses it, log it by halves, to lose no more than what is refused."""

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 STEPS, CHECKPOINT_EVERY, EVAL_EVERY = 200, 70, 100  # long enough that a signal comes before the end
 SUMMARY = {
     "steps", "images", "test_bits_per_dim", "png_bits_per_dim", "images_per_second", "goodput", "drift", "samples",
-    "exported_model", "mlflow_run_id",
+    "exported_model", "mlflow_run_id", "metrics", "webp_bits_per_dim", "yardstick_images",
 }  # fmt: skip
 
 
@@ -88,6 +88,21 @@ def curve(folder, name, key):
     ]
 
 
+def assert_the_journal_has_what_mlflow_has(folder, name):
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    summary = json.loads((folder / "runs" / name / "summary.json").read_text())
+    names = client.get_run(summary["mlflow_run_id"]).data.metrics
+    recorded = [m for n in names for m in client.get_metric_history(summary["mlflow_run_id"], n)]
+    lines = [json.loads(line) for line in Path(summary["metrics"]).read_text().splitlines()]
+    written = [
+        (curve, row["step"], round(1000 * row["time"]), value)
+        for row in lines
+        for curve, value in row.items()
+        if curve not in ("step", "time")
+    ]
+    assert sorted(written) == sorted((m.key, m.step, m.timestamp, m.value) for m in recorded)
+
+
 def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     root = folder / "runs" / "whole"
     last_line = uninterrupted.strip().splitlines()[-1]
@@ -110,6 +125,14 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     values, steps = curve(folder, "whole", "train/bits_per_dim")
     assert steps == list(range(1, STEPS + 1))
     assert values[STEPS] < values[1]
+    assert {n.split("/")[0] for n in run.data.metrics} == {"train", "eval", "time", "memory", "flow", "system"}
+    assert curve(folder, "whole", "system/cpu_utilization_percentage")[1][0] == 1
+    assert len(curve(folder, "whole", "eval/webp_bits_per_dim")[1]) == 2
+    images = [f.path for f in client.list_artifacts(run.info.run_id, "images") if f.path.endswith(".png")]
+    assert sorted(path.removeprefix("images/").split("+")[:3:2] for path in images) == [
+        [name, str(step)] for name in ("entropy_by_level", "reconstructions", "samples") for step in (EVAL_EVERY, STEPS)
+    ]
+    assert_the_journal_has_what_mlflow_has(folder, "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -141,6 +164,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, uninterrupted,
         assert curve(folder, name, key) == curve(folder, "whole", key)
     assert curve(folder, name, "train/bits_per_dim")[1] == list(range(1, STEPS + 1))
     assert curve(folder, name, "eval/bits_per_dim")[1] == [EVAL_EVERY, STEPS]
+    assert_the_journal_has_what_mlflow_has(folder, name)
     ours, theirs = final_weights(folder, name), final_weights(folder, "whole")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -162,6 +186,7 @@ def test_a_killed_worker_is_started_again_and_the_result_is_the_same(folder, uni
     ours, theirs = final_weights(folder, "killed"), final_weights(folder, "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert curve(folder, "killed", "train/lr")[1] == list(range(1, STEPS + 1))
+    assert_the_journal_has_what_mlflow_has(folder, "killed")
 
 
 def test_a_stop_while_workers_are_away_ends_the_job_and_names_the_last_checkpoint(folder):

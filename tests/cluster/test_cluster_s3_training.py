@@ -68,12 +68,12 @@ def test_a_run_rides_out_a_server_that_is_away_and_changes_nothing_by_it(server,
     code, output = job.wait(300)
     assert code == 0, output
     assert "storage faults ridden out" in output
-    faults = metric(tmp_path, "remote", "storage/faults")
+    faults = metric(tmp_path, "remote", "time/storage_faults")
     assert faults[0] <= faults[-1]
     assert faults[-1] > 0
     code, output = Job(tmp_path, name="local").wait()
     assert code == 0, output
-    assert set(metric(tmp_path, "local", "storage/faults")) == {0}
+    assert set(metric(tmp_path, "local", "time/storage_faults")) == {0}
     remote, local = weights(tmp_path, "remote"), weights(tmp_path, "local")
     assert all(torch.equal(remote[name], local[name]) for name in local)
 

@@ -177,9 +177,9 @@ def test_points_whose_answer_is_lost_are_there_once(server, tmp_path):
 ATTEMPT = """
 import json, os, signal, sys
 from eiwtrain import tracking
-uri, run_id, saved, first, last = sys.argv[1:]
+uri, run_id, saved, journal, first, last = sys.argv[1:]
 run = tracking.TrackedRun(uri, "1", run_id)
-tracker = tracking.Tracker(run, backlog=json.load(open(saved)))
+tracker = tracking.Tracker(run, backlog=json.load(open(saved)), journal=journal)
 for step in range(int(first), int(last) + 1):
     tracker.metrics(step, {f"curve{i}": step + i / 7 for i in range(4)})
     tracker.tags({"step": str(step)})
@@ -193,11 +193,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_what_attempts_that_were_killed_had_not_logged_is_logged_by_the_next(server, tmp_path):
     """Two attempts run and are killed while the server is away; a third is killed while it logs; the fourth ends."""
     run = tracking.begin(config_for(server.endpoint, tmp_path), {})
-    saved = tmp_path / "pending.json"
+    saved, journal = tmp_path / "pending.json", tmp_path / "metrics.jsonl"
     saved.write_text("{}")
 
     def attempt(first, last):
-        args = [sys.executable, "-c", ATTEMPT, server.endpoint, run.run_id, str(saved), str(first), str(last)]
+        args = [sys.executable, "-c", ATTEMPT, server.endpoint, run.run_id, *map(str, (saved, journal, first, last))]
         assert subprocess.run(args, timeout=300, check=False).returncode == -signal.SIGKILL
 
     attempt(1, 10)
@@ -209,11 +209,13 @@ def test_what_attempts_that_were_killed_had_not_logged_is_logged_by_the_next(ser
     server.start()
     tracker = tracking.Tracker(run, backlog=json.loads(saved.read_text()), guard=killing_after(3))
     wait_until(lambda: tracker.error is not None)  # it has sent a part, and is no more
-    tracker = tracking.Tracker(run, backlog=json.loads(saved.read_text()))
+    tracker = tracking.Tracker(run, backlog=json.loads(saved.read_text()), journal=str(journal))
     for step in range(1401, 1501):
         tracker.metrics(step, values(step))
     tracker.close()
     assert_each_step_once(server, run, 1500)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(r["step"], r["curve3"]) for r in lines] == [(s, s + 3 / 7) for s in range(1, 1501)]
     assert MlflowClient(server.endpoint).get_run(run.run_id).data.tags["eiwtrain.step"] == "1400"
 
 

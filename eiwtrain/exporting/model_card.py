@@ -1,0 +1,231 @@
+"""The README.md of an exported model: what it is, from what, how good, how to use it, and what it is not for.
+
+Markdown under a front matter as Hugging Face's hub reads it (https://huggingface.co/docs/hub/model-cards). It says what
+is known: a fact that the metadata lacks has no line. Nothing here is measured.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.flow import FlowConfig
+
+CARD_FILE = "README.md"
+SAMPLES_FILE = "samples.png"
+_TASK = "unconditional-image-generation"
+
+_USE = """\
+## How to use it
+
+With eiwtrain, of which `eiwtrain/flow` imports torch and safetensors alone:
+
+```python
+import torch
+from eiwtrain import flow
+
+model = flow.load("path/to/this/folder")
+{sample}
+```
+
+Without eiwtrain: a copy of `eiwtrain/flow` is in `code/`, and MLflow finds it by itself. Images are uint8 of shape
+(n, {height}, {width}, {channels}):
+
+```python
+import mlflow
+
+bits = mlflow.pyfunc.load_model("path/to/this/folder").predict(images{labels})  # bits/dim of each image
+```
+
+From the command line: `python -m eiwtrain.evaluate FOLDER --data DATA`, `python -m eiwtrain.sample FOLDER`.
+
+Weights are in `model.safetensors`, with the architecture in its header and, to be read, in `config.json`. Nothing in
+this folder is pickled.
+"""
+
+_LIMITS = """\
+## Intended use and limits
+
+- For research on exact-likelihood models: density estimation, sampling, lossless-compression bounds, scores of images
+  like those of its data. It is not for identifying or judging people, nor for decisions about them, and its samples
+  are no evidence of anything.
+- Bits/dim is what the model needs to code an image, per pixel and channel; figures compare only on the same data set,
+  resolution, preprocessing and bits per channel. Lower bits/dim does not mean better-looking samples.
+- A low score does not mean that an image is like the training data: flows give simple images of other data sets higher
+  likelihood than their own (Nalisnick et al., [arXiv 1810.09136](https://arxiv.org/abs/1810.09136)). Do not use it as a
+  detector of foreign images without measuring that on yours.
+- It has the biases of its data, and images of its data may come back in its samples.
+
+## What is known of the paper
+
+The model follows the abstract of EIW-Flow ([arXiv 2407.04958](https://arxiv.org/abs/2407.04958)). The paper's body and
+code were not at hand: the shuffle is a construction of eiwtrain's own in that spirit, and no figure of the paper is
+claimed or reproduced here.
+"""
+
+
+def render(
+    config: FlowConfig,
+    parameters: int,
+    metadata: Mapping[str, Any],
+    manifest: Manifest | None = None,
+    yardsticks: Mapping[str, float] | None = None,
+) -> str:
+    """The card.
+
+    Args:
+        parameters: numbers in the weights.
+        metadata: as `eiwtrain.models.metadata_of` gives it; any of it may be missing.
+        manifest: of the data set, if it can be read.
+        yardsticks: bits/dim of lossless coders, by name, on the images of the score.
+    """
+    known = {key: value for key, value in metadata.items() if value is not None}
+    sections = [
+        f"# {known.get('run', 'An image flow')}\n\n{summary(config, parameters, known)}\n",
+        f"![Samples of this model]({SAMPLES_FILE})\n",
+        _score(config, known, yardsticks or {}),
+        _bullets("Data", _data(known, manifest)),
+        _bullets("Training", _training(known, manifest)),
+        _bullets("Architecture", _architecture(config, parameters)),
+        _use(config),
+        _LIMITS,
+    ]
+    front = yaml.safe_dump(front_matter(config, known), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n" + "\n".join(section for section in sections if section)
+
+
+def summary(config: FlowConfig, parameters: int, metadata: Mapping[str, Any]) -> str:
+    """What the model is, in a sentence or two; Markdown."""
+    channels, height, width = config.image_shape
+    kind = "class-conditional normalizing flow" if config.classes else "normalizing flow"
+    data = f", trained on {metadata['data']}" if metadata.get("data") else ""
+    text = f"An exact-likelihood model of {height}x{width} images of {channels} channels: a {kind} of "
+    text += f"{parameters:,} parameters{data}"
+    return text + f" with eiwtrain {metadata['eiwtrain']}." if metadata.get("eiwtrain") else text + "."
+
+
+def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's YAML. The weights' license is not ours to give: there is no such entry."""
+    front: dict[str, Any] = {
+        "library_name": "eiwtrain",
+        "tags": ["normalizing-flow", "density-estimation", "exact-likelihood", "safetensors", "eiwtrain"],
+    }
+    if not config.classes:
+        front["pipeline_tag"] = _TASK
+    title, bits = metadata.get("data"), metadata.get("eval_bits_per_dim")
+    if title:
+        # on the hub a data set's id has no spaces; the protocol, after the name, is in the model index
+        data_id = re.sub(r"[^\w.-]+", "-", title.partition(" (")[0]).strip("-.") or "unnamed"
+        front["datasets"] = [data_id]
+    if title and bits is not None:
+        front["metrics"] = ["bits_per_dim"]
+        of = {"name": title, "type": data_id}
+        if metadata.get("eval_split"):
+            of["split"] = metadata["eval_split"]
+        if metadata.get("data_fingerprint"):
+            of["revision"] = metadata["data_fingerprint"]
+        measured = {"type": "bits_per_dim", "name": "bits/dim (lower is better)", "value": round(bits, 6)}
+        result = {"task": {"type": _TASK, "name": "density estimation"}, "dataset": of, "metrics": [measured]}
+        front["model-index"] = [{"name": metadata.get("run", "flow"), "results": [result]}]
+    return front
+
+
+def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Mapping[str, float]) -> str:
+    if "eval_bits_per_dim" not in known:
+        return ""
+    bits = f"**{known['eval_bits_per_dim']:.4f}"
+    if "eval_standard_error" in known:
+        bits += f" ± {known['eval_standard_error']:.4f}"
+    where = f" on {known['eval_images']:,} images" if "eval_images" in known else ""
+    where += f" of split `{known['eval_split']}`" if "eval_split" in known else ""
+    noise = "variational" if config.dequantization == "variational" else "uniform"
+    lines = [
+        f"## Bits per dimension\n\n{bits}** bits/dim{where}: the mean and its standard error over images. One draw of "
+        f"{noise} dequantization noise an image, so an upper bound; {config.n_bits} bits per channel.\n"
+    ]
+    if yardsticks:
+        names = {"png": "PNG", "webp": "WebP lossless"}
+        coders = ", ".join(f"{names.get(k, k)} {v:.4f}" for k, v in yardsticks.items())
+        lines.append(f"For the same images lossless coders need, one file an image: {coders} bits/dim.\n")
+    return "\n".join(lines)
+
+
+def _data(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
+    facts = []
+    if "data" in known:
+        facts.append(f"{known['data']}")
+    if manifest is not None:
+        params = dict(manifest.preprocessing["params"])
+        source = params.pop("source", None)
+        made = ", ".join(f"{key} {value}" for key, value in params.items())
+        facts.append(
+            f"preprocessing: {manifest.preprocessing['name']}, version {manifest.preprocessing['version']}"
+            + (f" ({made})" if made else "")
+        )
+        if isinstance(source, dict):
+            facts.append("source: " + ", ".join(f"{key} {value}" for key, value in source.items()))
+        facts.append("images: " + ", ".join(f"{name} {s.samples:,}" for name, s in manifest.splits.items()))
+        if (split := known.get("eval_split")) and manifest.duplicates.get(split):
+            facts.append(f"of {split}, {manifest.duplicates[split]:,} have the pixels of another image of the data set")
+    if "data_fingerprint" in known:
+        facts.append(f"fingerprint: `{known['data_fingerprint']}`")
+    return facts
+
+
+def _training(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
+    facts = []
+    if "step" in known:
+        facts.append(f"{known['step']:,} optimizer steps")
+    if "samples_seen" in known:
+        images = f"{known['samples_seen']:,} images seen"
+        train = manifest.splits.get(known.get("train_split", "")) if manifest is not None else None
+        facts.append(images + (f", {known['samples_seen'] / train.samples:.3g} epochs" if train else ""))
+    if "wall_seconds" in known:
+        hours = f"{known['wall_seconds'] / 3600:.3g} hours of wall time over all attempts"
+        facts.append(hours + (f"; {known['workers']} workers at the end" if "workers" in known else ""))
+    if "training" in known:
+        facts.append(", ".join(f"{key} {value}" for key, value in known["training"].items()))
+    if "checkpoint" in known:
+        facts.append(f"averaged weights of checkpoint `{known['checkpoint']}`")
+    if "git_revision" in known:
+        facts.append(f"git revision `{known['git_revision']}`")
+    return facts
+
+
+def _architecture(config: FlowConfig, parameters: int) -> list[str]:
+    c = config.conditioner
+    net = f"{c.kind} conditioners, {c.hidden} channels, depth {c.depth}"
+    if c.kind == "transformer":
+        net += f", {c.heads} heads, patches of {c.patch}"
+    blocks = f", blocks of {config.shuffle_block}" if config.shuffle == "soft" and config.shuffle_block else ""
+    facts = [
+        f"{parameters:,} parameters",
+        f"{config.levels} levels of {config.steps} steps; {config.coupling} couplings"
+        + (f", {config.bins} bins" if config.coupling == "spline" else ""),
+        net,
+        f"shuffle before each split: {config.shuffle}{blocks}",
+        f"{config.dequantization} dequantization, {config.n_bits} bits per channel",
+        f"conditioners in {config.conditioner_dtype}, trunk in {config.trunk_dtype}",
+    ]
+    return facts + ([f"{config.classes} classes"] if config.classes else [])
+
+
+def _use(config: FlowConfig) -> str:
+    channels, height, width = config.image_shape
+    labels = ", labels" if config.classes else ""
+    noise = "noise = torch.rand(pixels.shape)"
+    sample = [
+        f"images = model.to_images(model.sample(16, temperature=0.8))  # uint8 (16, {channels}, {height}, {width})",
+        f"{noise}  # pixels: uint8 of that shape" + (", labels: int64 (n,)" if config.classes else ""),
+        f"bits = model.bits_per_dim(pixels, noise{labels})  # of each image",
+    ]
+    params = ', params={"labels": labels}' if config.classes else ""
+    return _USE.format(sample="\n".join(sample), height=height, width=width, channels=channels, labels=params)
+
+
+def _bullets(title: str, facts: list[str]) -> str:
+    return f"## {title}\n\n" + "".join(f"- {fact}\n" for fact in facts) if facts else ""

@@ -1,0 +1,222 @@
+"""Exported models in MLflow's Model Registry: a version of each, and the alias `best`, which only a better one gets.
+
+A version refers to where its files are if that is a bucket, so that gigabytes do not go through the tracking server;
+files of this machine become artifacts of the run. Not for making the files: that is `eiwtrain.export`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eiwtrain import flow, storage
+from eiwtrain.exporting import model_card
+from eiwtrain.tracking.store import TrackingError, client, one_line
+
+ALIAS = "best"
+_NAME = re.compile(r"[\w.-][\w. -]*")  # what MLflow takes, and `models:/NAME@ALIAS` can say
+_UPLOAD_SECONDS = "600"  # that a server may take for one file: it passes it on before it answers
+_ALIKE = ("data_fingerprint", "image_shape", "n_bits", "eval_split", "eval_images")
+"""What figures must have in common to be compared."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model.
+
+    Attributes:
+        new: whether it was made now; a model is registered once.
+        is_best: whether the alias `best` is on it.
+        why: what became of the alias, for people.
+    """
+
+    name: str
+    version: str
+    new: bool
+    is_best: bool
+    why: str
+
+    def __str__(self) -> str:
+        verb = "registered as" if self.new else "was registered before as"
+        return f"{verb} models:/{self.name}/{self.version}; {self.why}"
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if a registered model cannot have that name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--register: {name!r} cannot name a registered model: letters, digits and . _ - are well")
+
+
+def register(
+    name: str,
+    folder: Path,
+    url: str,
+    uri: str,
+    run_id: str | None,
+    model: flow.EIWFlow,
+    metadata: Mapping[str, Any],
+) -> Registered:
+    """Register an exported model, and have the alias `best` name it if it is the first, or better than the one before.
+
+    Args:
+        folder: the exported model on this machine.
+        url: where it was published, and stays. If that is on this machine, the files are logged into the run.
+        uri: of MLflow.
+        run_id: of the run that the model is from; None, or a run that MLflow does not know: it is not linked to one.
+        metadata: as `models.metadata_of` gives it.
+
+    Raises:
+        TrackingError: MLflow cannot be used, or files of this machine have no run to go into.
+    """
+    try:
+        return _register(client(uri), name, folder, url, run_id, model, metadata)
+    except TrackingError:
+        raise
+    except Exception as e:
+        raise TrackingError(f"{uri}: {one_line(e)}") from None
+
+
+def _register(
+    mlflow: Any,
+    name: str,
+    folder: Path,
+    url: str,
+    run_id: str | None,
+    model: flow.EIWFlow,
+    metadata: Mapping[str, Any],
+) -> Registered:
+    tags = _tags(folder, model.config, metadata)
+    versions = mlflow.search_model_versions(f"name = '{name}'")
+    same = [v for v in versions if all(v.tags.get(key) == tags.get(key) for key in ("weights_sha256", "checkpoint"))]
+    if same:
+        version = min(same, key=lambda v: int(v.version))
+        return Registered(name, str(version.version), False, *_alias(mlflow, name, version))
+    run, place = _run(mlflow, run_id), str(metadata.get("checkpoint", "model"))
+    source = _logged(mlflow, folder, run, place) if storage.is_local(url) else url
+    _make(mlflow, name)
+    parameters = sum(p.numel() for p in model.parameters())
+    version = mlflow.create_model_version(
+        name,
+        source,
+        run_id=None if run is None else run.info.run_id,
+        tags=tags,
+        description=model_card.summary(model.config, parameters, metadata),
+        await_creation_for=0,
+    )
+    return Registered(name, str(version.version), True, *_alias(mlflow, name, version))
+
+
+def _alias(mlflow: Any, name: str, version: Any) -> tuple[bool, str]:
+    """Move the alias if this version is better; returns whether it is on it, and why."""
+    number = mlflow.get_registered_model(name).aliases.get(ALIAS)
+    if number is not None and str(number) == str(version.version):
+        return True, f"it is {name}@{ALIAS}"
+    before = None if number is None else mlflow.get_model_version(name, number)
+    better, why = (True, "the first") if before is None else _better(version.tags, before.tags)
+    if better:
+        mlflow.set_registered_model_alias(name, ALIAS, version.version)
+        return True, f"{name}@{ALIAS} names it now: {why}"
+    return False, f"{name}@{ALIAS} stays on version {number}: {why}"
+
+
+def _better(new: Mapping[str, str], old: Mapping[str, str]) -> tuple[bool, str]:
+    """Whether figures of the first are better than those of the second, as far as they compare; and why."""
+    here, there = _bits(new), _bits(old)
+    if here is None:
+        return False, "this one was not evaluated"
+    if there is None:
+        return True, "the one before was not evaluated"
+    for key in _ALIKE:
+        if new.get(key) != old.get(key):
+            ours, theirs = (str(tags.get(key, "unknown"))[:16] for tags in (new, old))
+            return False, f"figures do not compare, its {key} is {theirs}, here {ours}"
+    if here < there:
+        return True, f"{here:.4f} bits/dim, {there:.4f} before"
+    return False, f"it has {there:.4f} bits/dim, this one {here:.4f}"
+
+
+def _bits(tags: Mapping[str, str]) -> float | None:
+    try:
+        bits = float(tags["bits_per_dim"])
+    except (KeyError, ValueError):
+        return None
+    return bits if math.isfinite(bits) else None
+
+
+def _tags(folder: Path, config: flow.FlowConfig, metadata: Mapping[str, Any]) -> dict[str, str]:
+    facts = {
+        "step": metadata.get("step"),
+        "checkpoint": metadata.get("checkpoint"),
+        "bits_per_dim": metadata.get("eval_bits_per_dim"),
+        "standard_error": metadata.get("eval_standard_error"),
+        "eval_split": metadata.get("eval_split"),
+        "eval_images": metadata.get("eval_images"),
+        "data": metadata.get("data"),
+        "data_fingerprint": metadata.get("data_fingerprint"),
+        "image_shape": "x".join(map(str, config.image_shape)),
+        "n_bits": config.n_bits,
+        "weights_sha256": _weights_sha256(folder / flow.MODEL_FILE),
+    }
+    return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+def _weights_sha256(file: Path) -> str:
+    """Of all tensors. Not of the file: safetensors writes what else is in its header in any order."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        f.seek(8 + int.from_bytes(f.read(8), "little"))  # the header, after its length
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _run(mlflow: Any, run_id: str | None) -> Any | None:
+    """The run, if this store has it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return None if run_id is None else mlflow.get_run(run_id)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _logged(mlflow: Any, folder: Path, run: Any | None, name: str) -> str:
+    """Log the files into the run; returns where they are then."""
+    if run is None:
+        raise TrackingError("it does not know the run, to which files of this machine would belong: export to a bucket")
+    with _patience():
+        mlflow.log_artifacts(run.info.run_id, str(folder), f"models/{name}")
+    return storage.join(run.info.artifact_uri, "models", name)
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """A longer time limit of a request, which MLflow takes from the environment."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = _UPLOAD_SECONDS
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        os.environ.update({} if before is None else {name: before})
+
+
+def _make(mlflow: Any, name: str) -> None:
+    """The registered model, unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.create_registered_model(name)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

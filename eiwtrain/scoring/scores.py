@@ -1,0 +1,101 @@
+"""Bits per dimension of images under a flow, and their mean over images, ranks and draws of noise.
+
+Not for files, other data sets or other measures: `eiwtrain.evaluate` is the command.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eiwtrain import data, flow
+from eiwtrain.flow.dequantization import iwbo
+
+
+@dataclass(frozen=True)
+class Score:
+    """A held-out score."""
+
+    bits_per_dim: float
+    """Mean over images."""
+    standard_error: float
+    """Of that mean, over images."""
+    images: int
+
+
+@torch.no_grad()
+def image_bits(model: flow.EIWFlow, draws: Sequence[data.Batch]) -> tuple[Tensor, Tensor]:
+    """Bits/dim of each row of a batch, float64 (n,) on the CPU: an upper bound of what the model needs to code it.
+
+    Args:
+        model: a flow, on the device to use.
+        draws: the same batch, each time with other noise.
+
+    Returns:
+        The bound of the first draw alone (the ELBO if dequantization is variational), and the importance-weighted one
+        of all draws (`EIWFlow.iwbo`), which are the same where there is one.
+
+    Raises:
+        DataError: an image of no class, for a model that has classes.
+    """
+    device = next(model.parameters()).device
+    images, noise, labels = data.flow_inputs(draws[0], model.config.classes, device)
+    noises = [noise, *(batch.noise(device) for batch in draws[1:])]
+    log_probs = torch.stack([model.log_prob(images, u, labels) for u in noises])
+    bounds = torch.stack([log_probs[0], iwbo(log_probs)])
+    first, all_draws = flow.bits_per_dim(bounds, model.dims, model.config.n_bits).double().cpu()
+    return first, all_draws
+
+
+def score(
+    model: flow.EIWFlow,
+    batches: Iterable[data.Batch],
+    stopped: Callable[[], bool] = lambda: False,
+    more_draws: Sequence[Iterable[data.Batch]] = (),
+) -> Score | None:
+    """Mean bits/dim over batches; over all ranks' batches when there is a process group (then collective).
+
+    Args:
+        model: a flow, on the device to use.
+        batches: uint8 images with their dequantization noise; rows of weight zero do not count.
+        stopped: asked before each batch, on every rank with the same answer; True ends the evaluation.
+        more_draws: the same batches with other noise, for the importance-weighted bound.
+
+    Returns:
+        The score, or None if stopped.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for draws in zip(batches, *more_draws, strict=True):
+        if stopped():
+            return None
+        _, bits = image_bits(model, draws)
+        sums += _sums(bits, draws[0].weight)
+    if dist.is_initialized():
+        sums = sums.to(next(model.parameters()).device)
+        dist.all_reduce(sums)
+    return _score(sums)
+
+
+def mean(bits: Tensor) -> Score:
+    """The score of images of these bits/dim, (n,)."""
+    return _score(_sums(bits, torch.ones_like(bits)))
+
+
+def _sums(bits: Tensor, weight: Tensor) -> Tensor:
+    """Images, sum of bits/dim, sum of their squares."""
+    weight = weight.double()
+    return torch.stack([weight.sum(), (weight * bits).sum(), (weight * bits.square()).sum()])
+
+
+def _score(sums: Tensor) -> Score:
+    count, total, squares = sums.tolist()
+    if not count:
+        raise ValueError("no images to score")
+    average = total / count
+    variance = max(0.0, squares / count - average * average)
+    return Score(average, math.sqrt(variance / max(1.0, count - 1)), int(count))
