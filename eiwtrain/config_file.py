@@ -147,7 +147,7 @@ def _impossible(c: Config) -> list[str]:
             "use your MLflow server, e.g. http://host:5000"
         )
     for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
-        if url and re.match(r"[\w+.-]+://[^/]*@", url):
+        if url and re.search(r"^[\w+.-]+://[^/]*@|[?&](password|passwd|pwd|secret|token|sig)=", url):
             problems.append(
                 f"{name}: a password in a URL would be logged; give it in the environment "
                 "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "

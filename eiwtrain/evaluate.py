@@ -58,9 +58,13 @@ def main(argv: list[str] | None = None) -> int:
             _check_classes(sets, found)
         result = _evaluate(args, found, sets)
         if args.json is not None:
-            storage.write_bytes(args.json, (json.dumps(result, indent=1) + "\n").encode())
+            text = json.dumps(_without_nan(result), indent=1, allow_nan=False)
+            storage.write_bytes(args.json, f"{text}\n".encode())
     except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"error: --batch: {args.batch} images do not fit the GPU; give fewer", file=sys.stderr)
         return 2
     print("\n".join(_lines(result)))
     return 0
@@ -150,6 +154,10 @@ def _open(option: str, url: str, split: str, found: models.Model) -> _Set:
         raise ValueError(f"--{option}: images of {reader.manifest.title} are {has}, and the model takes {takes}{mend}")
     if config.classes and config.classes != len(reader.manifest.classes):
         raise ValueError(f"--{option}: {len(reader.manifest.classes)} classes, and the model has {config.classes}")
+    named = found.metadata.get("class_names")
+    if config.classes and named and list(named) != list(reader.manifest.classes):
+        known = ", ".join(named[:5])
+        raise ValueError(f"--{option}: its classes are not the model's, or in another order; the model's: {known}, ...")
     return _Set(option, reader)
 
 
@@ -255,6 +263,15 @@ def _fidelity(args: argparse.Namespace, network: Any, found: models.Model, real:
         "weights_sha256": network.sha256,
         "published_weights": network.is_published,
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON data with null where a number is not finite."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import model_card, onnx, registry
 from eiwtrain.exporting.package import MLMODEL, note_size, package
 from eiwtrain.models import Model
+from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.tracking import TrackedRun, TrackingError
 
 _SAMPLES, _TEMPERATURES, _SEED = 16, (0.7, 1.0), 0
@@ -38,7 +39,7 @@ def export(
     url: str,
     metadata: Mapping[str, Any],
     manifest: Manifest | None = None,
-    yardsticks: Mapping[str, float] | None = None,
+    yardsticks: Yardsticks | None = None,
 ) -> None:
     """Publish the model at a folder or URL, in place of one that is there. Arguments as of `assembled`."""
     with assembled(model, metadata, manifest, yardsticks) as folder:
@@ -50,7 +51,7 @@ def assembled(
     model: flow.EIWFlow,
     metadata: Mapping[str, Any],
     manifest: Manifest | None = None,
-    yardsticks: Mapping[str, float] | None = None,
+    yardsticks: Yardsticks | None = None,
     with_onnx: bool = False,
 ) -> Iterator[Path]:
     """The folder of an exported model, on this machine for the time of the context.
@@ -58,7 +59,7 @@ def assembled(
     Args:
         metadata: JSON data, as `models.metadata_of` gives it; it goes into config.json and the model card.
         manifest: of the data set, if it can be read.
-        yardsticks: bits/dim of lossless coders, by name, on the images of the held-out score.
+        yardsticks: what lossless coders need for the first of the images of the held-out score.
         with_onnx: whether the encoder is to be there as an ONNX graph too; raises ValueError where it cannot be had.
     """
     described = dict(metadata)
@@ -87,8 +88,8 @@ def publish(folder: Path, url: str) -> None:
     Weights come last but for the file that MLflow looks for, and those of another model that are there go first: what
     is interrupted is no model, neither to `flow.load` nor to MLflow.
     """
-    last = [flow.MODEL_FILE, MLMODEL]
-    names = [name for name, _ in storage.find(str(folder)) if name not in last]
+    first, last = [flow.CONFIG_FILE], [flow.MODEL_FILE, MLMODEL]  # first: it tells whose files they are
+    names = first + [name for name, _ in storage.find(str(folder)) if name not in first + last]
     for name in reversed(last):
         storage.delete(storage.join(url, name))
     for name in [*names, *last]:
@@ -165,13 +166,14 @@ def _name(saved: Checkpoint) -> str:
 
 
 def _refuse_another_model(output: str, saved: Checkpoint) -> None:
-    """Raises ValueError where the export of another checkpoint is, which a registered version may refer to."""
-    if not storage.exists(storage.join(output, flow.MODEL_FILE)):
+    """Raises ValueError where there is anything but an export of this checkpoint: a registered version may refer to
+    another model, and other files are the user's."""
+    if not storage.listdir(output):
         return
     try:
         there = json.loads(storage.read_bytes(storage.join(output, flow.CONFIG_FILE)))["metadata"].get("checkpoint")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        there = None
+        raise ValueError(f"--output: {output} is not empty; name another folder") from None
     if there != _name(saved):
         raise ValueError(f"--output: {output} holds another model; name another folder, or delete it first")
 
@@ -191,20 +193,21 @@ def _manifest(saved: Checkpoint) -> Manifest | None:
     return manifest if manifest.fingerprint == saved.state["data_fingerprint"] else None
 
 
-def _yardsticks(root: str, saved: Checkpoint) -> dict[str, float]:
+def _yardsticks(root: str, saved: Checkpoint) -> Yardsticks | None:
     """As the run's summary has them, if it has one and it is of the same images as the score."""
     try:
         summary = json.loads(storage.read_bytes(storage.join(root, "summary.json")))
         if summary["test_images"] == (saved.state["score"] or {}).get("images"):
-            return {coder: float(summary[f"{coder}_bits_per_dim"]) for coder in ("png", "webp")}
+            bits = {coder: float(summary[f"{coder}_bits_per_dim"]) for coder in ("png", "webp")}
+            return Yardsticks(int(summary["yardstick_images"]), bits)
     except (OSError, ValueError, KeyError, TypeError, storage.StorageError):
         pass
-    return {}
+    return None
 
 
 def _register(args: argparse.Namespace, root: str, saved: Checkpoint, model: Model, folder: Path, output: str) -> int:
     config = saved.state["config"]
-    name = args.register or config["run"]["name"]
+    name = args.register or config["tracking"].get("registered_model") or config["run"]["name"]
     try:
         uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _store(root, config)
         run_id = saved.state.get("mlflow_run_id")

@@ -13,6 +13,7 @@ from eiwtrain.goodput import Clock
 from eiwtrain.held_out import HeldOut
 from eiwtrain.lease import Guard
 from eiwtrain.scoring.scores import Score
+from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.tracking import TrackedRun, Tracker, TrackingError
 
 METRICS = "metrics.jsonl"
@@ -45,7 +46,8 @@ def finish(
     if not may_go_on("the export"):
         return None
     guard.check()
-    facts = models.metadata_of(state.newest), state.manifest, held_out.yardsticks
+    coders = Yardsticks(held_out.yardstick_images, held_out.yardsticks)
+    facts = models.metadata_of(state.newest), state.manifest, coders
     registered = None
     with export.assembled(state.averaged, *facts) as folder:
         export.publish(folder, model)
@@ -56,7 +58,8 @@ def finish(
             try:
                 registered = str(export.register(folder, name, root, state.newest, tracked, state.averaged))
             except (TrackingError, storage.StorageError) as e:
-                registered = f"not registered: {e}; python -m eiwtrain.export {state.step} --run {root} does it"
+                again = f"python -m eiwtrain.export {state.step} --run {root} --register '{name}'"
+                registered = f"not registered: {e}; to do so: {again}"
     summary = {
         "data": state.manifest.title,
         "steps": state.step,

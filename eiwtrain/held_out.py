@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -65,12 +66,15 @@ class HeldOut:
         values = {"eval/bits_per_dim": score.bits_per_dim, "eval/standard_error": score.standard_error}
         values |= {f"eval/{coder}_bits_per_dim": bits for coder, bits in self.yardsticks.items()}
         values |= {"flow/drift": self.drift()}
-        tracker.metrics(state.step, values)
+        tracker.metrics(state.step, {curve: value for curve, value in values.items() if math.isfinite(value)})
         if warning := report.drift_warning(values["flow/drift"], self.config):
             note(warning)
         undrawn = self.pictures()
-        while may_go_on(f"drawing at step {state.step}") and (drawn := next(undrawn, None)) is not None:
+        while may_go_on(f"drawing at step {state.step}"):
+            if (drawn := next(undrawn, None)) is None:
+                return
             tracker.image(state.step, *drawn)
+        note(f"step {state.step:,}: not all of its pictures are drawn, as the job ends")
 
     def drift(self) -> float:
         """Relative error of images through the flow and back."""

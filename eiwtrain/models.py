@@ -5,6 +5,8 @@ For the commands. Not for resuming training, nor for programs without the rest o
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -87,15 +89,21 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
     """What an exported model says of its origin: no path, address or name of a machine, as models get published."""
     state, config = saved.state, saved.state["config"]
     score, train = state.get("score") or {}, config["train"]
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
     return {
         "run": config["run"]["name"],
         "checkpoint": saved.url.rpartition("/")[2],
         "step": saved.step,
+        "updates": state.get("updates"),
         "samples_seen": saved.samples_seen,
         "data": state.get("data"),
         "data_fingerprint": state.get("data_fingerprint"),
-        "eval_bits_per_dim": state.get("eval_bits_per_dim"),
-        "eval_standard_error": score.get("standard_error"),
+        "class_names": state.get("class_names"),
+        "eval_bits_per_dim": finite(state.get("eval_bits_per_dim")),
+        "eval_standard_error": finite(score.get("standard_error")),
         "eval_images": score.get("images"),
         "eval_split": config["data"]["eval_split"],
         "train_split": config["data"]["train_split"],
@@ -122,6 +130,12 @@ def _loaded(file: Path, source: str) -> Model:
 def _registered(name: str) -> Model:
     import mlflow
 
+    from eiwtrain.tracking.store import client
+
+    uri = mlflow.get_tracking_uri()
+    if "MLFLOW_TRACKING_URI" not in os.environ and uri.startswith("sqlite:///") and not Path(uri[10:]).exists():
+        raise ValueError(f"{name}: set MLFLOW_TRACKING_URI to the MLflow that has it, e.g. sqlite:///runs/mlflow.db")
+    client(uri)  # which quiets MLflow
     with tempfile.TemporaryDirectory() as copy:
         try:
             file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
 
 _LEASE_OUTCOMES: dict[str, Any] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+_MOST_WORDS = 500  # characters of a reason in a tag of MLflow
 EXIT_USAGE, EXIT_FAILED, EXIT_GOES_ON_LATER = 2, 1, 75  # 75: EX_TEMPFAIL of sysexits.h
 
 
@@ -170,6 +171,7 @@ def _run(config: Config, manifest: Manifest, began: float, command: str, console
             console.note(f"checkpoint  {outcome['checkpoint']}")
             console.note(f"go on with  {command}")
             return 128 + stop.number if stop.number else EXIT_GOES_ON_LATER
+        detail = f"failed: {' '.join(str(outcome.get('failed', '')).split())[:_MOST_WORDS]}"
         print(f"error: {outcome.get('lost') or outcome['failed']}", file=sys.stderr)
         return EXIT_FAILED
     except LeaseHeld as e:

@@ -139,6 +139,7 @@ class TrainState:
             "flow": self.flow.config.to_dict(),
             "data": self.manifest.title,
             "data_fingerprint": self.manifest.fingerprint,
+            "class_names": list(self.manifest.classes) if self.config.model.classes else None,
             "updates": self.updates,
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,

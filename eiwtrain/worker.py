@@ -309,7 +309,12 @@ class Worker:
         failpoints.reach("worker.finish")
         assert self.tracker is not None
         guard = self.job.guard
-        summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, guard, self._may_go_on)
+        try:
+            summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, guard, self._may_go_on)
+        except (LeaseLost, storage.StorageError):
+            raise
+        except Exception as e:  # training is done; to start workers again for this would not help
+            raise Fatal(f"training is done, but {type(e).__name__}: {e}; the same command tries the end again") from e
         return self._ended(_ending(*self._wants())) if summary is None else {"finished": summary}
 
     def _may_go_on(self, what: str) -> bool:

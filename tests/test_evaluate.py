@@ -132,3 +132,8 @@ def test_a_command_that_cannot_work_says_why_in_one_line(command, words, shards,
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert words in line
+
+
+def test_the_error_of_one_image_or_of_bits_that_are_no_number_is_not_known():
+    assert np.isnan(scores.mean(torch.tensor([3.0], dtype=torch.float64)).standard_error)
+    assert np.isnan(scores.mean(torch.tensor([float("nan"), 1.0], dtype=torch.float64)).standard_error)

@@ -189,6 +189,13 @@ def test_an_export_that_is_cut_short_at_any_file_is_no_model(root, tmp_path, mon
     assert {n for n, _ in storage.find(str(target))} == {n for n, _ in storage.find(str(tmp_path / "whole"))}
 
 
+def test_a_folder_with_files_of_the_user_is_not_written_into(root, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert export.main(["best", "--run", str(root), "--output", str(tmp_path), "--no-register"]) == 2
+    assert capsys.readouterr().err == f"error: --output: {tmp_path} is not empty; name another folder\n"
+    assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_another_model_is_not_written_over(root, tmp_path, capsys):
     output = str(tmp_path / "m")
     command = ["--run", str(root), "--output", output, "--no-register"]

@@ -297,3 +297,13 @@ def test_whenever_attempts_die_the_journal_has_the_points_of_the_store(remote, t
 
 
 NAMES = map("run{}".format, itertools.count())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 2, "time": Infinity, "a": 1}', '{"step": "2", "time": 1, "a": 1}', '{"step": 2, "time": 1, "a": "b"}'],
+)
+def test_a_line_that_nobody_here_has_written_ends_the_reading(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "time": 1.5, "a": 2.5}\n' + line + "\n")
+    assert list(journal.read(file)) == [journal.Row(1500, 1, {"a": 2.5})]

@@ -11,6 +11,7 @@ from small_run import commit, small_flow
 from eiwtrain import checkpoint, export, models
 from eiwtrain.data.manifest import Manifest, Shard, Split
 from eiwtrain.exporting import model_card
+from eiwtrain.scoring.yardsticks import Yardsticks
 
 MANIFEST = Manifest(
     name="photos",
@@ -52,8 +53,9 @@ def test_the_hub_reads_what_it_is_and_how_good(metadata):
 
 
 def test_the_card_says_from_what_and_with_what_effort(metadata):
-    text = card(metadata, manifest=MANIFEST, yardsticks={"png": 5.25, "webp": 5.125})
+    text = card(metadata, manifest=MANIFEST, yardsticks=Yardsticks(8, {"png": 5.25, "webp": 5.125}))
     for fact in (
+        "For the same images lossless coders need",
         "# tiny\n",
         "**4.5678 ± 0.0100** bits/dim on 8 images of split `test`",
         "PNG 5.2500, WebP lossless 5.1250",
@@ -112,3 +114,11 @@ def test_the_code_in_the_card_runs_as_it_stands(tmp_path, classes):
 
 def test_a_published_model_tells_no_path_and_no_address(metadata):
     assert not re.search(r"/nowhere|/x\b|://", str(metadata))
+
+
+def test_yardsticks_of_fewer_images_than_the_score_say_so(metadata):
+    assert "For the first 3 of these images lossless" in card(metadata, yardsticks=Yardsticks(3, {"png": 5.25}))
+
+
+def test_skipped_steps_are_told(metadata):
+    assert "6 optimizer steps, 2 of them skipped" in card(metadata | {"updates": 4})

@@ -58,3 +58,14 @@ def test_the_metadata_says_where_a_model_comes_from(root):
     assert (known["eval_bits_per_dim"], known["eval_standard_error"], known["eval_images"]) == (4.5, 0.01, 8)
     assert (known["workers"], known["wall_seconds"], known["eval_split"]) == (2, 7200.0, "test")
     assert known["training"]["global_batch"] == 8
+
+
+def test_a_registered_model_without_an_mlflow_says_what_to_set_and_makes_no_database(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(ValueError, match="set MLFLOW_TRACKING_URI"):
+        models.open_model("models:/nobody@best")
+    assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import yaml
 
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.flow import FlowConfig
+from eiwtrain.scoring.yardsticks import Yardsticks
 
 CARD_FILE = "README.md"
 SAMPLES_FILE = "samples.png"
@@ -73,7 +74,7 @@ def render(
     parameters: int,
     metadata: Mapping[str, Any],
     manifest: Manifest | None = None,
-    yardsticks: Mapping[str, float] | None = None,
+    yardsticks: Yardsticks | None = None,
 ) -> str:
     """The card.
 
@@ -81,13 +82,13 @@ def render(
         parameters: numbers in the weights.
         metadata: as `eiwtrain.models.metadata_of` gives it; any of it may be missing.
         manifest: of the data set, if it can be read.
-        yardsticks: bits/dim of lossless coders, by name, on the images of the score.
+        yardsticks: what lossless coders need for the first of the images of the score.
     """
     known = {key: value for key, value in metadata.items() if value is not None}
     sections = [
         f"# {known.get('run', 'An image flow')}\n\n{summary(config, parameters, known)}\n",
         f"![Samples of this model]({SAMPLES_FILE})\n",
-        _score(config, known, yardsticks or {}),
+        _score(config, known, yardsticks),
         _bullets("Data", _data(known, manifest)),
         _bullets("Training", _training(known, manifest)),
         _bullets("Architecture", _architecture(config, parameters)),
@@ -134,7 +135,7 @@ def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, A
     return front
 
 
-def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Mapping[str, float]) -> str:
+def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Yardsticks | None) -> str:
     if "eval_bits_per_dim" not in known:
         return ""
     bits = f"**{known['eval_bits_per_dim']:.4f}"
@@ -147,10 +148,12 @@ def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Mapping[str
         f"## Bits per dimension\n\n{bits}** bits/dim{where}: the mean and its standard error over images. One draw of "
         f"{noise} dequantization noise an image, so an upper bound; {config.n_bits} bits per channel.\n"
     ]
-    if yardsticks:
+    if yardsticks is not None:
         names = {"png": "PNG", "webp": "WebP lossless"}
-        coders = ", ".join(f"{names.get(k, k)} {v:.4f}" for k, v in yardsticks.items())
-        lines.append(f"For the same images lossless coders need, one file an image: {coders} bits/dim.\n")
+        coders = ", ".join(f"{names.get(k, k)} {v:.4f}" for k, v in yardsticks.bits_per_dim.items())
+        of_all = yardsticks.images == known.get("eval_images")
+        which = "the same images" if of_all else f"the first {yardsticks.images:,} of these images"
+        lines.append(f"For {which} lossless coders need, one file an image: {coders} bits/dim.\n")
     return "\n".join(lines)
 
 
@@ -179,7 +182,8 @@ def _data(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
 def _training(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
     facts = []
     if "step" in known:
-        facts.append(f"{known['step']:,} optimizer steps")
+        skipped = known["step"] - known.get("updates", known["step"])
+        facts.append(f"{known['step']:,} optimizer steps" + (f", {skipped:,} of them skipped" if skipped else ""))
     if "samples_seen" in known:
         images = f"{known['samples_seen']:,} images seen"
         train = manifest.splits.get(known.get("train_split", "")) if manifest is not None else None
@@ -191,8 +195,6 @@ def _training(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
         facts.append(", ".join(f"{key} {value}" for key, value in known["training"].items()))
     if "checkpoint" in known:
         facts.append(f"averaged weights of checkpoint `{known['checkpoint']}`")
-    if "git_revision" in known:
-        facts.append(f"git revision `{known['git_revision']}`")
     return facts
 
 

@@ -24,7 +24,7 @@ class Score:
     bits_per_dim: float
     """Mean over images."""
     standard_error: float
-    """Of that mean, over images."""
+    """Of that mean, over images; NaN of one image, or where bits are not finite."""
     images: int
 
 
@@ -97,5 +97,6 @@ def _score(sums: Tensor) -> Score:
     if not count:
         raise ValueError("no images to score")
     average = total / count
-    variance = max(0.0, squares / count - average * average)
-    return Score(average, math.sqrt(variance / max(1.0, count - 1)), int(count))
+    variance = squares / count - average * average
+    known = count > 1 and math.isfinite(variance)
+    return Score(average, math.sqrt(max(0.0, variance) / (count - 1)) if known else math.nan, int(count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,15 @@ CODERS: dict[str, tuple[str, dict[str, Any]]] = {
 TITLES = {"png": "PNG", "webp": "WebP"}
 
 _AT_A_TIME = 256  # images in memory
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What lossless coders need for the first images of a split."""
+
+    images: int
+    bits_per_dim: dict[str, float]
+    """By coder."""
 
 
 def bits(image: np.ndarray, coder: str, n_bits: int = 8) -> int:

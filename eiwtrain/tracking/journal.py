@@ -50,7 +50,8 @@ class Recorded(NamedTuple):
 
 
 def agreed(rows: Callable[[], Iterable[Row]], recorded: Recorded) -> Iterator[Row]:
-    """Rows with exactly the points that the store has, in the order of their times.
+    """Rows with exactly the points that the store has, in the order of their times. Points that a full backlog has
+    dropped may be there besides, until the next start.
 
     Where a curve's last point in the store is among the rows, those before it are right, and those behind it never
     reached the store. Where it is not, the curve is read from the store.
@@ -77,11 +78,14 @@ def joined(points: Iterable[Point]) -> Iterator[Row]:
 def read(path: Path) -> Iterator[Row]:
     """The rows of a journal, up to the first that is not whole, as the last one of a killed process; none where there
     is no file."""
-    damage = (ValueError, KeyError, TypeError, AttributeError)
+    damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
     with contextlib.suppress(FileNotFoundError, *damage), open(path, "rb") as file:
         for line in file:
             values = json.loads(line)
-            yield Row(round(1000 * values.pop("time")), values.pop("step"), values)
+            row = Row(round(1000 * values.pop("time")), values.pop("step"), values)
+            if type(row.step) is not int or not all(v is None or type(v) in (int, float) for v in values.values()):
+                raise ValueError
+            yield row
 
 
 def to_line(row: Row) -> bytes:
@@ -91,7 +95,7 @@ def to_line(row: Row) -> bytes:
 
 
 class Journal:
-    """Writes the journal; `append` never waits for storage.
+    """Writes the journal; `append` waits for a local file system alone.
 
     On a local file system the file itself grows, and it is replaced at the start, so that another attempt that still
     writes does not write into it. In remote storage it is published whole, at most once a minute. Storage that fails is

@@ -34,7 +34,7 @@ _STATUS_OF: dict[lease.Outcome, Status] = {"finished": "FINISHED", "failed": "FA
 _BEGIN_SECONDS = 5.0  # how long a beginning run waits for a store that is away: somebody may be waiting for the answer
 _END_SECONDS = 30.0  # and an ending one
 _AGAIN_SECONDS = 1.0
-_MOST_RECONCILED = 50
+_PAGE = 50  # runs asked for at once
 _RECONCILE_SECONDS = 10.0  # after which the others are left to the next start
 
 
@@ -197,7 +197,13 @@ def reconcile(run: TrackedRun) -> list[str]:
     give_up = time.monotonic() + _RECONCILE_SECONDS
     with contextlib.suppress(Exception), storage.impatient():
         running = f"attributes.status = 'RUNNING' AND tags.`{ROOT_TAG}` LIKE '%'"
-        found = client_of(run.uri).search_runs([run.experiment_id], running, max_results=_MOST_RECONCILED)
+        client, token = client_of(run.uri), None
+        found: list[Any] = []
+        while token or not found:  # all first: those that are ended would shift the pages
+            page = client.search_runs([run.experiment_id], running, max_results=_PAGE, page_token=token)
+            found += page
+            if (token := page.token) is None or time.monotonic() > give_up:
+                break
         for other in found:
             if other.info.run_id == run.run_id or time.monotonic() > give_up:
                 continue
