@@ -31,12 +31,13 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 @contextlib.contextmanager
 def process(command, log, healthy, env=None):
     """A server until the end of the block, once its address answers."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `mlflow models serve` looks for uvicorn
     with open(log, "wb") as file:
         server = subprocess.Popen(
             [sys.executable, "-m", "mlflow", *map(str, command)],
             stdout=file,
             stderr=file,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"} | (env or {}),
+            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": path} | (env or {}),
             start_new_session=True,  # it has children, which are ended with it
         )
     try:
