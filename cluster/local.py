@@ -115,7 +115,14 @@ class LocalCluster:
         """What the nodes have as well, as pods have the secrets that they are given."""
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
         mlflow = {"MLFLOW_TRACKING_URI": self.mlflow_uri} if self._has_mlflow else {}
-        return ray | (self.s3.env if self._has_s3 else {}) | mlflow
+        return ray | self._s3_env | mlflow
+
+    @property
+    def _s3_env(self) -> dict[str, str]:
+        if not self._has_s3:
+            return {}
+        root = f"s3://{self.bucket}"
+        return self.s3.env | {"EIWTRAIN_STORAGE": f"{root}/runs", "EIWTRAIN_DATA": f"{root}/data"}
 
     @property
     def _token(self) -> Path:
@@ -336,15 +343,14 @@ def _up(args: argparse.Namespace) -> int:
     print(f"# {args.nodes} worker nodes of {args.cpus} CPU, up in {time.monotonic() - began:.0f} s")
     print(f"# to export; also by: . {shlex.quote(str(file))}")
     print(exports, end="")
-    storage = f"s3://{cluster.bucket}" if not args.no_s3 else "runs"
-    print("# to try:")
-    print("#   ray status")
-    print(f"#   python -m data_prep photos --output {storage}/photos --resolution 32")
-    print(
-        "#   ray job submit --working-dir . -- python -m eiwtrain.run configs/quickstart.yaml "
-        f"run.storage={storage}/runs data.path={storage}/photos"
-        + ("" if args.no_mlflow else f" tracking.uri={cluster.mlflow_uri}")
-    )
+    print("# a day with it:")
+    submit = "#   ray job submit --working-dir . -- python -m"
+    if not args.no_s3:
+        print(f"{submit} data_prep photos --output s3://{cluster.bucket}/data/photos-32 --resolution 32")
+    print(f"{submit} eiwtrain.run configs/quickstart.yaml")
+    if not args.no_s3:
+        exported = f"s3://{cluster.bucket}/models/quickstart"
+        print(f"#   python -m eiwtrain.export best --run s3://{cluster.bucket}/runs/quickstart --output {exported}")
     if not args.no_mlflow:
         print(f"#   open {cluster.mlflow_uri} (MLflow)")
     again = "" if args.folder == "runs/cluster" else f" --folder {shlex.quote(args.folder)}"
