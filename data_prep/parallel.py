@@ -48,12 +48,13 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
         _start(workers or os.cpu_count() or 1)
     import ray
 
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    limit = cpus * _IN_FLIGHT if workers is None or workers >= cpus else workers  # Ray runs what it is given at once
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_in_worker)
     environment = ray_session.forwarded_environment()
     running: dict[Any, Any] = {}
     while task is not None or running:
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # of a cluster that grows with what waits
+        # Ray runs what it is given at once
+        limit = cpus * _IN_FLIGHT if workers is None or workers >= cpus else workers
         while task is not None and len(running) < limit:
             running[remote.remote(call, task, environment)] = task
             task = next(tasks, None)

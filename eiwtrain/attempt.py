@@ -147,12 +147,11 @@ class Attempt:
 
     def _look(self, now: float) -> Request | None:
         """What the state of the cluster asks for."""
-        draining = ray_session.draining()
-        if ray.get_runtime_context().get_node_id() in draining:
-            return Request("stop", "the drain of this job's own node")
+        if ray_session.own_node_drains():
+            return Request("stop", ray_session.OWN_DRAIN)
         if not self._nodes:  # they are starting
             return None
-        if going := sorted(draining & set(self._nodes)):
+        if going := sorted(ray_session.draining() & set(self._nodes)):
             return Request("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
         if self._workers < self._config.max_workers:
             found = ray_session.room(self._config, self._nodes, patience=_LOOK_SECONDS)
@@ -173,7 +172,9 @@ class _Fit(threading.Thread):
 
     def run(self) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from eiwtrain.loopback import LoopbackTorchConfig
 
         class Trainer(TorchTrainer):
             """One that starts no detached actor to tidy up after a dead driver: Ray does so itself, and the actor stays
@@ -189,7 +190,7 @@ class _Fit(threading.Thread):
             Trainer(
                 train_worker,
                 train_loop_config={"job": self._job},
-                torch_config=TorchConfig(backend="nccl" if w.gpus else "gloo"),
+                torch_config=LoopbackTorchConfig(backend="nccl" if w.gpus else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=self._workers,
                     use_gpu=bool(w.gpus),

@@ -5,7 +5,7 @@ Not for reading it from a file, nor for what fields must satisfy together: that 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -220,7 +220,8 @@ class Checkpoint(Section):
 
 class Tracking(Section):
     uri: Text | None = None
-    """MLflow tracking URI; null: sqlite in a local `run.storage`."""
+    """MLflow tracking URI; null: what the environment variable MLFLOW_TRACKING_URI says where the job starts, or sqlite
+    in a local `run.storage`."""
     experiment: Text = "eiwtrain"
     """MLflow experiment of the run."""
     log_every: PositiveInt = 10
@@ -287,7 +288,8 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
     rows: list[tuple[str, str, str]] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+        # to Python 3.10 a tuple[...] is a type, but none to ask for its base classes
+        if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
             rows += leaf_fields(kind, f"{prefix}{name}.")
             continue
         default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]

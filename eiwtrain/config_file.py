@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
+from eiwtrain.redact import INSTEAD, holds_secret, redact
 from eiwtrain.storage import anchored, is_local
 
 
@@ -38,6 +39,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(raw)
     except PydanticError as e:
         raise ConfigError(_limit([_explain(dict(err)) for err in e.errors()])) from None
+    config = _tracked_where_mlflow_says(config)
     if problems := _impossible(config):
         raise ConfigError(_limit(problems))
     return _absolute_paths(config)
@@ -115,6 +117,15 @@ def _explain(error: dict[str, Any]) -> str:
     return f"{name}: {error['input']!r:.80}: {problem}. {meaning}".strip()
 
 
+def _tracked_where_mlflow_says(c: Config) -> Config:
+    """MLFLOW_TRACKING_URI, MLflow's own variable, where the config leaves `tracking.uri` open. Settled here, in the
+    driver, so that workers, whose environment may be another, record where it does."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if c.tracking.uri is not None or not uri:
+        return c
+    return c.model_copy(update={"tracking": c.tracking.model_copy(update={"uri": uri})})
+
+
 def _impossible(c: Config) -> list[str]:
     """Combinations that no run could satisfy."""
     problems = []
@@ -143,16 +154,12 @@ def _impossible(c: Config) -> list[str]:
     problems += _impossible_model(c.model, c.data.resolution)
     if c.tracking.uri is None and not is_local(c.run.storage):
         problems.append(
-            f"tracking.uri: must be set when run.storage is remote ({c.run.storage}); "
-            "use your MLflow server, e.g. http://host:5000"
+            f"tracking.uri: must be set when run.storage is remote ({redact(c.run.storage)}); "
+            "use your MLflow server, e.g. http://host:5000, here or in MLFLOW_TRACKING_URI"
         )
     for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
-        if url and re.search(r"^[\w+.-]+://[^/]*@|[?&](password|passwd|pwd|secret|token|sig)=", url):
-            problems.append(
-                f"{name}: a password in a URL would be logged; give it in the environment "
-                "(MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
-                "before a database put an MLflow server)"
-            )
+        if url and holds_secret(url):
+            problems.append(f"{name}: a password in a URL would be logged; {INSTEAD}")
     return problems
 
 

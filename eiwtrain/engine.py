@@ -24,7 +24,7 @@ from eiwtrain.config import Train
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides its step count
 BETAS = (0.9, 0.999)
-_MOST_IN_BUCKET = 50_000_000  # gradients that are reduced at once: 200 MB
+MOST_IN_BUCKET = 50_000_000  # gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
 """Modules that ZeRO 3 is to gather whole, as their forward uses parameters of submodules that it does not call.
 
@@ -213,7 +213,7 @@ def _deepspeed_config(
             "stage": train.zero_stage,
             "overlap_comm": False,
             "contiguous_gradients": True,
-            "reduce_bucket_size": min(_MOST_IN_BUCKET, numbers),  # the default is a buffer of 2 GB, whatever the model
+            "reduce_bucket_size": min(MOST_IN_BUCKET, numbers),  # the default is a buffer of 2 GB, whatever the model
             # stage 3 shards every parameter and frees a leaf after each use: DeepSpeed's defaults keep those below 1e5
             # elements whole, and from forward to backward any model below 1e9
             "stage3_param_persistence_threshold": 0,

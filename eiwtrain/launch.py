@@ -30,11 +30,11 @@ def train(
     An attempt that ends otherwise (a worker died, a node is going or has come) is followed by another, which goes on
     from the newest checkpoint on the workers that there is room for then.
     """
+    _start_ray(config, stop)  # before Ray is imported, which it decides much by
     import ray
 
     from eiwtrain.attempt import Attempt
 
-    _start_ray(config, stop)
     try:
         attempt_began, skip_to = began, None
         number = crashes = 0
@@ -75,10 +75,10 @@ def train(
 
 
 def _stopped(config: Config, stop: Stop) -> dict[str, Any]:
-    """The outcome of a stop that no worker has heard of."""
+    """The outcome of a stop, or of the drain of this job's own node, that no worker has heard of."""
     newest = _newest(config)
-    step, url = (newest.step, newest.url) if newest else (0, None)
-    return {"stopped": stop.reason, "step": step, "checkpoint": url}
+    step, url = (newest.step, newest.url) if newest else (0, "none yet")
+    return {"stopped": stop.reason or ray_session.OWN_DRAIN, "step": step, "checkpoint": url}
 
 
 def _newest(config: Config) -> checkpoint.Checkpoint | None:
@@ -101,7 +101,7 @@ def _start_ray(config: Config, stop: Stop) -> None:
 
 
 def _wait_for_room(config: Config, lease: Lease, console: Console, stop: Stop) -> int:
-    """For how many workers there is room, once it is for `workers.min` at least; 0 if stopped.
+    """For how many workers there is room, once it is for `workers.min` at least; 0 if the job is to stop.
 
     Raises:
         LeaseLost: the run is another's by now.
@@ -115,6 +115,8 @@ def _wait_for_room(config: Config, lease: Lease, console: Console, stop: Stop) -
             raise Stopped(stop.number)
         if lease.lost is not None:
             raise LeaseLost(lease.lost)
+        if ray_session.own_node_drains():  # and so would be killed while it waits
+            return 0
         found = ray_session.room(config)
         settled = time.monotonic() - began > _SETTLE_SECONDS
         if found == config.max_workers or (found >= config.workers.min and settled):

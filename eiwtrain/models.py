@@ -130,12 +130,15 @@ def _loaded(file: Path, source: str) -> Model:
 def _registered(name: str) -> Model:
     import mlflow
 
-    from eiwtrain.tracking.store import client
+    from eiwtrain.tracking.store import TrackingError, client
 
     uri = mlflow.get_tracking_uri()
     if "MLFLOW_TRACKING_URI" not in os.environ and uri.startswith("sqlite:///") and not Path(uri[10:]).exists():
         raise ValueError(f"{name}: set MLFLOW_TRACKING_URI to the MLflow that has it, e.g. sqlite:///runs/mlflow.db")
-    client(uri)  # which quiets MLflow
+    try:
+        client(uri)  # which quiets MLflow
+    except TrackingError as e:
+        raise ValueError(f"{name}: {e}") from None
     with tempfile.TemporaryDirectory() as copy:
         try:
             file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)

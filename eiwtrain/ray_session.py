@@ -22,6 +22,12 @@ WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
 _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
 
+# Off, and 127.0.0.1 stays what it is: else Ray puts this machine's outer address in its place, and a Ray of another
+# address than that listens on all interfaces.
+_CLUSTERS_OF_MANY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+OWN_DRAIN = "the drain of this job's own node"  # why a job stops
+
 
 class RayError(RuntimeError):
     """Ray can neither be joined nor started; the message is one line."""
@@ -72,11 +78,12 @@ def start(cpus: int) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     where: dict[str, Any] = {}
     if not joins_cluster():
-        # Ray's servers listen on every interface, so this cluster asks for a token, of its own: left to itself Ray
-        # would keep one in ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give.
-        if "ray" not in sys.modules:  # which reads this when it is imported, once for all
+        if "ray" not in sys.modules:  # which reads these when it is imported, once for all
+            # whoever else is on this machine needs a token, this cluster's own: left to itself Ray would keep one in
+            # ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.setdefault(_CLUSTERS_OF_MANY, "0")
         where = {
             "address": "local",
             "num_cpus": cpus,
@@ -105,6 +112,13 @@ def draining() -> set[str]:
     from ray._private.state import state  # there is no public way to know
 
     return set(state.get_draining_nodes())
+
+
+def own_node_drains() -> bool:
+    """Whether the node that this process is on is being drained."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id() in draining()
 
 
 def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SECONDS) -> int:

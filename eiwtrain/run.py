@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import launch, preflight, ray_session, storage
+from eiwtrain import dry_run, launch, preflight, ray_session, storage
 from eiwtrain.config import Config, ConfigError, describe_fields
 from eiwtrain.config_file import load_config
 from eiwtrain.console import Console, duration
@@ -48,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         with Stop(console) as stop:
             config = load_config(args.config, args.overrides)
             with storage.impatient():  # somebody may be waiting for the answer
+                if args.dry_run:
+                    dry_run.plan(config, console)  # which needs nothing of what is looked for below
                 preflight.check_gpus(config, ray_session.joins_cluster())
                 preflight.check_cluster()
                 manifest = preflight.find_data(config)
                 if args.dry_run:
-                    return _dry_run(config, manifest, console)
+                    return dry_run.look(config, manifest, console)
                 preflight.check_storage(config)
             manifest = manifest or _prepare(config, console)
             preflight.find_checkpoint(config, manifest)
@@ -71,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", nargs="?", help="YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="e.g. train.max_steps=100")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and check everything")
+    parser.add_argument("--dry-run", action="store_true", help="print the config, what it costs, and check everything")
     parser.add_argument("--fields", action="store_true", help="print every field with its default and meaning")
     args = parser.parse_intermixed_args(argv)
     if args.config is None and not args.fields:
@@ -95,33 +97,6 @@ def _prepare(config: Config, console: Console) -> Manifest:
     manifest = preflight.find_data(config)
     assert manifest is not None
     return manifest
-
-
-def _dry_run(config: Config, manifest: Manifest | None, console: Console) -> int:
-    import yaml
-
-    from eiwtrain import tracking
-
-    console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
-    parameters = _parameters(config, manifest.channels if manifest else 3)
-    console.note(f"model     {parameters:,} parameters, {4 * parameters / 1e6:,.1f} MB in float32")
-    if manifest is None:
-        console.note(f"data      none at {config.data.path}; the run writes {config.data.prepare} there first")
-    else:
-        counts = ", ".join(f"{s.samples:,} {name}" for name, s in manifest.splits.items())
-        console.note(f"data      {config.data.path}: {counts} images, fingerprint {manifest.fingerprint[:12]}")
-        if manifest.protocol:
-            console.note(f"          {manifest.protocol}")
-    found = preflight.find_checkpoint(config, manifest)
-    console.note(f"start     {'a new run' if found is None else f'step {found.step:,}, {found.url}'}")
-    preflight.check_storage(config)
-    console.note(f"storage   {config.root}: can be written")
-    try:
-        tracking.check(config)
-    except tracking.TrackingError as e:
-        raise ConfigError(str(e)) from None
-    console.note(f"tracking  {tracking.tracking_uri(config)}: answers; experiment '{config.tracking.experiment}'")
-    return 0
 
 
 def _parameters(config: Config, channels: int) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import fsspec
 import fsspec.asyn
 
+from eiwtrain.redact import INSTEAD, holds_secret, redact
 from eiwtrain.retry import StorageError as StorageError
 from eiwtrain.retry import count_faults as count_faults
 from eiwtrain.retry import faults as faults
@@ -74,10 +75,12 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
             s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a server that says nothing.
 
     Raises:
-        StorageError: the scheme is unknown or its package is not installed.
+        StorageError: the scheme is unknown or its package is not installed, or the URL holds a password.
     """
     if is_local(url):
         return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
+    if holds_secret(url):
+        raise StorageError(f"{redact(url)}: a password in a URL would be logged; {INSTEAD}")
     s3 = _is_s3(url)
     options: dict[str, Any] = {}
     if s3:

@@ -14,8 +14,14 @@ from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
 from eiwtrain.flow import PRESETS
 from eiwtrain.state import flow_config
+from eiwtrain.tracking import tracking_uri
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 @pytest.fixture
@@ -182,6 +188,30 @@ def test_environment_variables_stand_in_values(path, monkeypatch):
     monkeypatch.setenv("WHERE", "/some/where")
     assert load_config(path, ["run.storage=${WHERE}/runs"]).run.storage == "/some/where/runs"
     assert load_config(path, ["run.storage=${NOT_SET_ANYWHERE:-/default}"]).run.storage == "/default"
+
+
+def test_mlflow_s_own_variable_is_used_where_the_config_names_no_store(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    config = load_config(path)
+    assert config.tracking.uri == "http://server:5000"
+    assert load_config(path, ["run.storage=s3://bucket/x"]).tracking.uri == "http://server:5000"
+    assert load_config(path, ["tracking.uri=http://other"]).tracking.uri == "http://other"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://another")  # as in a worker, say
+    assert tracking_uri(config) == "http://server:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert tracking_uri(load_config(path)) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_a_password_in_mlflow_s_variable_is_refused_without_repeating_it(path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@host")
+    assert "tracking.uri" in error(path)
+    assert "hunter2" not in error(path)
+
+
+def test_a_relative_database_in_mlflow_s_variable_becomes_absolute(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")
+    assert load_config(path).tracking.uri == f"sqlite:///{tmp_path}/m.db"
 
 
 def test_relative_paths_become_absolute(path, monkeypatch, tmp_path):

@@ -22,8 +22,17 @@ _ABANDONED = 3600.0  # seconds after which a partial download is taken for left 
 
 
 def default_cache_dir() -> Path:
-    """A folder of this user's in the machine's temporary folder."""
-    return Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
+    """A folder of this user's in the machine's temporary folder, made for nobody else's eyes.
+
+    Raises:
+        StorageError: somebody else has made it, who could put other images there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if folder.lstat().st_uid != os.getuid():
+        raise storage.StorageError(f"data.cache_dir: {folder} belongs to somebody else; name another folder")
+    return folder
 
 
 class ShardCache:

@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_SLACK = 0.9  # of what is free: allocators round up and fragment
-_STATE = 16  # bytes a parameter that training may have yet to allocate: gradient, AdamW's two moments, average
+SLACK = 0.9  # of what is free: allocators round up and fragment
+STATE_BYTES = 16  # bytes a parameter that training may have yet to allocate: gradient, AdamW's two moments, average
 
 
 def bytes_saved(function: Callable[[], Result], without: Iterable[Tensor] = ()) -> tuple[int, Result]:
@@ -61,7 +61,7 @@ def free_bytes(device: torch.device, parameters: int) -> int:
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = _available() // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(0, int(_SLACK * free) - _STATE * parameters)
+    return max(0, int(SLACK * free) - STATE_BYTES * parameters)
 
 
 def _available() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
+from eiwtrain.redact import INSTEAD, holds_secret, redact
 
 
 class TrackingError(RuntimeError):
@@ -42,11 +43,20 @@ class TrackedRun:
 
 
 def tracking_uri(config: Config) -> str:
-    """The MLflow tracking URI of a config: as given, or sqlite in the local storage folder."""
+    """The MLflow tracking URI of a config: as given, or sqlite in the local storage folder.
+
+    Not from the environment, which differs from process to process: `load_config` has looked there once for all."""
     return config.tracking.uri or f"sqlite:///{config.run.storage}/mlflow.db"
 
 
 def client(uri: str) -> Any:
+    """A client of the store at `uri`.
+
+    Raises:
+        TrackingError: it cannot be used, or the URI holds a password.
+    """
+    if holds_secret(uri):
+        raise TrackingError(f"tracking.uri: {redact(uri)}: a password in a URL would be logged; {INSTEAD}")
     # no retries of a request, which would create a run twice: those here look first and have their own patience
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -294,3 +294,16 @@ def _refused() -> None:
 def _suppressed(cache: Any, url: str, shard: Any) -> None:
     with contextlib.suppress(storage.StorageError):
         cache.fetch(url, shard)
+
+
+def test_the_folder_for_fetched_shards_is_for_its_owner_alone_and_nobody_elses_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
+    folder = cache_module.default_cache_dir()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
+    assert cache_module.default_cache_dir() == folder
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    folder.rename(cache_folder := tmp_path / f"eiwtrain-cache-{owner + 1}")  # made by another than asks now
+    with pytest.raises(storage.StorageError, match=f"data.cache_dir: {cache_folder} belongs to somebody else"):
+        cache_module.default_cache_dir()

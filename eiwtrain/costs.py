@@ -1,0 +1,243 @@
+"""What a config costs, counted before anything runs: parameters, FLOPs, bytes. Not for measuring a run: that is
+`eiwtrain.report`, nor for printing this: that is `eiwtrain.dry_run`.
+
+Counted means that a training step (forward and backward) is run on tensors that have shapes and no data (torch's
+FakeTensorMode), which takes seconds and no memory whatever the size. The steps of a level are alike, so flows of few
+steps are counted, and what a step adds is taken as often as the config has steps: the sum is exact, as is what a
+further image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`.
+
+Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses to rounding, CUDA's own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from eiwtrain import flow
+from eiwtrain.config import Config
+from eiwtrain.engine import MOST_IN_BUCKET
+from eiwtrain.flow.memory import SLACK, STATE_BYTES
+from eiwtrain.state import flow_config
+
+MODES = ("stored", "checkpointed", "invertible")
+
+MFU = 0.25
+"""The share of a GPU's peak at which training is assumed to compute: assumed, not measured. It is model FLOPs
+utilisation where activations are stored; where some are recomputed, that is less by as much (PaLM, arXiv 2204.02311,
+appendix B, calls this one hardware FLOPs utilisation)."""
+
+_FLOAT = 4  # bytes of a parameter, its gradient, its average and each of its moments
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU."""
+
+    name: str
+    flops_per_second: float
+    """Its peak in dense bfloat16 matrix products, as published."""
+    bytes: float
+    """Its memory."""
+
+
+GPUS = (
+    # NVIDIA L4 Tensor Core GPU data sheet: 242 TFLOPS with sparsity, which doubles the dense figure
+    Gpu("L4", 121e12, 24e9),
+    # NVIDIA A100 Tensor Core GPU data sheet
+    Gpu("A100 80 GB", 312e12, 80e9),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
+    Gpu("H100 SXM", 989e12, 80e9),
+    # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
+    Gpu("H200", 989e12, 141e9),
+)
+REFERENCE = GPUS[1]
+"""The GPU that the configs are planned for."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a config; dicts are by backpropagation mode, one of `MODES`."""
+
+    parameters: int
+    flops_per_image: dict[str, float]
+    """Of a training step, forward and backward with what it recomputes, at the config's micro-batch. A multiplication
+    and an addition are two; convolutions and matrix products count, as torch's `FlopCounterMode` counts them."""
+    activation_bytes: dict[str, int]
+    """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
+    fixed_bytes: dict[str, int]
+    """Kept besides, whatever the number of images: bfloat16 copies of weights, matrices of 1x1 convolutions."""
+    workspace_bytes: int
+    """By each image, while it is gone through backward: what one step of the first level keeps, the most that
+    checkpointed and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
+    gradient_bytes: int
+    """All-reduced in an optimizer step, of each worker: float32."""
+    checkpoint_bytes: int
+    """Of all its tensors: weights, their average and AdamW's two moments."""
+    zero_stage: int
+    micro_batch: int
+    mode: str
+    """The config's backpropagation mode. For auto: stored, if that fits its budget, or else invertible, which bounds
+    time from above and memory from below; without a budget of its own, it has what would be free on `REFERENCE`."""
+
+    def kept_bytes(self, mode: str, images: int) -> int:
+        """Kept for the backward pass of a micro-batch of so many images."""
+        return self.fixed_bytes[mode] + images * self.activation_bytes[mode]
+
+    def state_bytes(self, workers: int) -> int:
+        """Held by one of so many workers between steps and through them, besides activations."""
+        return sum(self.state(workers).values())
+
+    def state(self, workers: int) -> dict[str, int]:
+        """`state_bytes` by what it is. All is float32; the average is whole on every worker at any ZeRO stage."""
+        whole = _FLOAT * self.parameters
+        share = -(-whole // workers)
+        zero = self.zero_stage
+        return {
+            "weights": share if zero == 3 else whole,
+            "average": whole,
+            # at stage 3 DeepSpeed keeps what it accumulates in, and flattens another for the update
+            "gradients": (whole, whole, share, 2 * share)[zero],
+            "moments": 2 * (share if zero else whole),
+            # DeepSpeed's, of the weights that it updates, in float32 also where they are float32 already
+            "master weights": share if zero else 0,
+            "reduction buffer": _FLOAT * min(MOST_IN_BUCKET, self.parameters) if zero else 0,
+        }
+
+    def worker_bytes(self, mode: str, workers: int) -> int:
+        """Of one of so many workers in a training step: state, and what a micro-batch keeps and recomputes."""
+        recomputed = 0 if mode == "stored" else self.micro_batch * self.workspace_bytes
+        return self.state_bytes(workers) + self.kept_bytes(mode, self.micro_batch) + recomputed
+
+    def images_per_second(self, flops_per_second: float, mfu: float = MFU) -> float:
+        """Of one GPU with that peak, in the config's mode."""
+        return flops_per_second * mfu / self.flops_per_image[self.mode]
+
+
+def of(config: Config, channels: int = 3) -> Costs:
+    """The costs of a config for images of `channels` channels."""
+    shape = flow_config(config, channels)
+    shape = replace(shape, conditioner=replace(shape.conditioner, dropout=0.0))  # which wants numbers
+    with torch.device("meta"):
+        model = flow.EIWFlow(shape)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(t.nbytes for t in model.state_dict().values())
+    images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
+    flops, each, fixed = {}, {}, {}
+    for mode in MODES:
+        step = _of_all_steps(replace(shape, backprop=mode), images)
+        more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
+        flops[mode] = step.flops / images
+        each[mode] = more.kept - step.kept
+        fixed[mode] = step.kept - images * each[mode]
+    workspace = _of_a_step(shape)
+    mode = config.model.backprop
+    if mode == "auto":
+        budget = config.model.memory_budget
+        if budget is None:
+            free = REFERENCE.bytes - 2 * _FLOAT * parameters  # weights and their average are there already
+            budget = int(SLACK * free) - STATE_BYTES * parameters - 2 * images * workspace
+        mode = "stored" if fixed["stored"] + config.train.micro_batch * each["stored"] <= budget else "invertible"
+    return Costs(
+        parameters,
+        flops,
+        each,
+        fixed,
+        workspace,
+        mode=mode,
+        micro_batch=config.train.micro_batch,
+        gradient_bytes=_FLOAT * parameters,
+        checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
+        zero_stage=config.train.zero_stage,
+    )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one training step keeps for its backward pass, bytes, and its FLOPs."""
+
+    kept: int
+    flops: int
+
+
+def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
+    """As `count`, from flows of one step and of two: each adds the same. With anchors, so many do together."""
+    period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
+    few = 1 + (shape.steps - 1) % period
+    times = (shape.steps - few) // period
+    less = count(replace(shape, steps=few), images, backward)
+    if not times:
+        return less
+    more = count(replace(shape, steps=few + period), images, backward)
+    return Counted(less.kept + times * (more.kept - less.kept), less.flops + times * (more.flops - less.flops))
+
+
+def _of_a_step(shape: flow.FlowConfig) -> int:
+    """Bytes that one step of the first level keeps for an image if it keeps its activations."""
+    level = replace(shape, levels=1, shuffle="none", dequantization="uniform", classes=0, backprop="stored")
+    of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))
+    return (of_three[1] - of_three[0]) - (of_two[1] - of_two[0])
+
+
+def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
+    """Of one training step of a flow, run for this purpose: bytes kept for its backward pass, and its FLOPs.
+
+    Args:
+        backward: run it, or else count the FLOPs of the forward pass alone.
+        fake: on tensors without data; or on real ones, which gives the same.
+    """
+    flops = _Flops()
+    with FakeTensorMode() if fake else nullcontext():
+        model = flow.EIWFlow(shape)
+        pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
+        noise = torch.full(pixels.shape, 0.5)
+        labels = torch.zeros(images, dtype=torch.int64) if shape.classes else None
+        with flops:
+            kept, loss = _kept(
+                lambda: model(pixels, noise, labels).log_prob.sum(), [*model.parameters(), *model.buffers()]
+            )
+            if backward:
+                loss.backward()
+    return Counted(kept, flops.total)
+
+
+def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:
+    """Bytes that autograd saves for the backward pass of `function()`, each storage once, and what that returned.
+
+    As `flow.memory.bytes_saved` does, but for tensors that have no address.
+    """
+    mine = {id(t.untyped_storage()) for t in own}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no identity is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if id(storage) not in mine:
+            kept[id(storage)] = storage
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return sum(storage.nbytes() for storage in kept.values()), result
+
+
+class _Flops(TorchDispatchMode):
+    """Sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every operation apart, half as
+    fast, and cannot follow modules that are run in a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out

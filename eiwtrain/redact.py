@@ -1,0 +1,38 @@
+"""Passwords and signatures inside URLs: seen, so that such a URL is refused, and hidden where it must be named.
+
+A URL ends up in logs, MLflow, checkpoints and process lists; credentials belong in the environment. Not for hiding
+values of environment variables: those are never printed.
+"""
+
+from __future__ import annotations
+
+import re
+
+INSTEAD = (
+    "give it in the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY; before a database put an MLflow server)"
+)
+"""What a user does in place of a password in a URL."""
+
+_HIDDEN = "***"
+_SCHEME = r"(?P<start>\b[\w+.-]+://)"
+# before an @: of http all is a credential (a token alone, too); elsewhere what follows a colon that begins no port,
+# as the container of abfs://container@account is none
+_USER = re.compile(
+    rf"{_SCHEME}(?:(?<=http://)[^/?#\s]*|(?<=https://)[^/?#\s]*|[^/?#@:\s]*:(?!\d+/)[^@\s]*)@", re.IGNORECASE
+)
+_QUERY = re.compile(
+    r"(?P<start>[?&][^=&#\s]*(?:password|passwd|pwd|secret|token|sig|signature|credential|accountkey|api_?key)=)[^&#\s]+",
+    re.IGNORECASE,
+)
+
+
+def holds_secret(url: str) -> bool:
+    """Whether a URL has a password, or a query parameter that is called like one."""
+    return "://" in url and redact(url) != url
+
+
+def redact(text: str) -> str:
+    """The text with `***` in the place of each secret of a URL in it; user names before one go, too."""
+    text = _USER.sub(lambda found: f"{found['start']}{_HIDDEN}@", text)
+    return _QUERY.sub(lambda found: f"{found['start']}{_HIDDEN}", text)

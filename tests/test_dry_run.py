@@ -1,0 +1,133 @@
+"""What --dry-run prints, and that the heads of the configs say the same."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_config, write_shards
+
+from eiwtrain import costs, dry_run, run
+from eiwtrain.config_file import load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+MEANT = re.compile(
+    r"^# Meant for: (?:(?P<gpus>\d+) x (?P<gpu>[^,]+), about (?P<hours>[\d.]+) hours, (?P<gb>[\d.]+) GB a GPU"
+    r"|(?P<cores>\d+) CPU cores, (?P<flops>[\d.e+]+) FLOPs, (?P<cpu_gb>[\d.]+) GB of tensors a worker)"
+    r", as --dry-run works out:\n"
+    r"#   (?P<millions>[\d.]+) M parameters; (?P<gflop>[\d.]+) GFLOP an image",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("EIWTRAIN_STORAGE", "EIWTRAIN_DATA", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    return str(file)
+
+
+def printed(capsys, *argv: str) -> tuple[int, str, str]:
+    code = run.main([*argv, "--dry-run"])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_plan_stands_where_the_data_set_is_missing(path, capsys):
+    code, out, err = printed(capsys, path)
+    assert code == 2
+    assert err.startswith("error: data.path: ")
+    assert len(err.splitlines()) == 1
+    for word in ("run:\n", "parameters", "GFLOP/image", "stored", "checkpointed", "* invertible", "resume"):
+        assert word in out
+    assert "no speed is assumed for CPUs" in out
+    assert "epochs" not in out
+
+
+def test_the_plan_stands_where_gpus_are_missing(path, capsys, monkeypatch):
+    monkeypatch.setattr("eiwtrain.preflight.gpus_here", lambda: 0)
+    code, out, err = printed(capsys, path, "workers.gpus=1", "workers.min=1", "workers.max=4")
+    assert code == 2
+    assert err.startswith("error: workers.gpus: ")
+    assert all(gpu.name in out for gpu in costs.GPUS)
+
+
+def test_with_the_data_there_it_goes_on_to_the_checks_and_counts_epochs(path, tmp_path, capsys):
+    write_shards(tmp_path / "data")
+    code, out, err = printed(capsys, path)
+    assert (code, err) == (0, "")
+    train = load_config(path).train
+    images = int(re.search(r"([\d,]+) train", out)[1].replace(",", ""))
+    assert f"{train.max_steps * train.global_batch / images:,.1f} epochs" in out
+    assert out.index("memory    ") < out.index("data      ") < out.index("tracking  ")
+
+
+def test_a_config_that_cannot_be_read_has_no_plan(path, capsys):
+    assert printed(capsys, path, "train.lrr=1")[:2] == (2, "")
+
+
+def test_hours_are_images_over_workers_and_images_per_second(path):
+    config = load_config(path, ["workers.gpus=1", "workers.min=1", "workers.max=8", "train.max_steps=1000000"])
+    found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.MODES, 156e9))
+    (line,) = [text.split() for text in dry_run.lines(config, found, None) if "A100" in text]
+    # 312 TFLOP/s at a quarter are 500 images/s; 8,000,000 images are 4.4 hours of that
+    assert line[-4:] == ["500", "0.6", "4.4", "4"]
+
+
+def test_a_gpu_that_is_too_small_is_named_as_such(path):
+    config = load_config(path, ["workers.gpus=1", "model.backprop=stored"])
+    found = costs.of(config)
+    each = found.activation_bytes | {"stored": 10**10}  # 4 a micro-batch
+    text = dry_run.lines(config, replace(found, activation_bytes=each), None)
+    assert [line.split()[0] for line in text if "does not fit" in line] == ["L4"]
+
+
+def test_no_speed_is_assumed_for_fp32(path):
+    config = load_config(path, ["workers.gpus=1", "train.precision=fp32"])
+    assert "train.precision=bf16 alone" in dry_run.lines(config, costs.of(config), None)[-1]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_each_config_says_what_it_is_meant_for_and_where_things_are(path, monkeypatch):
+    assert MEANT.search(path.read_text())
+    config = load_config(str(path))
+    assert Path(config.run.storage) == Path.cwd() / "runs"
+    assert Path(config.data.path).parent == Path.cwd() / "runs" / "data"
+    monkeypatch.setitem(os.environ, "EIWTRAIN_STORAGE", "s3://bucket/runs")
+    monkeypatch.setitem(os.environ, "EIWTRAIN_DATA", "s3://bucket/data")
+    monkeypatch.setitem(os.environ, "MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    moved = load_config(str(path))
+    assert moved.root == f"s3://bucket/runs/{config.run.name}"
+    assert moved.data.path == f"s3://bucket/data/{Path(config.data.path).name}"
+    assert moved.tracking.uri == "http://mlflow:5000"
+
+
+@pytest.mark.cluster  # half a minute or so for all, as they are of full size
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_head_of_a_config_agrees_with_its_plan(path):
+    meant = MEANT.search(path.read_text())
+    config = load_config(str(path))
+    found = costs.of(config)
+    images = config.train.max_steps * config.train.global_batch
+    assert float(meant["millions"]) == pytest.approx(found.parameters / 1e6, rel=0.01)
+    assert float(meant["gflop"]) == pytest.approx(found.flops_per_image[found.mode] / 1e9, rel=0.01)
+    memory = found.worker_bytes(found.mode, config.max_workers) / 1e9
+    if not config.workers.gpus:
+        assert int(meant["cores"]) == config.max_workers * config.workers.cpus
+        assert float(meant["flops"]) == pytest.approx(images * found.flops_per_image[found.mode], rel=0.05)
+        assert float(meant["cpu_gb"]) == pytest.approx(memory, abs=0.005)
+        return
+    gpu = next(gpu for gpu in costs.GPUS if gpu.name == meant["gpu"])
+    assert int(meant["gpus"]) == config.max_workers
+    hours = images / found.images_per_second(gpu.flops_per_second) / config.max_workers / 3600
+    assert float(meant["hours"]) == pytest.approx(hours, abs=0.06)
+    assert float(meant["gb"]) == pytest.approx(memory, abs=0.06)
+    assert memory < gpu.bytes / 1e9

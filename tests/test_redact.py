@@ -1,0 +1,121 @@
+"""Secrets inside URLs: hidden, refused by every command that takes a URL, and never repeated."""
+
+import pytest
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data_prep.__main__ as data_prep_command
+from eiwtrain import evaluate, export, sample, storage
+from eiwtrain.redact import holds_secret, redact
+from eiwtrain.tracking import TrackingError
+from eiwtrain.tracking.store import client
+
+PLANTED = "hunter2"
+WITH = [
+    f"http://user:{PLANTED}@host:5000/x",
+    f"https://{PLANTED}@host",
+    f"HTTPS://user:{PLANTED}@host",
+    f"s3://key:{PLANTED}/+x@bucket/folder",
+    f"postgresql+psycopg://user:{PLANTED}@host/mlflow",
+    f"https://host/x?sv=1&sig={PLANTED}&z=2",
+    f"s3://bucket/x?X-Amz-Signature={PLANTED}",
+]
+WITHOUT = [
+    "runs",
+    "/data/a?token=x",
+    "http://host:5000/a@b",
+    "s3://bucket/a:b@c",
+    "abfs://container@account.dfs.core.windows.net/x",
+    "postgresql://user@host/mlflow",
+    "sqlite:////home/a@b/c:d.db",
+]
+
+
+@pytest.mark.parametrize("url", WITH)
+def test_a_secret_in_a_url_is_seen_and_hidden(url):
+    assert holds_secret(url)
+    assert PLANTED not in redact(f"could not reach {url}: refused")
+    assert not holds_secret(redact(url)) or "***" in redact(url)
+    assert redact(redact(url)) == redact(url)
+
+
+@pytest.mark.parametrize("url", WITHOUT)
+def test_a_url_without_one_is_left_alone(url):
+    assert not holds_secret(url)
+
+
+WORD = st.text("abcXYZ019-._~%!$'()*+,;", min_size=1, max_size=12)
+
+
+@given(st.sampled_from(["http", "https", "s3", "gs", "mysql+pymysql"]), WORD, WORD, WORD, st.text(max_size=20))
+def test_no_password_outlives_redaction_wherever_the_url_stands(scheme, user, password, host, around):
+    planted = f"0{password}QQ"  # not found by chance in what is around it
+    said = redact(f"{around} {scheme}://{user}:{planted}@{host}/x {around}")
+    assert planted not in said
+    assert said.count(f"{scheme}://***@{host}/x") == 1
+
+
+@given(st.text(max_size=60))
+def test_redaction_twice_is_redaction_once(text):
+    assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize("url", WITH)
+def test_storage_and_mlflow_refuse_it_without_repeating_it(url):
+    for refuse, error in ((storage.exists, storage.StorageError), (client, TrackingError)):
+        with pytest.raises(error, match="a password in a URL would be logged; give it in the environment") as e:
+            refuse(url)
+        assert PLANTED not in str(e.value)
+
+
+URL = f"s3://key:{PLANTED}@bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (evaluate.main, [URL, "--data", "nowhere"]),
+        (sample.main, [URL, "--output", "x.png"]),
+        (export.main, ["best", "--run", URL]),
+        (export.main, ["best", "--run", "x", "--tracking-uri", f"http://user:{PLANTED}@host"]),
+        (data_prep_command.main, ["photos", "--output", URL, "--resolution", "32"]),
+        (data_prep_command.main, ["folder", "--source", URL, "--output", "x", "--resolution", "32"]),
+        (data_prep_command.main, ["show", URL]),
+    ],
+)
+def test_every_command_refuses_it_in_one_line(command, arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command(arguments) == 2
+    said = capsys.readouterr()
+    assert "would be logged" in said.err
+    assert PLANTED not in said.out + said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_registered_model_of_a_server_with_a_password_in_its_address_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{PLANTED}@127.0.0.1:1")
+    assert evaluate.main(["models:/x@best", "--data", "nowhere"]) == 2
+    assert PLANTED not in capsys.readouterr().err
+
+
+def test_a_run_whose_config_takes_a_password_from_the_environment_is_refused(monkeypatch, capsys, tmp_path):
+    import yaml
+
+    from eiwtrain import run
+
+    config = tiny_config(
+        tmp_path, tracking={"uri": "http://user:${SECRET}@host"}, run={"storage": "s3://k:${SECRET}@b"}
+    )
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("SECRET", PLANTED)
+    for dry in ([], ["--dry-run"]):
+        assert run.main([str(tmp_path / "c.yaml"), *dry]) == 2
+        said = capsys.readouterr()
+        assert said.err.count("would be logged") == 2
+        assert PLANTED not in said.out + said.err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{PLANTED}@host")
+    config["tracking"], config["run"] = {}, {"name": "tiny", "storage": str(tmp_path / "runs")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert run.main([str(tmp_path / "c.yaml")]) == 2
+    assert PLANTED not in capsys.readouterr().err
