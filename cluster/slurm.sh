@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# One run on Slurm: Ray over the nodes of the allocation, the job on it, and back into the queue until it has finished.
+#
+#     . .venv/bin/activate                     # one that every node sees; sbatch takes the environment along
+#     export EIWTRAIN_STORAGE=/shared/runs EIWTRAIN_DATA=/shared/data MLFLOW_TRACKING_URI=http://mlflow.example:5000
+#     sbatch --partition=gpu --nodes=4 cluster/slurm.sh configs/lsun.yaml workers.max=32
+#
+# What follows the script is what follows `python -m eiwtrain.run`; options of sbatch go before it and beat those below.
+# The job writes a checkpoint and queues itself again when its time is up (--signal), when it is preempted, and on
+#     scancel --batch --signal=TERM JOB
+# It writes a checkpoint and ends on `scancel --batch --signal=INT JOB`, and goes on when it is submitted again.
+# A preemption is heard in time with SlurmctldParameters=preempt_send_user_signal and a GraceTime that the checkpoint
+# fits into. Whatever ends Ray and the job at once (a node that fails, plain `scancel` and `scontrol requeue`) costs the
+# steps since the last checkpoint.
+#
+# Ray listens on the nodes' addresses, for the allocation's other nodes, and refuses who has not this job's token.
+#SBATCH --job-name=eiwtrain
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+# This node's address, as the others know it. A name may stand for 127.0.1.1 on its own machine.
+own_address() {
+    local name found
+    name=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    found=$(getent ahostsv4 "$name" | awk '$1 !~ /^127\./ && !n++ {print $1}')
+    echo "${found:-$(hostname -I | awk '{print $1}')}"
+}
+
+# shellcheck disable=SC2329  # srun's
+# Ray on one node, until USR1. TERM is not for it: Slurm sends that to all steps of a job at once, and the workers are
+# to write a checkpoint first.
+ray_node() {
+    local head=$1 port=$2 address temp ray told=''
+    local -a place
+    trap '' TERM
+    address=$(own_address)
+    temp=$(mktemp -d /tmp/ray-XXXXXX) # short, as it holds sockets
+    # of the node, for shards and compiled kernels
+    export TMPDIR=${EIWTRAIN_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+    export TRITON_CACHE_DIR=$TMPDIR/triton-$UID
+    mkdir -p "$TMPDIR"
+    if [ "$SLURM_NODEID" = 0 ]; then
+        place=(--head --port="$port" --include-dashboard=false --ray-client-server-port="$((port + 1))")
+    else
+        place=(--address="$head:$port")
+        until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do sleep 1; done
+    fi
+    ray start "${place[@]}" --block --node-ip-address="$address" --temp-dir="$temp/ray" --disable-usage-stats \
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" >"$temp/log" 2>&1 &
+    ray=$!
+    trap 'told=yes; kill -TERM $ray' USR1
+    while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
+    [ -n "$told" ] || { echo "Ray ended on $SLURMD_NODENAME:"; tail -n 20 "$temp/log"; } >&2
+    rm -rf "$temp"
+}
+
+# Whether so many nodes are in the cluster.
+joined() {
+    timeout 60 python -c '
+import sys, ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]))' "$1" 2>/dev/null
+}
+
+next='' driver='' # what follows when the driver has ended; its pid
+# shellcheck disable=SC2329  # the traps'
+end() {
+    next=$1
+    [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true
+}
+trap 'end requeue' TERM
+trap 'end stop' INT
+
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token # srun hands them over
+head=$(own_address)
+port=$((20000 + SLURM_JOB_ID % 5000 * 2)) # another job of the node has another
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --wait=0 --kill-on-bad-exit=0 \
+    bash -c "set -euo pipefail; $(declare -f own_address ray_node); ray_node $head $port" &
+nodes=$!
+
+export RAY_ADDRESS=$head:$port
+for _ in {1..60}; do
+    if [ -n "$next" ] || ! kill -0 "$nodes" || joined "$SLURM_JOB_NUM_NODES"; then break; fi
+    sleep 2
+done
+
+code=143
+if [ -z "$next" ]; then
+    python -u -m eiwtrain.run "$@" &
+    driver=$!
+    wait "$driver" && code=0 || code=$?
+    while kill -0 "$driver" 2>/dev/null; do # a signal ended the waiting
+        wait "$driver" && code=0 || code=$?
+    done
+fi
+
+kill -USR1 "$nodes" 2>/dev/null && wait "$nodes" || true
+if [ "$code" = 75 ] || [ "$code$next" = 143requeue ]; then
+    echo "back into the queue, after $((${SLURM_RESTART_COUNT:-0} + 1)) starts"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

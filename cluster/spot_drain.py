@@ -1,0 +1,127 @@
+"""Tells Ray that this machine goes away, once the cloud says that it ends the spot instance: the job then leaves the
+node with a checkpoint (docs/resuming.md), where without the notice it would go on from the last one.
+
+    python -m cluster.spot_drain aws --address HOST:6379       # beside a worker node of Ray, until that ends
+
+AWS says so two minutes before, Google Cloud 30 seconds. Not for Kubernetes, which has its own way, nor for the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import psutil
+
+_AWS, _GCP = "http://169.254.169.254", "http://metadata.google.internal"
+_POLL_SECONDS = 2.0
+_ANSWER_SECONDS = 5.0
+_GCP_SECONDS = 30.0  # from the notice to the end
+_DRAIN_SECONDS = 60.0  # within which Ray's command has ended
+
+
+def aws_notice(metadata: str = _AWS) -> float | None:
+    """Seconds until AWS ends this spot instance; None while it has not said that it will.
+
+    Raises:
+        OSError: the metadata service does not answer.
+    """
+    # docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
+    token = _get(f"{metadata}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+    try:
+        action = _get(f"{metadata}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+    except urllib.error.HTTPError as e:
+        if e.code == 404:
+            return None
+        raise
+    end = datetime.datetime.fromisoformat(json.loads(action)["time"].replace("Z", "+00:00"))
+    return max(0.0, end.timestamp() - time.time())
+
+
+def gcp_notice(metadata: str = _GCP) -> float | None:
+    """Seconds until Google Cloud ends this spot instance; None while it has not said that it will.
+
+    Raises:
+        OSError: the metadata service does not answer.
+    """
+    # cloud.google.com/compute/docs/instances/create-use-spot#detect-preemption
+    said = _get(f"{metadata}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+    return _GCP_SECONDS if said.strip() == "TRUE" else None
+
+
+def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    request = urllib.request.Request(url, headers=headers, method=method)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=_ANSWER_SECONDS) as answer:
+        return str(answer.read().decode())
+
+
+def own_nodes(address: str) -> list[str]:
+    """Hex ids of the worker nodes of the cluster at `address` that run on this machine."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        node = re.search(r"--node_id=(\w+)", " ".join(words))
+        if node and f"--gcs-address={address}" in words and "--head" not in words:
+            found.append(node[1])
+    return found
+
+
+def drain(address: str, node: str, seconds: float) -> str:
+    """Have Ray put nothing new on the node, which ends in so many seconds; what Ray objected, empty if nothing."""
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={address}", f"--node-id={node}",
+        "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud ends this spot instance",
+        f"--deadline-remaining-seconds={int(seconds)}",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DRAIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_DRAIN_SECONDS:g} s"
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code: 0 drained, or the node has ended by itself; 1 Ray did not drain it."""
+    parser = argparse.ArgumentParser(prog="python -m cluster.spot_drain", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("cloud", choices=["aws", "gcp"])
+    parser.add_argument("--address", required=True, help="HOST:PORT of the cluster, as `ray start` was given it")
+    parser.add_argument("--metadata", help="URL of the metadata service (default: the cloud's)")
+    args = parser.parse_args(argv)
+    notice = {"aws": aws_notice, "gcp": gcp_notice}[args.cloud]
+    where = [args.metadata] if args.metadata else []
+    silent = ""
+    while nodes := own_nodes(args.address):
+        try:
+            seconds, silent = notice(*where), ""
+        except OSError as e:
+            if not silent:
+                _say(f"the metadata service does not answer: {e}")
+            seconds, silent = None, str(e)
+        if seconds is not None:
+            _say(f"the instance ends in {seconds:.0f} s: draining {', '.join(nodes)}")
+            objections = [objection for node in nodes if (objection := drain(args.address, node, seconds))]
+            for objection in objections:
+                _say(f"error: {objection}")
+            return 1 if objections else 0
+        time.sleep(_POLL_SECONDS)
+    _say(f"no worker node of {args.address} runs here")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.datetime.now().isoformat(timespec='seconds')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
