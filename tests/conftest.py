@@ -19,12 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All that starts clusters goes to one process, one after the other; the rest fills the other one."""
+    """A file of those that start clusters goes to one process as a whole; of the rest each test by itself."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
         if item.path.parent.name == "cluster":
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,162 @@
+"""What the docs name exists: pages, headings, fields of the config, commands and their options, files, extras. And the
+Python of the page on the flow runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import torch
+
+from eiwtrain.config import Config, leaf_fields
+
+HERE = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*HERE.glob("docs/*.md"), HERE / "README.md", HERE / "CONTRIBUTING.md", HERE / "benchmarks" / "RESULTS.md"]
+)
+CONFIGS = sorted(HERE.glob("configs/*.yaml"))
+
+FIELDS = {name for name, _, _ in leaf_fields(Config)}
+PARTS = FIELDS | {name.rsplit(".", 1)[0] for name in FIELDS}  # and sections
+SECTIONS = "|".join(sorted({name.split(".")[0] for name in FIELDS}))
+OVERRIDE = re.compile(rf"(?<![\w.\"'/-])((?:{SECTIONS})(?:\.\w+)+)=")
+IN_BACKTICKS = re.compile(rf"`((?:{SECTIONS})(?:\.\w+)+)(?:`|:? )")
+FILE_NAMES = (".json", ".safetensors", ".py", ".yaml")  # `model.safetensors` is no field
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[(?:[^\][]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+?)#* *$", re.MULTILINE)
+MODULE = re.compile(r"python3? -m ([\w.]+)([^\n|#;`&]*)")
+FOLDERS = r"configs|eiwtrain|cluster|tests|benchmarks|data_prep|docs|\.ci"
+FILE = re.compile(rf"(?<![\w./~-])((?:{FOLDERS})/[\w.*/-]*\w)")
+EXTRA = re.compile(r"(?:\beiwtrain|'\.)\[([\w,]+)\]")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(HERE)))
+every_text = pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda p: str(p.relative_to(HERE)))
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
+
+
+def whole_lines(text: str) -> str:
+    """The text with lines that a backslash goes on joined."""
+    return re.sub(r"\\\n\s*", " ", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in HEADING.findall(prose(page)):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        number = sum(1 for a in found if re.fullmatch(re.escape(slug) + r"(-\d+)?", a))
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(module, options) of every `python -m module ... --option`."""
+    for module, rest in MODULE.findall(whole_lines(text)):
+        try:
+            words = shlex.split(rest)
+        except ValueError:  # a quote that closes behind what was taken for the command's end
+            words = rest.split()
+        yield module.rstrip("."), [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
+
+
+def sources(module: str) -> str:
+    """The code of a module of ours; of all its package if that is `data_prep` or the like."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    origin = Path(spec.origin)
+    files = origin.parent.rglob("*.py") if origin.name == "__init__.py" else [origin]
+    return "".join(file.read_text() for file in files)
+
+
+def is_command(module: str) -> bool:
+    """Whether `python -m module` finds something to run."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError:
+        return False
+    return spec is not None
+
+
+def in_order(found: set[str]) -> str:
+    return ", ".join(sorted(found))
+
+
+@every_page
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    missing = set()
+    for target in LINK.findall(prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        file = page if not path else (page.parent / path)
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            missing.add(target)
+    assert not missing, f"{page.name} links to what is not there: {in_order(missing)}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = {target.partition("#")[0] for target in LINK.findall(prose(HERE / "README.md"))}
+    missing = {f"docs/{p.name}" for p in HERE.glob("docs/*.md")} - linked
+    assert not missing, f"README.md has no link to {in_order(missing)}"
+
+
+@every_text
+def test_fields_of_the_config_are_its_own(page: Path) -> None:
+    text = page.read_text()
+    named = set(OVERRIDE.findall(text)) | {n for n in IN_BACKTICKS.findall(text) if not n.endswith(FILE_NAMES)}
+    assert not named - PARTS, f"{page.name} names fields that the config has not: {in_order(named - PARTS)}"
+
+
+@every_text
+def test_commands_and_their_options_exist(page: Path) -> None:
+    found = list(commands(page.read_text()))
+    missing = {f"python -m {module}" for module, _ in found if not is_command(module)}
+    for module, options in found:
+        if module.split(".")[0] in ("eiwtrain", "data_prep", "cluster") and is_command(module):
+            code = sources(module)
+            missing |= {f"{option} of python -m {module}" for option in options if f'"{option}"' not in code}
+    assert not missing, f"{page.name} names commands that are not there: {in_order(missing)}"
+
+
+@every_text
+def test_files_of_the_project_exist(page: Path) -> None:
+    named = set(FILE.findall(page.read_text()))
+    missing = {name for name in named if not any(HERE.glob(name))}
+    assert not missing, f"{page.name} names files that are not there: {in_order(missing)}"
+
+
+@every_page
+def test_extras_are_the_packages_own(page: Path) -> None:
+    table = (HERE / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE))
+    named = {extra for names in EXTRA.findall(page.read_text()) for extra in names.split(",")}
+    assert extras, "pyproject.toml was not read as it is written"
+    assert not named - extras, f"{page.name} names extras that the package has not: {in_order(named - extras)}"
+
+
+def test_python_of_the_page_on_the_flow_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = HERE / "docs" / "flow.md"
+    text = page.read_text()
+    blocks = [match for match in FENCE.finditer(text) if match[1] == "python"]
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks:
+        above = "\n" * text.count("\n", 0, block.start(2))  # so that a traceback names the page's own line
+        exec(compile(above + block[2], page, "exec"), names)
