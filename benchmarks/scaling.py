@@ -42,12 +42,12 @@ NODE = 8  # GPUs of a machine
 EFFICIENCY = 0.8  # of a link's published rate that collectives get
 NETWORKS = {  # bytes a second, one way: of a GPU to the others of its machine, and of the machine
     "L4": (32e9, 12.5e9),  # PCIe 4 x16; EC2 g6.48xlarge, 100 Gb/s
+    "L40S": (32e9, 12.5e9),  # PCIe 4 x16; EC2 g6e.12xlarge has 100 Gb/s
     "A100 80 GB": (300e9, 50e9),  # NVLink 3; EC2 p4de.24xlarge, 400 Gb/s
     "H100 SXM": (450e9, 400e9),  # NVLink 4; EC2 p5.48xlarge, 3,200 Gb/s
     "H200": (450e9, 400e9),  # NVLink 4; EC2 p5en.48xlarge, 3,200 Gb/s
 }
 CALL, INSIDE_HOP, BETWEEN_HOP = 8.4e-6, 3.4e-6, 14e-6  # seconds; NCCL's own model, src/graph/tuning.cc (Simple)
-LAUNCH = 7e-6  # seconds in which PyTorch starts an operation from Python or its autograd; assumed
 CONNECTION = 85e6  # bytes a second of each request; Amazon S3 user guide, "Performance guidelines": 85 to 90 MB/s
 COPY = 10e9  # bytes a second from a GPU to pinned memory; PCIe 4 x16 has 32e9
 START = 25.6  # seconds from a killed node to the next step, two workers here (benchmarks/RESULTS.md, chaos)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="of each round and setting")
     parser.add_argument("--gpu", choices=[name.split()[0] for name in NETWORKS], default="A100")
     parser.add_argument("--mfu", type=float, help="share of the peak that large products get (default: eiwtrain.costs)")
-    parser.add_argument("--launch", type=float, default=LAUNCH, help="seconds to start an operation")
+    parser.add_argument("--launch", type=float, help="seconds to start an operation (default: eiwtrain.costs)")
     parser.add_argument("--nvlink", type=float, help="bytes/s of a GPU, one way (default: by --gpu)")
     parser.add_argument("--network", type=float, help="bytes/s of a machine, one way (default: by --gpu)")
     parser.add_argument("--connection", type=float, default=CONNECTION, help="bytes/s of a connection to the bucket")
@@ -106,7 +106,6 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     Raises:
         SystemExit: the config cannot be used.
     """
-    from benchmarks.scaling_measure import operations
     from eiwtrain import costs
     from eiwtrain.config_file import load_config
     from eiwtrain.state import flow_config
@@ -125,7 +124,7 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     job = Job(
         flops=counted.flops_per_image[counted.mode],
         forward_flops=counted.flops_per_image["stored"] / 3,  # backward is twice a forward
-        operations=operations(shape),
+        operations=counted.operations[counted.mode],
         gradient_bytes=counted.gradient_bytes,
         tensors=tensors(shape),
         checkpoint_bytes=counted.checkpoint_bytes,
@@ -145,7 +144,7 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     cluster = Cluster(
         network=Network(NODE, inside, between, CALL, INSIDE_HOP, BETWEEN_HOP),
         flops_per_second=gpu.flops_per_second * (args.mfu or costs.MFU),
-        launch_seconds=args.launch,
+        launch_seconds=args.launch or costs.LAUNCH,
         connection=args.connection,
         decoded=of_side(DECODED, side, -2),
         copy=COPY,
@@ -172,9 +171,7 @@ def of_side(known: Mapping[int, float], side: int, power: int) -> float:
 
 def plan(job: Job, cluster: Cluster, images_per_gpu: int) -> dict[str, Any]:
     """What the model says: {"fixed", "grown", "checkpoints", "losses"}, each a list of rows, and what they rest on."""
-    grown = {
-        n: replace(job, micro_batch=images_per_gpu, global_batch=n * images_per_gpu, lanes=job.lanes) for n in WORKERS
-    }
+    grown = {n: replace(job, micro_batch=images_per_gpu, global_batch=n * images_per_gpu) for n in WORKERS}
     fixed = sorted({*(n for n in WORKERS if n <= job.global_batch), job.global_batch})
     alone = step(job, cluster, 1).images_per_second, step(grown[1], cluster, 1).images_per_second
     return {

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_prep
 from benchmarks.scaling_model import Network, calls, passes, transfer_seconds
-from eiwtrain import data, flow
+from eiwtrain import data
 from eiwtrain.config import Config
 from eiwtrain.state import TrainState, sum_over_ranks
 
@@ -41,10 +40,6 @@ MODELS: dict[str, tuple[dict[str, Any], int]] = {  # the model, and images of a 
     "large": ({"levels": 3, "steps": 4, "conditioner": {"hidden": 512}}, 1),
 }
 BYTES = (8, 2**12, 2**16, 2**20, 2**22, 2**24)  # of the collectives that are timed
-_VIEWS = {  # operations that start nothing on a device
-    *("view", "_unsafe_view", "alias", "detach", "as_strided", "lift_fresh", "t", "transpose", "permute"),
-    *("slice", "select", "split", "split_with_sizes", "unbind", "expand", "unsqueeze", "squeeze"),
-}
 _CPU = torch.device("cpu")
 
 
@@ -70,11 +65,10 @@ QUICK = (Setting("large", 1, 1), Setting("large", 1, 2))
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operations and the collectives that are started in its block."""
+    """Counts the collectives that are started in its block."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
         self.collectives: Counter[tuple[str, int]] = Counter()
         """By name and by bytes of the largest tensor."""
 
@@ -83,30 +77,7 @@ class Counting(TorchDispatchMode):
         if namespace == "c10d":
             tensors = [t for t in _pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
             self.collectives[name.strip("_"), max((t.nbytes for t in tensors), default=0)] += 1
-        elif namespace == "aten" and name not in _VIEWS:
-            self.operations += 1
         return function(*args, **(kwargs or {}))
-
-
-def operations(shape: flow.FlowConfig) -> int:
-    """That a training step of a flow starts for each micro-batch, forward and backward; views are none.
-
-    The steps of a level are alike, so flows of one step and of two tell those of any number, but for anchors.
-    """
-
-    def count(steps: int) -> int:
-        smaller = replace(shape, steps=steps)
-        with FakeTensorMode():
-            model = flow.EIWFlow(smaller)
-            pixels = torch.zeros(2, *shape.image_shape, dtype=torch.uint8)
-            noise = torch.full(pixels.shape, 0.5)
-            labels = torch.zeros(2, dtype=torch.int64) if shape.classes else None
-            with Counting() as counting:
-                model(pixels, noise, labels).log_prob.sum().backward()
-        return counting.operations
-
-    first, second = count(1), count(2)
-    return first + (shape.steps - 1) * (second - first)
 
 
 def measure(settings: tuple[Setting, ...], rounds: int, steps: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -185,7 +156,7 @@ def _processes(folder: Path, settings: tuple[Setting, ...]) -> Iterator[tuple[li
     """Two pipes to workers of their own, and two to a pair; all have made their states and a step of each."""
     from eiwtrain.ray_session import WORKER_ENV
 
-    os.environ.update(WORKER_ENV, OMP_NUM_THREADS="1")
+    os.environ.update(WORKER_ENV, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     context = mp.get_context("spawn")
     pipes, processes = [], []
     for group, rank, world_size in (("a", 0, 1), ("b", 0, 1), ("pair", 0, 2), ("pair", 1, 2)):

@@ -64,7 +64,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text!r} is not an override; write section.field=value, e.g. train.max_steps=100")
+        raise ConfigError(f"{redact(text)!r} is not an override; write section.field=value, e.g. train.max_steps=100")
     *sections, field = key.split(".")
     here = raw
     for section in sections:
@@ -74,7 +74,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         here[field] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"{key}: {value!r} is not valid YAML; quote it") from None
+        raise ConfigError(f"{key}: {redact(value)!r} is not valid YAML; quote it") from None
 
 
 def _expand(value: Any, where: str) -> Any:
@@ -114,7 +114,7 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{name}: is missing. {meaning or 'A section of the config.'}"
     problem = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}: {error['input']!r:.80}: {problem}. {meaning}".strip()
+    return f"{name}: {redact(repr(error['input'])):.80}: {problem}. {meaning}".strip()
 
 
 def _tracked_where_mlflow_says(c: Config) -> Config:

@@ -4,7 +4,8 @@
 Counted means that a training step (forward and backward) is run on tensors that have shapes and no data (torch's
 FakeTensorMode), which takes seconds and no memory whatever the size. The steps of a level are alike, so flows of few
 steps are counted, and what a step adds is taken as often as the config has steps: the sum is exact, as is what a
-further image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`.
+further image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or
+what the host needs to start the operations at an assumed rate, `LAUNCH`, whichever is longer.
 
 Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses to rounding, CUDA's own memory.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ MFU = 0.25
 utilisation where activations are stored; where some are recomputed, that is less by as much (PaLM, arXiv 2204.02311,
 appendix B, calls this one hardware FLOPs utilisation)."""
 
+LAUNCH = 7e-6
+"""Seconds in which PyTorch starts an operation, from Python or its autograd: assumed, not measured. The host starts one
+after the other, so a micro-batch takes at least that for each of its operations, however small it is."""
+
+FREE = 0.2
+"""The share of a GPU's memory that is left to what is not counted here."""
+
 _FLOAT = 4  # bytes of a parameter, its gradient, its average and each of its moments
 
 
@@ -52,6 +60,8 @@ class Gpu:
 GPUS = (
     # NVIDIA L4 Tensor Core GPU data sheet: 242 TFLOPS with sparsity, which doubles the dense figure
     Gpu("L4", 121e12, 24e9),
+    # NVIDIA L40S data sheet: 733 TFLOPS with sparsity
+    Gpu("L40S", 362e12, 48e9),
     # NVIDIA A100 Tensor Core GPU data sheet
     Gpu("A100 80 GB", 312e12, 80e9),
     # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
@@ -59,7 +69,7 @@ GPUS = (
     # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
     Gpu("H200", 989e12, 141e9),
 )
-REFERENCE = GPUS[1]
+REFERENCE = GPUS[2]
 """The GPU that the configs are planned for."""
 
 
@@ -71,6 +81,8 @@ class Costs:
     flops_per_image: dict[str, float]
     """Of a training step, forward and backward with what it recomputes, at the config's micro-batch. A multiplication
     and an addition are two; convolutions and matrix products count, as torch's `FlopCounterMode` counts them."""
+    operations: dict[str, int]
+    """That a training step starts for each micro-batch, forward and backward; views are none."""
     activation_bytes: dict[str, int]
     """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
     fixed_bytes: dict[str, int]
@@ -84,9 +96,27 @@ class Costs:
     """Of all its tensors: weights, their average and AdamW's two moments."""
     zero_stage: int
     micro_batch: int
-    mode: str
-    """The config's backpropagation mode. For auto: stored, if that fits its budget, or else invertible, which bounds
-    time from above and memory from below; without a budget of its own, it has what would be free on `REFERENCE`."""
+    backprop: str
+    memory_budget: int | None
+    """The config's own."""
+
+    @property
+    def mode(self) -> str:
+        """That of `mode_in` on `REFERENCE`."""
+        return self.mode_in(REFERENCE.bytes)
+
+    def mode_in(self, memory: float) -> str:
+        """The config's backpropagation mode on a GPU of so many bytes. For auto: stored, if that fits its budget, or
+        else invertible, which bounds time from above and memory from below; without a budget of its own, it has what
+        would be free there."""
+        if self.backprop != "auto":
+            return self.backprop
+        budget = self.memory_budget
+        if budget is None:
+            free = memory - 2 * _FLOAT * self.parameters  # weights and their average are there already
+            two = 2 * max(2, self.micro_batch) * self.workspace_bytes
+            budget = int(SLACK * free) - STATE_BYTES * self.parameters - two
+        return "stored" if self.kept_bytes("stored", self.micro_batch) <= budget else "invertible"
 
     def kept_bytes(self, mode: str, images: int) -> int:
         """Kept for the backward pass of a micro-batch of so many images."""
@@ -117,9 +147,15 @@ class Costs:
         recomputed = 0 if mode == "stored" else self.micro_batch * self.workspace_bytes
         return self.state_bytes(workers) + self.kept_bytes(mode, self.micro_batch) + recomputed
 
-    def images_per_second(self, flops_per_second: float, mfu: float = MFU) -> float:
-        """Of one GPU with that peak, in the config's mode."""
-        return flops_per_second * mfu / self.flops_per_image[self.mode]
+    def fits(self, gpu: Gpu, workers: int) -> bool:
+        """Whether a training step does, of one of so many workers, with `FREE` to spare."""
+        return self.worker_bytes(self.mode_in(gpu.bytes), workers) <= (1 - FREE) * gpu.bytes
+
+    def images_per_second(self, gpu: Gpu, mfu: float = MFU, launch: float = LAUNCH) -> float:
+        """Of one such GPU, in the mode that the config has there, at full micro-batches."""
+        mode = self.mode_in(gpu.bytes)
+        computed = self.flops_per_image[mode] / (gpu.flops_per_second * mfu)
+        return 1 / max(computed, self.operations[mode] * launch / self.micro_batch)
 
 
 def of(config: Config, channels: int = 3) -> Costs:
@@ -131,28 +167,22 @@ def of(config: Config, channels: int = 3) -> Costs:
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values())
     images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
-    flops, each, fixed = {}, {}, {}
+    flops, operations, each, fixed = {}, {}, {}, {}
     for mode in MODES:
         step = _of_all_steps(replace(shape, backprop=mode), images)
         more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
-        flops[mode] = step.flops / images
+        flops[mode], operations[mode] = step.flops / images, step.operations
         each[mode] = more.kept - step.kept
         fixed[mode] = step.kept - images * each[mode]
-    workspace = _of_a_step(shape)
-    mode = config.model.backprop
-    if mode == "auto":
-        budget = config.model.memory_budget
-        if budget is None:
-            free = REFERENCE.bytes - 2 * _FLOAT * parameters  # weights and their average are there already
-            budget = int(SLACK * free) - STATE_BYTES * parameters - 2 * images * workspace
-        mode = "stored" if fixed["stored"] + config.train.micro_batch * each["stored"] <= budget else "invertible"
     return Costs(
         parameters,
         flops,
+        operations,
         each,
         fixed,
-        workspace,
-        mode=mode,
+        _of_a_step(shape),
+        backprop=config.model.backprop,
+        memory_budget=config.model.memory_budget,
         micro_batch=config.train.micro_batch,
         gradient_bytes=_FLOAT * parameters,
         checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
@@ -162,10 +192,16 @@ def of(config: Config, channels: int = 3) -> Costs:
 
 @dataclass(frozen=True)
 class Counted:
-    """What one training step keeps for its backward pass, bytes, and its FLOPs."""
+    """What one training step keeps for its backward pass, bytes, its FLOPs, and the operations that it starts."""
 
     kept: int
     flops: int
+    operations: int
+
+    def plus(self, times: int, more: Counted) -> Counted:
+        """This, and so many times what `more` is above it."""
+        mine, theirs = astuple(self), astuple(more)
+        return Counted(*(a + times * (b - a) for a, b in zip(mine, theirs, strict=True)))
 
 
 def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
@@ -176,8 +212,7 @@ def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) ->
     less = count(replace(shape, steps=few), images, backward)
     if not times:
         return less
-    more = count(replace(shape, steps=few + period), images, backward)
-    return Counted(less.kept + times * (more.kept - less.kept), less.flops + times * (more.flops - less.flops))
+    return less.plus(times, count(replace(shape, steps=few + period), images, backward))
 
 
 def _of_a_step(shape: flow.FlowConfig) -> int:
@@ -188,25 +223,25 @@ def _of_a_step(shape: flow.FlowConfig) -> int:
 
 
 def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
-    """Of one training step of a flow, run for this purpose: bytes kept for its backward pass, and its FLOPs.
+    """Of one training step of a flow, run for this purpose.
 
     Args:
-        backward: run it, or else count the FLOPs of the forward pass alone.
+        backward: run it, or else count the FLOPs and operations of the forward pass alone.
         fake: on tensors without data; or on real ones, which gives the same.
     """
-    flops = _Flops()
+    started = _Started()
     with FakeTensorMode() if fake else nullcontext():
         model = flow.EIWFlow(shape)
         pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
         noise = torch.full(pixels.shape, 0.5)
         labels = torch.zeros(images, dtype=torch.int64) if shape.classes else None
-        with flops:
+        with started:
             kept, loss = _kept(
                 lambda: model(pixels, noise, labels).log_prob.sum(), [*model.parameters(), *model.buffers()]
             )
             if backward:
                 loss.backward()
-    return Counted(kept, flops.total)
+    return Counted(kept, started.flops, started.operations)
 
 
 def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:
@@ -228,16 +263,24 @@ def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tenso
     return sum(storage.nbytes() for storage in kept.values()), result
 
 
-class _Flops(TorchDispatchMode):
-    """Sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every operation apart, half as
-    fast, and cannot follow modules that are run in a backward pass."""
+_VIEWS = {  # operations that start nothing on a device
+    *("view", "_unsafe_view", "alias", "detach", "as_strided", "lift_fresh", "t", "transpose", "permute"),
+    *("slice", "select", "split", "split_with_sizes", "unbind", "expand", "unsqueeze", "squeeze"),
+}
+
+
+class _Started(TorchDispatchMode):
+    """Counts operations, and sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every
+    operation apart, half as fast, and cannot follow modules that are run in a backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.flops = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        namespace, _, name = func._schema.name.partition("::")
+        self.operations += namespace == "aten" and name not in _VIEWS
         return out

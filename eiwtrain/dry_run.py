@@ -52,7 +52,7 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
         return [*said, f"time      {total:.2e} FLOPs in all; no speed is assumed for CPUs"]
     if t.precision != "bf16":
         return [*said, f"time      {total:.2e} FLOPs in all; a speed is assumed for train.precision=bf16 alone"]
-    return [*said, *_by_gpu(found, total, sorted({most, least}, reverse=True))]
+    return [*said, *_by_gpu(found, images, sorted({most, least}, reverse=True))]
 
 
 def _by_mode(config: Config, found: Costs) -> list[str]:
@@ -80,18 +80,19 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
     return said
 
 
-def _by_gpu(found: Costs, flops: float, workers: list[int]) -> list[str]:
+def _by_gpu(found: Costs, images: int, workers: list[int]) -> list[str]:
     """Speed and time on each kind of GPU."""
     from eiwtrain import costs
 
     said = [
-        f"time      assumed: a GPU computes at {costs.MFU:.0%} of its published bfloat16 peak, all the time",
+        f"time      assumed: a GPU computes at {costs.MFU:.0%} of its published bfloat16 peak, all the time,",
+        f"          or waits for its host, which starts an operation in {costs.LAUNCH * 1e6:g} us",
         "            GPU           images/s each" + "".join(f"{f'hours on {n}':>16}" for n in workers) + "   GPU-hours",
     ]
     for gpu in costs.GPUS:
-        alone = flops / (gpu.flops_per_second * costs.MFU) / 3600
-        speed = found.images_per_second(gpu.flops_per_second)
-        if found.worker_bytes(found.mode, workers[-1]) > gpu.bytes:
+        speed = found.images_per_second(gpu)
+        alone = images / speed / 3600
+        if not found.fits(gpu, workers[-1]):
             said.append(f"            {gpu.name:13}{'does not fit':>14}")
             continue
         times = "".join(f"{alone / n:16,.1f}" for n in workers)

@@ -32,7 +32,7 @@ class LoopbackTorchConfig(TorchConfig):
 
 
 def stay_on_loopback() -> None:
-    """Where the node's address is on loopback, have torch's key-value store, and gloo, listen there."""
+    """Where the node's address is on loopback, have torch's key-value store, gloo and NCCL listen there."""
     import psutil
     import ray
 
@@ -42,6 +42,7 @@ def stay_on_loopback() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == host for address in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # else gloo takes what the host's name resolves to
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # which else passes loopback over; not tried
     module: Any = importlib.import_module("torch.distributed.rendezvous")  # the name is also a function's
     module.TCPStore = store
 

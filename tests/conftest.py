@@ -1,4 +1,4 @@
-"""What all tests share: a real S3 server, started once, on first use; and how they are dealt to two processes."""
+"""What all tests share: a real S3 server, started once a process, on first use; and how they are dealt to two processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """A file of those that start clusters goes to one process as a whole; of the rest each test by itself."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if item.path.parent.name == "cluster":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if item.path.parent.name == "cluster":
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

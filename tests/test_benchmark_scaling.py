@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling, scaling_measure
 from benchmarks import scaling_model as model
-from eiwtrain import data, flow, pace
-from eiwtrain.config import Config, Train
+from eiwtrain import data, pace
+from eiwtrain.config import Train
 from eiwtrain.data.order import SampleOrder
 from eiwtrain.engine import Engine
-from eiwtrain.state import flow_config
 from eiwtrain.worker import batching
 
 NETWORK = model.Network(node=8, inside=240e9, between=40e9, call=8e-6, inside_hop=3e-6, between_hop=14e-6)
@@ -239,18 +238,6 @@ def test_the_fit_finds_latency_and_bandwidth_again() -> None:
     sizes = scaling_measure.BYTES
     found = scaling_measure.fit(sizes, [model.transfer_seconds(size, 2, 1, 2, network) for size in sizes])
     assert (found.call, found.between) == (pytest.approx(4e-4), pytest.approx(1.2e9))
-
-
-def test_operations_of_many_steps_are_those_that_a_real_training_step_starts() -> None:
-    raw: dict[str, Any] = {"run": {"name": "r"}, "data": {"path": "d", "resolution": 8}}
-    raw["model"] = {"levels": 1, "steps": 4, "conditioner": {"hidden": 8}}
-    shape = flow_config(Config.model_validate(raw), 3)
-    net, pixels = flow.EIWFlow(shape), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    noise = torch.rand(pixels.shape)
-    with scaling_measure.Counting() as counting:
-        net(pixels, noise).log_prob.sum().backward()
-    assert scaling_measure.operations(shape) == counting.operations
-    assert scaling_measure.operations(replace(shape, backprop="stored")) < counting.operations
 
 
 def _say_traffic(zero_stage: int, accumulation: int, output: str) -> None:

@@ -103,10 +103,24 @@ def test_auto_is_planned_as_what_its_budget_makes_of_it(budget, mode):
     assert costs.of(config(model={"backprop": "auto", "memory_budget": budget})).mode == mode
 
 
-def test_speed_is_the_share_of_the_peak_over_the_flops_of_the_mode():
+def test_speed_is_the_share_of_the_peak_over_the_flops_of_the_mode_or_what_the_host_can_start():
     found = costs.of(config(model={"backprop": "checkpointed"}))
-    assert found.images_per_second(1e12, 0.5) == 0.5e12 / found.flops_per_image["checkpointed"]
-    assert found.images_per_second(1e12) == found.images_per_second(1e12, costs.MFU)
+    gpu = costs.Gpu("slow", 1e8, 80e9)
+    assert found.images_per_second(gpu, 0.5) == pytest.approx(0.5e8 / found.flops_per_image["checkpointed"])
+    assert found.images_per_second(gpu) == found.images_per_second(gpu, costs.MFU)
+    fast = replace(gpu, flops_per_second=1e18)
+    micro_batches = found.images_per_second(fast, launch=1e-5) / found.micro_batch
+    assert micro_batches == pytest.approx(1e5 / found.operations["checkpointed"])
+
+
+def test_auto_is_settled_on_each_gpu_by_itself():
+    found = costs.of(config(model={"backprop": "auto"}))
+    assert found.mode_in(80e9) == "stored"
+    assert found.mode_in(1e5) == "invertible"
+    small = costs.Gpu("small", 1e12, found.worker_bytes("stored", 1) / (1 - costs.FREE))
+    kept = replace(found, backprop="stored")
+    assert kept.fits(replace(small, bytes=1.01 * small.bytes), 1)
+    assert not kept.fits(replace(small, bytes=0.99 * small.bytes), 1)
 
 
 def live_bytes() -> int:

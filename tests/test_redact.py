@@ -18,6 +18,9 @@ WITH = [
     f"HTTPS://user:{PLANTED}@host",
     f"s3://key:{PLANTED}/+x@bucket/folder",
     f"postgresql+psycopg://user:{PLANTED}@host/mlflow",
+    f"postgresql://user:p@{PLANTED}@host/mlflow",
+    f"https://host/x?aws_secret_access_key={PLANTED}",
+    f"s3://bucket/x?access_key={PLANTED}&y=1",
     f"https://host/x?sv=1&sig={PLANTED}&z=2",
     f"s3://bucket/x?X-Amz-Signature={PLANTED}",
 ]
@@ -25,6 +28,8 @@ WITHOUT = [
     "runs",
     "/data/a?token=x",
     "http://host:5000/a@b",
+    "http://host:5000?x=a@b",
+    "redis://host:6379/0?x=a@b",
     "s3://bucket/a:b@c",
     "abfs://container@account.dfs.core.windows.net/x",
     "postgresql://user@host/mlflow",

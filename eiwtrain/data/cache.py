@@ -30,7 +30,7 @@ def default_cache_dir() -> Path:
     folder = Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    if folder.lstat().st_uid != os.getuid():
+    if folder.lstat().st_uid not in (0, os.getuid()):  # root, who could do so anyway, makes volumes
         raise storage.StorageError(f"data.cache_dir: {folder} belongs to somebody else; name another folder")
     return folder
 
