@@ -19,7 +19,8 @@ _SCHEME = r"(?P<start>\b[\w+.-]+://)"
 # before the last @ of the host: of http all is a credential (a token alone, too); elsewhere what follows a colon that
 # begins no port, as the container of abfs://container@account is none
 _USER = re.compile(
-    rf"{_SCHEME}(?:(?<=http://)[^/?#\s]*|(?<=https://)[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^@\s]*(?:@[^/@\s]*)*)@", re.IGNORECASE
+    rf"{_SCHEME}(?:(?<=http://)[^/?#\s]*|(?<=https://)[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^@\s]*(?:@[^/@\s]*)*)@",
+    re.IGNORECASE,
 )
 _QUERY = re.compile(
     r"(?P<start>[?&][^=&#\s]*(?:password|passwd|pwd|secret|token|sig|signature|credential|access_?key|account_?key|api_?key)[^=&#\s]*=)[^&#\s]+",

@@ -1,4 +1,4 @@
-"""What all tests share: a real S3 server, started once a process, on first use; and how they are dealt to two processes."""
+"""What all tests share: a real S3 server, one a process, started on first use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ from cluster.s3 import S3Server
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # two processes on two cores
         torch.set_num_threads(1)
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file of those that start clusters goes to one process as a whole; of the rest each test by itself."""
-    if item.path.parent.name == "cluster":
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
