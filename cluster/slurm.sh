@@ -3,9 +3,10 @@
 #
 #     . .venv/bin/activate                     # one that every node sees; sbatch takes the environment along
 #     export EIWTRAIN_STORAGE=/shared/runs EIWTRAIN_DATA=/shared/data MLFLOW_TRACKING_URI=http://mlflow.example:5000
-#     sbatch --partition=gpu --nodes=4 cluster/slurm.sh configs/lsun.yaml workers.max=32
+#     sbatch --partition=gpu --nodes=4 cluster/slurm.sh configs/lsun.yaml
 #
 # What follows the script is what follows `python -m eiwtrain.run`; options of sbatch go before it and beat those below.
+# On GPUs, workers.max is the number of them in the allocation unless it is given there.
 # The job writes a checkpoint and queues itself again when its time is up (--signal), when it is preempted, and on
 #     scancel --batch --signal=TERM JOB
 # It writes a checkpoint and ends on `scancel --batch --signal=INT JOB`, and goes on when it is submitted again.
@@ -25,6 +26,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
+start_seconds=300 # within which Ray is up
 
 # This node's address, as the others know it. A name may stand for 127.0.1.1 on its own machine.
 own_address() {
@@ -34,15 +36,17 @@ own_address() {
     echo "${found:-$(hostname -I | awk '{print $1}')}"
 }
 
+# Whether something listens at the host's port.
+listens() { timeout --signal=KILL 5 bash -c "exec 3<>/dev/tcp/$1/$2" 2>/dev/null; }
+
 # shellcheck disable=SC2329  # srun's
 # Ray on one node, until USR1. TERM is not for it: Slurm sends that to all steps of a job at once, and the workers are
-# to write a checkpoint first.
+# to write a checkpoint first. The head removes the file `mark` when its Ray has ended.
 ray_node() {
-    local head=$1 port=$2 address temp ray told=''
+    local head=$1 port=$2 mark=$3 seconds=$4 address temp ray told=''
     local -a place
     trap '' TERM
     address=$(own_address)
-    temp=$(mktemp -d /tmp/ray-XXXXXX) # short, as it holds sockets
     # of the node, for shards and compiled kernels
     export TMPDIR=${EIWTRAIN_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
     export TRITON_CACHE_DIR=$TMPDIR/triton-$UID
@@ -51,14 +55,19 @@ ray_node() {
         place=(--head --port="$port" --include-dashboard=false --ray-client-server-port="$((port + 1))")
     else
         place=(--address="$head:$port")
-        until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do sleep 1; done
+        until listens "$head" "$port"; do
+            [ "$SECONDS" -lt "$seconds" ] || { echo "$SLURMD_NODENAME: no Ray at $head:$port" >&2; exit 1; }
+            sleep 1
+        done
     fi
+    temp=$(mktemp -d /tmp/ray-XXXXXX) # short, as it holds sockets
     ray start "${place[@]}" --block --node-ip-address="$address" --temp-dir="$temp/ray" --disable-usage-stats \
         --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" >"$temp/log" 2>&1 &
     ray=$!
     trap 'told=yes; kill -TERM $ray' USR1
     while kill -0 "$ray" 2>/dev/null; do wait "$ray" || true; done
     [ -n "$told" ] || { echo "Ray ended on $SLURMD_NODENAME:"; tail -n 20 "$temp/log"; } >&2
+    [ "$SLURM_NODEID" != 0 ] || rm -f "$mark"
     rm -rf "$temp"
 }
 
@@ -83,18 +92,33 @@ RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token # srun hands them over
 head=$(own_address)
 port=$((20000 + SLURM_JOB_ID % 5000 * 2)) # another job of the node has another
+mark=$(mktemp /tmp/ray-XXXXXX)            # this script and Ray's head are on the same node
+trap 'rm -f "$mark"' EXIT
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --wait=0 --kill-on-bad-exit=0 \
-    bash -c "set -euo pipefail; $(declare -f own_address ray_node); ray_node $head $port" &
+    bash -c "set -euo pipefail; $(declare -f own_address listens ray_node); ray_node $head $port $mark $start_seconds" &
 nodes=$!
 
 export RAY_ADDRESS=$head:$port
-for _ in {1..60}; do
-    if [ -n "$next" ] || ! kill -0 "$nodes" || joined "$SLURM_JOB_NUM_NODES"; then break; fi
+deadline=$((SECONDS + start_seconds)) up=yes
+until [ -n "$next" ] || joined "$SLURM_JOB_NUM_NODES"; do
+    if ! [ -e "$mark" ] || ! kill -0 "$nodes" 2>/dev/null; then
+        up=''
+        break
+    elif [ "$SECONDS" -ge "$deadline" ]; then
+        listens "$head" "$port" || up='' # the head and some of the others may be enough
+        break
+    fi
     sleep 2
 done
 
+if [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ] && [[ ${1:--} != -* ]]; then
+    set -- "$1" "workers.max=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))" "${@:2}" # the last of two counts
+fi
 code=143
-if [ -z "$next" ]; then
+if [ -z "$next$up" ]; then
+    echo "error: Ray's head on $SLURMD_NODENAME has ended or did not start within $start_seconds s" >&2
+    code=1
+elif [ -z "$next" ]; then
     python -u -m eiwtrain.run "$@" &
     driver=$!
     wait "$driver" && code=0 || code=$?
@@ -103,7 +127,11 @@ if [ -z "$next" ]; then
     done
 fi
 
-kill -USR1 "$nodes" 2>/dev/null && wait "$nodes" || true
+kill -USR1 "$nodes" 2>/dev/null || true
+for _ in {1..60}; do
+    kill -0 "$nodes" 2>/dev/null || break
+    sleep 1
+done
 if [ "$code" = 75 ] || [ "$code$next" = 143requeue ]; then
     echo "back into the queue, after $((${SLURM_RESTART_COUNT:-0} + 1)) starts"
     scontrol requeue "$SLURM_JOB_ID"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import http.client
 import json
 import re
 import subprocess
@@ -24,14 +25,15 @@ _AWS, _GCP = "http://169.254.169.254", "http://metadata.google.internal"
 _POLL_SECONDS = 2.0
 _ANSWER_SECONDS = 5.0
 _GCP_SECONDS = 30.0  # from the notice to the end
-_DRAIN_SECONDS = 60.0  # within which Ray's command has ended
+_DRAIN_SECONDS, _LEAST_DRAIN_SECONDS = 60.0, 10.0  # for one try of Ray's command: at most, and near the end
 
 
 def aws_notice(metadata: str = _AWS) -> float | None:
     """Seconds until AWS ends this spot instance; None while it has not said that it will.
 
     Raises:
-        OSError: the metadata service does not answer.
+        OSError, HTTPException: the metadata service does not answer.
+        ValueError, KeyError, TypeError: it does, but not as it is documented.
     """
     # docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
     token = _get(f"{metadata}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
@@ -41,7 +43,7 @@ def aws_notice(metadata: str = _AWS) -> float | None:
         if e.code == 404:
             return None
         raise
-    end = datetime.datetime.fromisoformat(json.loads(action)["time"].replace("Z", "+00:00"))
+    end = datetime.datetime.fromisoformat(str(json.loads(action)["time"]).replace("Z", "+00:00"))
     return max(0.0, end.timestamp() - time.time())
 
 
@@ -49,7 +51,8 @@ def gcp_notice(metadata: str = _GCP) -> float | None:
     """Seconds until Google Cloud ends this spot instance; None while it has not said that it will.
 
     Raises:
-        OSError: the metadata service does not answer.
+        OSError, HTTPException: the metadata service does not answer.
+        ValueError: it does, but not as it is documented.
     """
     # cloud.google.com/compute/docs/instances/create-use-spot#detect-preemption
     said = _get(f"{metadata}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
@@ -84,15 +87,37 @@ def drain(address: str, node: str, seconds: float) -> str:
         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud ends this spot instance",
         f"--deadline-remaining-seconds={int(seconds)}",
     ]  # fmt: skip
+    limit = max(_LEAST_DRAIN_SECONDS, min(_DRAIN_SECONDS, seconds))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_DRAIN_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"no answer within {_DRAIN_SECONDS:g} s"
+        return f"no answer within {limit:.0f} s"
     return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
+def drain_all(address: str, end: float) -> None:
+    """Ask until Ray has agreed to drain each worker node of this machine, or the node has ended.
+
+    Args:
+        end: when the instance ends, by `time.monotonic`.
+    """
+    agreed: set[str] = set()
+    said = ""
+    while nodes := [node for node in own_nodes(address) if node not in agreed]:
+        for node in nodes:
+            objection = drain(address, node, max(0.0, end - time.monotonic()))
+            if not objection:
+                agreed.add(node)
+                _say(f"Ray drains {node}")
+            elif objection != said:
+                _say(f"error: {objection}; trying again")
+                said = objection
+        if not agreed.issuperset(nodes):
+            time.sleep(_POLL_SECONDS)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0 drained, or the node has ended by itself; 1 Ray did not drain it."""
+    """The command; returns the exit code: 0, Ray drains the nodes, or they have ended by themselves."""
     parser = argparse.ArgumentParser(prog="python -m cluster.spot_drain", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("cloud", choices=["aws", "gcp"])
     parser.add_argument("--address", required=True, help="HOST:PORT of the cluster, as `ray start` was given it")
@@ -100,20 +125,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     notice = {"aws": aws_notice, "gcp": gcp_notice}[args.cloud]
     where = [args.metadata] if args.metadata else []
-    silent = ""
+    silent = False
     while nodes := own_nodes(args.address):
         try:
-            seconds, silent = notice(*where), ""
-        except OSError as e:
+            seconds, silent = notice(*where), False
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
             if not silent:
-                _say(f"the metadata service does not answer: {e}")
-            seconds, silent = None, str(e)
+                _say(f"no proper answer of the metadata service, asking on: {type(e).__name__}: {e}")
+            seconds, silent = None, True
         if seconds is not None:
             _say(f"the instance ends in {seconds:.0f} s: draining {', '.join(nodes)}")
-            objections = [objection for node in nodes if (objection := drain(args.address, node, seconds))]
-            for objection in objections:
-                _say(f"error: {objection}")
-            return 1 if objections else 0
+            drain_all(args.address, time.monotonic() + seconds)
+            return 0
         time.sleep(_POLL_SECONDS)
     _say(f"no worker node of {args.address} runs here")
     return 0

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import http.server
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
 from cluster import spot_drain
+from eiwtrain.config_file import load_config
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 LAUNCHERS = ["aws", "gcp"]
@@ -71,18 +76,45 @@ def is_spot(node_type):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_workers_are_spot_nodes_with_a_gpu_and_the_head_is_neither(name):
+def test_workers_are_spot_nodes_and_the_head_is_none(name):
     config = parsed(name)
     types = dict(config["available_node_types"])
     head = types.pop(config["head_node_type"])
     assert not is_spot(head)
     assert not head["resources"].get("GPU")
     assert head["max_workers"] == 0
-    assert types
-    for worker in types.values():
-        assert is_spot(worker)
-        assert worker["resources"]["GPU"] > 0
-        assert 0 <= worker["min_workers"] < worker["max_workers"] <= config["max_workers"]
+    assert {kind for kind, worker in types.items() if worker["resources"].get("GPU")} == {"worker"}
+    assert all(is_spot(worker) and worker["min_workers"] == 0 < worker["max_workers"] for worker in types.values())
+    assert sum(worker["max_workers"] for worker in types.values()) <= config["max_workers"]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("kind", "demands"),
+    [("cpu", [{"CPU": 1}]), ("cpu", [{"CPU": 1}] * 40), ("worker", [{"CPU": 4, "GPU": 1}] * 8)],
+    ids=["one task", "tasks", "training"],
+)
+def test_ray_starts_nodes_with_a_gpu_for_training_and_others_for_tasks(name, kind, demands):
+    from ray.autoscaler._private import resource_demand_scheduler as scheduler
+
+    config = prepared(name)
+    head = config["head_node_type"]
+    added, left = scheduler.get_nodes_for(
+        config["available_node_types"],
+        {head: 1},
+        head,
+        config["max_workers"],
+        demands,
+        functools.partial(scheduler._default_utilization_scorer, node_availability_summary=None),
+    )
+    assert set(added) == {kind}
+    assert not left
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_no_secret_and_no_run_of_this_machine_is_copied(name):
+    left_out = set(parsed(name)["rsync_exclude"])
+    assert left_out >= {".git", "runs", "mlruns", "mlflow.db", "secrets.env", ".env", "build"}
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -105,7 +137,8 @@ def test_a_job_finds_its_environment_on_the_head(name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_workers_use_the_bucket_as_an_identity_of_the_cloud(name):
     types = parsed(name)["available_node_types"]
-    assert types["worker"]["node_config"].keys() & {"IamInstanceProfile", "serviceAccounts"}
+    for kind in ("worker", "cpu"):
+        assert types[kind]["node_config"].keys() & {"IamInstanceProfile", "serviceAccounts"}
 
 
 @pytest.mark.parametrize("name", [*LAUNCHERS, "sky"])
@@ -197,10 +230,95 @@ def test_slurm_passes_the_token_by_the_environment():
     assert "$RAY_AUTH_TOKEN" not in script  # so in no command line
 
 
+STAND_INS = {
+    "srun": 'SLURM_NODEID=0 exec "${@: -3}"',  # the head's task
+    "scontrol": 'if [ "$1" = show ]; then echo NodeAddr=127.0.0.1; else echo "scontrol $*"; fi',
+    "hostname": "echo 127.0.0.1",
+    "mktemp": f'exec {shutil.which("mktemp")} "${{@/#\\/tmp/$HERE}}"',
+    "sleep": f"exec {shutil.which('sleep')} 0.05",
+    "python": """
+        case "$*" in
+            *eiwtrain.run*) echo "arguments: ${*:4}"; exit "$CODE" ;;
+            *token_hex*) echo abc ;;
+            *) until [ -e "$HERE/started" ]; do sleep 1; done; sleep 1; exit "$JOINED" ;;
+        esac""",
+}
+RAY = """
+import os, pathlib, signal, sys, time
+pathlib.Path(os.environ["HERE"], "started").touch()
+if os.environ["RAY"] == "ends":
+    sys.exit("no such GPU")
+signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ["RAY"] == "hangs" else signal.SIG_DFL)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """The script of Slurm with stand-ins for all that it calls: its exit code and what it says."""
+    (tmp_path / "bin").mkdir()
+    files = {name: f"#!/usr/bin/env bash\n{text}\n" for name, text in STAND_INS.items()}
+    for name, text in (files | {"ray": f"#!{sys.executable}\n{RAY}"}).items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HERE": str(tmp_path), "EIWTRAIN_SCRATCH": str(tmp_path)}
+    slurm = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "CPUS_ON_NODE": "4", "GPUS_ON_NODE": "0"}
+    started = []
+
+    def job(*arguments, gpus="0", ray="serves", joined="0", code="0", start_seconds=300):
+        script = (CLUSTER / "slurm.sh").read_text().replace("start_seconds=300", f"start_seconds={start_seconds}")
+        (tmp_path / "slurm.sh").write_text(script)
+        (tmp_path / "started").unlink(missing_ok=True)
+        env = {f"SLURM_{name}": value for name, value in (slurm | {"GPUS_ON_NODE": gpus}).items()}
+        env |= {"SLURMD_NODENAME": "node", "RAY": ray, "JOINED": joined, "CODE": code}
+        command = ["bash", str(tmp_path / "slurm.sh"), *arguments]
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(
+                command, env=os.environ | own | env, stdout=log, stderr=log, start_new_session=True
+            )
+            started.append(process)
+            process.wait(60)
+        return process.returncode, (tmp_path / "log").read_text()
+
+    yield job
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_slurms_gpus_are_the_most_workers_unless_the_user_says_otherwise(slurm_job):
+    assert slurm_job("a.yaml", "train.lr=1", gpus="8") == (0, "arguments: a.yaml workers.max=16 train.lr=1\n")
+    assert slurm_job("a.yaml", "train.lr=1", gpus="0") == (0, "arguments: a.yaml train.lr=1\n")
+    quickstart = str(CLUSTER.parent / "configs" / "quickstart.yaml")
+    assert load_config(quickstart, ["workers.max=16", "workers.max=3"]).workers.max == 3
+
+
+def test_slurms_job_ends_at_once_when_rays_head_does(slurm_job):
+    code, said = slurm_job("a.yaml", ray="ends", joined="1")
+    assert code == 1
+    assert said.splitlines() == [
+        "Ray ended on node:",
+        "no such GPU",
+        "error: Ray's head on node has ended or did not start within 300 s",
+    ]
+
+
+def test_slurms_job_ends_when_rays_head_does_not_start_in_time(slurm_job):
+    code, said = slurm_job("a.yaml", joined="1", start_seconds=1)
+    assert (code, said) == (1, "error: Ray's head on node has ended or did not start within 1 s\n")
+
+
+def test_slurms_job_queues_itself_again_though_ray_does_not_end(slurm_job):
+    code, said = slurm_job("a.yaml", ray="hangs", code="75")
+    assert code == 75
+    assert said.endswith("back into the queue, after 1 starts\nscontrol requeue 7\n")
+
+
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """The metadata services of both clouds: nothing, until `said`."""
+    """The metadata services of both clouds: nothing, until `said`, and first what is `garbled`."""
 
     said = False
+    garbled: ClassVar[list[str]] = []
 
     def do_PUT(self):
         assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
@@ -212,12 +330,17 @@ class Metadata(http.server.BaseHTTPRequestHandler):
                 return self._answer(401, "")
             end = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 120))
             said = json.dumps({"action": "terminate", "time": end})
+            if self.garbled:
+                return self._answer(200, self.garbled.pop(0))
             return self._answer(200, said) if self.said else self._answer(404, "")
         if self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
             return self._answer(200, "TRUE\n" if self.said else "FALSE\n")
         return self._answer(403, "")
 
     def _answer(self, code, text):
+        if text == "not HTTP":
+            self.wfile.write(b"what?\r\n")
+            return
         self.send_response(code)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -247,6 +370,63 @@ def test_a_notice_is_heard_once_the_cloud_gives_it(notice, seconds, metadata, mo
 def test_a_metadata_service_that_refuses_is_an_oserror(notice, metadata):
     with pytest.raises(OSError, match="40"):
         notice(f"{metadata}/elsewhere")
+
+
+@pytest.fixture
+def drains(monkeypatch):
+    """What Ray answers to each of the next drains (in the end it agrees), and the seconds that it was told."""
+    answers, told = [], []
+
+    def drain(address, node, seconds):
+        told.append(seconds)
+        return answers.pop(0) if answers else ""
+
+    monkeypatch.setattr(spot_drain, "drain", drain)
+    monkeypatch.setattr(spot_drain, "own_nodes", lambda address: ["a node"])
+    monkeypatch.setattr(spot_drain, "_POLL_SECONDS", 0.01)
+    return answers, told
+
+
+def test_a_drain_that_ray_refuses_is_asked_for_again_with_the_seconds_that_are_left(
+    drains, metadata, monkeypatch, capsys
+):
+    answers, told = drains
+    answers += ["refused", "refused"]
+    monkeypatch.setattr(Metadata, "said", True)
+    assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
+    assert len(told) == 3
+    assert 120 >= told[0] > told[1] > told[2]
+    said = capsys.readouterr().err
+    assert said.count("refused") == 1
+    assert "Ray drains a node" in said
+
+
+def test_a_node_that_ends_is_not_asked_for_any_more(drains, metadata, monkeypatch):
+    answers, told = drains
+    answers += ["refused"] * 1000
+    monkeypatch.setattr(Metadata, "said", True)
+    monkeypatch.setattr(spot_drain, "own_nodes", lambda address: ["a node"] * (len(told) < 3))
+    assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("garbled", ["{}", "[]", "<html>", '{"time": 5}', "not HTTP"])
+def test_a_malformed_notice_is_told_once_and_asked_for_again(garbled, drains, metadata, monkeypatch, capsys):
+    monkeypatch.setattr(Metadata, "said", True)
+    monkeypatch.setattr(Metadata, "garbled", [garbled, garbled])
+    assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
+    assert len(drains[1]) == 1
+    assert capsys.readouterr().err.count("no proper answer of the metadata service") == 1
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(118, 60), (30, 30), (0, 10)])
+def test_rays_command_gets_no_more_time_than_is_left(seconds, limit, monkeypatch):
+    def run(command, timeout, **options):
+        assert f"--deadline-remaining-seconds={seconds}" in command
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert spot_drain.drain("10.7.0.1:6379", "a node", seconds) == f"no answer within {limit} s"
 
 
 @pytest.mark.cluster

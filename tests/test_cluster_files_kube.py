@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from packaging.requirements import Requirement
 
 from data_prep.__main__ import _parser
 from eiwtrain.config_file import load_config
+from eiwtrain.data.cache import default_cache_dir
 
 try:
     import tomllib
@@ -33,7 +35,7 @@ KUBERNETES = "1.37"
 # of KubeRay v1.7.0's CRDs, those that are in use here
 OF_RAYJOB = {
     "entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-    "submitterPodTemplate", "rayClusterSpec",
+    "submitterPodTemplate", "submitterConfig", "rayClusterSpec",
 }  # fmt: skip
 OF_RAYCLUSTER = {
     "rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs",
@@ -142,19 +144,64 @@ def test_every_file_is_part_of_something_that_is_applied():
     assert len(spots) == 3
 
 
-@pytest.mark.parametrize("cloud", ["gke", "eks", "aks"])
-def test_spot_puts_workers_on_spot_nodes_and_keeps_the_head_off_them(tmp_path, cloud):
+@pytest.fixture(params=["gke", "eks", "aks"])
+def spot(request, tmp_path):
+    """(cloud, a copy of the folder whose settings name that cloud's spot nodes)."""
     kube = shutil.copytree(KUBE, tmp_path / "kuberay")
     setting = kube / "settings" / "kustomization.yaml"
-    setting.write_text(setting.read_text().replace("# components: [../spot/gke]", f"components: [../spot/{cloud}]"))
-    for folder in ("train", "prep"):
-        (job,) = render(kube / folder)
-        head, worker = (template["spec"] for template in groups(job["spec"]["rayClusterSpec"]))
-        ((label, value),) = worker["nodeSelector"].items()
-        (terms,) = values(head["affinity"], "matchExpressions")
-        (term,) = (term for term in terms if term["key"] == label)
-        assert term["operator"] == "DoesNotExist" or (term["operator"] == "NotIn" and value in term["values"])
-        assert cloud == "eks" or label in [toleration["key"] for toleration in worker["tolerations"]]
+    text, named = setting.read_text(), "# components: [../spot/gke]"
+    assert named in text
+    setting.write_text(text.replace(named, f"components: [../spot/{request.param}]"))
+    return request.param, kube
+
+
+def test_spot_puts_workers_on_spot_nodes_and_keeps_the_head_off_them(spot):
+    cloud, kube = spot
+    (job,) = render(kube / "train")
+    head, worker = (template["spec"] for template in groups(job["spec"]["rayClusterSpec"]))
+    ((label, value),) = worker["nodeSelector"].items()
+    (terms,) = values(head["affinity"], "matchExpressions")
+    (term,) = (term for term in terms if term["key"] == label)
+    assert term["operator"] == "DoesNotExist" or (term["operator"] == "NotIn" and value in term["values"])
+    tolerated = [toleration["key"] for toleration in worker["tolerations"]]
+    assert tolerated == ["nvidia.com/gpu"] + [label] * (cloud != "eks")
+
+
+def test_a_spot_worker_drains_within_what_its_cloud_grants(spot):
+    cloud, kube = spot
+    (job,) = render(kube / "train")
+    head, worker = (next(values(template, "preStop")) for template in groups(job["spec"]["rayClusterSpec"]))
+    granted = {"gke": 25, "aks": 30, "eks": 120}[cloud]
+    assert granted - 30 <= int(worker["exec"]["command"][-1]) < granted
+    assert int(head["exec"]["command"][-1]) == 90
+
+
+def test_workers_of_data_prep_stay_off_spot_nodes_and_nodes_with_a_gpu(spot, clusters):
+    (job,) = render(spot[1] / "prep")
+    for spec in (clusters["prep"], job["spec"]["rayClusterSpec"]):
+        head, worker = (template["spec"] for template in groups(spec))
+        assert not worker["nodeSelector"]
+        assert not worker["tolerations"]
+        assert worker["affinity"] == head["affinity"]
+
+
+def test_all_but_workers_of_training_stay_where_they_are(applied, clusters, templates):
+    head = clusters["train"]["headGroupSpec"]["template"]
+    workers = [group["template"] for spec in clusters.values() for group in spec["workerGroupSpecs"]]
+    others = [template for template in templates if template not in workers]
+    assert len(others) == 7
+    assert all(template["spec"]["affinity"] == head["spec"]["affinity"] for template in others)
+    stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    jobs = [each["spec"] for _, each in applied if each["kind"] == "RayJob"]
+    kept = [template for spec in clusters.values() for template in groups(spec)]
+    kept += [job["submitterPodTemplate"] for job in jobs]
+    assert all(template["metadata"]["annotations"] == stays for template in kept)
+    assert [job["submitterConfig"] for job in jobs] == [{"backoffLimit": 100}] * 2
+
+
+def test_no_pod_restarts_in_place_or_is_told_of_services_by_its_environment(clusters, templates):
+    assert all(spec["autoscalerOptions"]["version"] == "v2" for name, spec in clusters.items() if name != "prep")
+    assert all(template["spec"]["enableServiceLinks"] is False for template in templates)
 
 
 def test_one_image_serves_all_but_the_database(templates):
@@ -233,7 +280,7 @@ def test_the_grace_period_has_room_for_the_checkpoint_and_the_end_of_ray(cluster
                 assert int(env["RAY_JOB_STOP_WAIT_TIME_S"]) == int(seconds)
 
 
-def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monkeypatch):
+def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monkeypatch, tmp_path):
     for name, value in settings().items():
         monkeypatch.setenv(name, value)
     python, *module, file = entrypoint("train")[:4]
@@ -252,7 +299,9 @@ def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monke
         assert container["resources"]["limits"]["nvidia.com/gpu"] == config.workers.gpus == 1
         assert int(container["resources"]["requests"]["cpu"]) >= config.workers.cpus
         (mount,) = (each["mountPath"] for each in container["volumeMounts"] if each["name"] == "cache")
-        assert mount == config.data.cache_dir or (config.data.cache_dir is None and mount == "/tmp/eiwtrain-cache-1000")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert config.data.cache_dir is None
+        assert (mount, default_cache_dir().parent) == ("/tmp", tmp_path)  # below a mount, which is root's, and not one
         (volume,) = (each for each in group["template"]["spec"]["volumes"] if each["name"] == "cache")
         assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 > config.data.cache_bytes
 
@@ -306,7 +355,9 @@ def test_the_image_is_pinned_and_has_what_the_package_needs():
     assert re.search(r"^FROM nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu24\.04$", docker, re.MULTILINE)
     assert f"torch=={pinned['torch']}\n" in docker
     assert docker.rindex("USER 1000") > docker.rindex("RUN ")
-    assert {"psycopg2-binary", "boto3"} <= set(pinned)
+    assert {"psycopg2-binary", "boto3", "gcsfs", "google-cloud-storage"} <= set(pinned)
+    assert {"gcc", "python3.12-dev"} <= set(docker.split())  # for train.compile
+    assert "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in docker  # GKE's driver
     if tomllib is None:
         pytest.skip("tomllib came with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
