@@ -23,7 +23,7 @@ from eiwtrain.config import Config
 from eiwtrain.console import Console
 from eiwtrain.lease import Lease
 from eiwtrain.mailbox import Request, start_mailbox
-from eiwtrain.signals import Stop
+from eiwtrain.signals import Stop, Stopped
 from eiwtrain.tracking import TrackedRun
 from eiwtrain.worker import Job
 from eiwtrain.worker import train as train_worker
@@ -90,6 +90,8 @@ class Attempt:
             ended = not self._fit.is_alive()  # before the mail is read: nothing comes after it
             if (outcome := self._read(console, stop)) is not None:
                 return self._ended(outcome, console, stop)
+            if stop.number and not stop.training:
+                raise Stopped(stop.number)
             if lost := self._lease.lost:
                 return {"lost": lost}
             if ended:

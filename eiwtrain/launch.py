@@ -40,32 +40,33 @@ def train(
         number = crashes = 0
         newest = _newest(config)
         ray_session.ask_for(config)
-        while True:
-            number += 1
-            lease.next_attempt()
-            if not (workers := _wait_for_room(config, lease, console, stop)):
-                return _stopped(config, stop)
-            with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
-                lease.guard().check(give_up=lambda: bool(stop.number))
-                checkpoint.clean(config.root)
-            console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
-            attempt = Attempt(config, tracked, lease, workers, number, began, attempt_began, skip_to)
-            outcome = attempt.follow(console, stop)
-            attempt_began, skip_to = time.time(), outcome.get("skip_to")
-            if "crashed" not in outcome and "again" not in outcome:
-                return outcome
-            if "crashed" in outcome:
-                console.note(f"the workers failed: {outcome['crashed']}")
-                lease.failed()
-                before, newest = newest, _newest(config) or newest
-                crashes = crashes + 1 if newest == before else 1
-            if stop.number:  # meanwhile
-                return _stopped(config, stop)
-            if crashes > config.run.max_failures:
-                return {"failed": _gave_up(config, outcome["crashed"], newest)}
-            if attempt.holds_on:  # to its place in the cluster, too
-                ray.shutdown()
-                _start_ray(config, stop)
+        with stop.polled():
+            while True:
+                number += 1
+                lease.next_attempt()
+                if not (workers := _wait_for_room(config, lease, console, stop)):
+                    return _stopped(config, stop)
+                with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
+                    lease.guard().check(give_up=lambda: bool(stop.number))
+                    checkpoint.clean(config.root)
+                console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
+                attempt = Attempt(config, tracked, lease, workers, number, began, attempt_began, skip_to)
+                outcome = attempt.follow(console, stop)
+                attempt_began, skip_to = time.time(), outcome.get("skip_to")
+                if "crashed" not in outcome and "again" not in outcome:
+                    return outcome
+                if "crashed" in outcome:
+                    console.note(f"the workers failed: {outcome['crashed']}")
+                    lease.failed()
+                    before, newest = newest, _newest(config) or newest
+                    crashes = crashes + 1 if newest == before else 1
+                if stop.number:  # meanwhile
+                    return _stopped(config, stop)
+                if crashes > config.run.max_failures:
+                    return {"failed": _gave_up(config, outcome["crashed"], newest)}
+                if attempt.holds_on:  # to its place in the cluster, too
+                    ray.shutdown()
+                    _start_ray(config, stop)
     except LeaseLost as e:
         return {"lost": str(e)}
     finally:

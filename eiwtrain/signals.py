@@ -25,7 +25,7 @@ class Stop:
     """The first SIGINT or SIGTERM stops the job in good order, the third ends the process at once.
 
     In good order means: while `training` is set, by a checkpoint that the workers are asked for; in `held` blocks,
-    after the block; else at once, by `Stopped`.
+    after the block; in `polled` blocks when these look; else at once, by `Stopped`.
     """
 
     def __init__(self, console: Console) -> None:
@@ -64,6 +64,15 @@ class Stop:
             self._held = False
         if self.number is not None:
             raise Stopped(self.number)
+
+    @contextmanager
+    def polled(self) -> Iterator[None]:
+        """The block looks at `number` and raises `Stopped` itself: Ray's C code does not bear it out of a handler."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1

@@ -31,6 +31,13 @@ def test_a_signal_in_training_is_noted_and_only_noted(capsys):
     assert "once more" in second
 
 
+def test_a_polled_signal_is_left_to_the_block():
+    with Stop(Console()) as stop:
+        with stop.polled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+
+
 def test_a_held_signal_takes_effect_after_the_block():
     done = []
     with pytest.raises(Stopped), Stop(Console()) as stop, stop.held():  # noqa: PT012
