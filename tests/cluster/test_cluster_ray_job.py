@@ -43,7 +43,7 @@ def address(environment, tmp_path_factory):
         [
             RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2", f"--temp-dir={temp}",
-            "--disable-usage-stats",
+            "--disable-usage-stats", "--dashboard-agent-listen-port=0",  # of its fixed ports another Ray may have one
         ],
         env=environment,
         stdout=subprocess.DEVNULL,

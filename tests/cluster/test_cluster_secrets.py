@@ -38,7 +38,7 @@ class Witness(threading.Thread):
     def __init__(self, roots):
         super().__init__(daemon=True)
         self.roots, self.secrets = roots, list(PLANTED.values())
-        self.exposed, self.listening, self.looks = set(), {}, 0
+        self.exposed, self.listening, self.looks = set(), set(), 0
         self._ended = threading.Event()
 
     def run(self):
@@ -56,14 +56,14 @@ class Witness(threading.Thread):
         with contextlib.suppress(psutil.Error):
             for c in process.net_connections("inet"):
                 if c.status == psutil.CONN_LISTEN:
-                    self.listening[c.laddr] = " ".join(process.cmdline())[:120]
+                    self.listening.add((c.laddr, " ".join(process.cmdline())[:120]))
 
     def end(self):
         self._ended.set()
         self.join(60)
 
     def not_on_loopback(self):
-        return {at: who for at, who in self.listening.items() if not is_loopback(at.ip)}
+        return {(at, who) for at, who in self.listening if not is_loopback(at.ip)}
 
 
 def is_loopback(ip):
@@ -199,10 +199,10 @@ def day(tmp_path_factory):
 
 def test_all_of_it_listens_on_loopback_alone(day):
     _, _, witness, _ = day
-    who = " ".join(witness.listening.values())
+    who = " ".join(who for _, who in witness.listening)
     for expected in ("gcs_server", "raylet", "dashboard", "mlflow", "weed", "ray::RayTrainWorker", "eiwtrain.run"):
         assert expected in who
-    assert witness.not_on_loopback() == {}
+    assert witness.not_on_loopback() == set()
 
 
 def test_no_secret_was_ever_in_a_command_line(day):
@@ -278,7 +278,7 @@ def test_ray_that_is_started_for_one_run_listens_on_loopback_alone_with_a_token_
         if job.process.poll() is None:
             os.killpg(job.process.pid, signal.SIGKILL)
     assert code == 130, output
-    assert "ray::RayTrainWorker" in " ".join(witness.listening.values())
-    assert witness.not_on_loopback() == {}
+    assert "ray::RayTrainWorker" in " ".join(who for _, who in witness.listening)
+    assert witness.not_on_loopback() == set()
     assert len(token) == 64
     assert token not in output
