@@ -346,11 +346,11 @@ def _up(args: argparse.Namespace) -> int:
     print("# a day with it:")
     submit = "#   ray job submit --working-dir . -- python -m"
     if not args.no_s3:
-        print(f"{submit} data_prep photos --output s3://{cluster.bucket}/data/photos-32 --resolution 32")
+        print(f"{submit} data_prep photos --output {cluster.env['EIWTRAIN_DATA']}/photos-32 --resolution 32")
     print(f"{submit} eiwtrain.run configs/quickstart.yaml")
     if not args.no_s3:
-        exported = f"s3://{cluster.bucket}/models/quickstart"
-        print(f"#   python -m eiwtrain.export best --run s3://{cluster.bucket}/runs/quickstart --output {exported}")
+        run, exported = f"{cluster.env['EIWTRAIN_STORAGE']}/quickstart", f"s3://{cluster.bucket}/models/quickstart"
+        print(f"#   python -m eiwtrain.export best --run {run} --output {exported}")
     if not args.no_mlflow:
         print(f"#   open {cluster.mlflow_uri} (MLflow)")
     again = "" if args.folder == "runs/cluster" else f" --folder {shlex.quote(args.folder)}"

@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
-from eiwtrain.redact import INSTEAD, holds_secret, redact
+from eiwtrain.redact import REFUSAL, holds_secret, redact
 from eiwtrain.storage import anchored, is_local
 
 
@@ -159,7 +159,7 @@ def _impossible(c: Config) -> list[str]:
         )
     for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
         if url and holds_secret(url):
-            problems.append(f"{name}: a password in a URL would be logged; {INSTEAD}")
+            problems.append(f"{name}: {REFUSAL}")
     return problems
 
 

@@ -27,7 +27,7 @@ from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import model_card, onnx, registry
 from eiwtrain.exporting.package import MLMODEL, note_size, package
 from eiwtrain.models import Model
-from eiwtrain.redact import INSTEAD, holds_secret
+from eiwtrain.redact import REFUSAL, holds_secret
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.tracking import TrackedRun, TrackingError
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.register is not None:
             registry.check_name(args.register)
         if args.tracking_uri and holds_secret(args.tracking_uri):
-            raise ValueError(f"--tracking-uri: a password in a URL would be logged; {INSTEAD}")
+            raise ValueError(f"--tracking-uri: {REFUSAL}")
         root = _root(args.run, args.storage)
         saved = models.choose(args.which, root)
         output = args.output or place(root, saved)

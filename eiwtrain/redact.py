@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 
-INSTEAD = (
-    "give it in the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY; before a database put an MLflow server)"
+REFUSAL = (
+    "a password in a URL would be logged; give it in the environment (MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; before a database put an MLflow server)"
 )
-"""What a user does in place of a password in a URL."""
+"""Why a URL that holds one is refused, and what a user does instead."""
 
 _HIDDEN = "***"
 _SCHEME = r"(?P<start>\b[\w+.-]+://)"

@@ -57,11 +57,8 @@ class Stop:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Let the block finish before a stop takes effect."""
-        self._held = True
-        try:
+        with self.polled():
             yield
-        finally:
-            self._held = False
         if self.number is not None:
             raise Stopped(self.number)
 

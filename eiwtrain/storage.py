@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 import fsspec.asyn
 
-from eiwtrain.redact import INSTEAD, holds_secret, redact
+from eiwtrain.redact import REFUSAL, holds_secret, redact
 from eiwtrain.retry import StorageError as StorageError
 from eiwtrain.retry import count_faults as count_faults
 from eiwtrain.retry import faults as faults
@@ -80,7 +80,7 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
     if is_local(url):
         return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
     if holds_secret(url):
-        raise StorageError(f"{redact(url)}: a password in a URL would be logged; {INSTEAD}")
+        raise StorageError(f"{redact(url)}: {REFUSAL}")
     s3 = _is_s3(url)
     options: dict[str, Any] = {}
     if s3:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
-from eiwtrain.redact import INSTEAD, holds_secret, redact
+from eiwtrain.redact import REFUSAL, holds_secret, redact
 
 
 class TrackingError(RuntimeError):
@@ -56,7 +56,7 @@ def client(uri: str) -> Any:
         TrackingError: it cannot be used, or the URI holds a password.
     """
     if holds_secret(uri):
-        raise TrackingError(f"tracking.uri: {redact(uri)}: a password in a URL would be logged; {INSTEAD}")
+        raise TrackingError(f"tracking.uri: {redact(uri)}: {REFUSAL}")
     # no retries of a request, which would create a run twice: those here look first and have their own patience
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
