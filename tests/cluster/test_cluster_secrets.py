@@ -56,7 +56,7 @@ class Witness(threading.Thread):
         with contextlib.suppress(psutil.Error):
             for c in process.net_connections("inet"):
                 if c.status == psutil.CONN_LISTEN:
-                    self.listening.add((c.laddr, " ".join(process.cmdline())[:120]))
+                    self.listening.add((c.laddr, " ".join(process.cmdline()).strip()))
 
     def end(self):
         self._ended.set()
