@@ -99,6 +99,9 @@ srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --wait=0 --kill-o
 nodes=$!
 
 export RAY_ADDRESS=$head:$port
+# what a run that was stopped says
+partition=${SLURM_JOB_PARTITION:+--partition=$SLURM_JOB_PARTITION }
+export EIWTRAIN_COMMAND="sbatch $partition--nodes=$SLURM_JOB_NUM_NODES cluster/slurm.sh $*"
 deadline=$((SECONDS + start_seconds)) up=yes
 until [ -n "$next" ] || joined "$SLURM_JOB_NUM_NODES"; do
     if ! [ -e "$mark" ] || ! kill -0 "$nodes" 2>/dev/null; then

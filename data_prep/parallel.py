@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _IN_FLIGHT = 2  # tasks handed out per worker
+_WAITING_SECONDS = 60.0  # after which a job that no node can work for says so
 _RETRIES = 3  # of a task whose worker or node has died
 
 
@@ -58,7 +60,9 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
         while task is not None and len(running) < limit:
             running[remote.remote(call, task, environment)] = task
             task = next(tasks, None)
-        finished, _ = ray.wait(list(running), num_returns=1)
+        finished, _ = ray.wait(list(running), num_returns=1, timeout=_WAITING_SECONDS)
+        if not finished and not ray.cluster_resources().get("CPU"):
+            print("waiting: no node of the cluster has CPUs for tasks yet", file=sys.stderr, flush=True)
         for reference in finished:
             try:
                 done = ray.get(reference)

@@ -42,6 +42,7 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
     said = [
         f"model     {found.parameters:,} parameters, {_gb(4 * found.parameters)} in float32",
         f"steps     {t.max_steps:,} of {t.global_batch:,} images: {images:,} images{seen}",
+        f"rate      {_rate(config)}",
         *_by_mode(config, found),
         f"state     {_gb(found.state_bytes(most))} a worker at {most}: {held}",
         f"network   {_gb(found.gradient_bytes)} of gradients are summed over the workers in a step",
@@ -53,6 +54,15 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
     if t.precision != "bf16":
         return [*said, f"time      {total:.2e} FLOPs in all; a speed is assumed for train.precision=bf16 alone"]
     return [*said, *_by_gpu(found, images, sorted({most, least}, reverse=True))]
+
+
+def _rate(config: Config) -> str:
+    """The learning rate's way over the run."""
+    t = config.train
+    if t.warmup_steps > t.max_steps:
+        return f"rises over {t.warmup_steps:,} steps (train.warmup_steps), so train.lr = {t.lr:g} is not reached"
+    rises = f"rises to {t.lr:g} in {t.warmup_steps:,} steps, then " if t.warmup_steps else f"{t.lr:g}, "
+    return rises + ("falls to 0 by half a cosine" if t.schedule == "cosine" else "stays")
 
 
 def _by_mode(config: Config, found: Costs) -> list[str]:

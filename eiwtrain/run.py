@@ -198,7 +198,9 @@ def _print_summary(config: Config, s: dict[str, Any], tracked: TrackedRun, conso
 
 
 def _command(argv: list[str]) -> str:
-    """The command that goes on with this run."""
+    """The command that goes on with this run; EIWTRAIN_COMMAND says it where another program gives the command here."""
+    if given := os.environ.get("EIWTRAIN_COMMAND"):
+        return given
     command = ["-m", "eiwtrain.run", *argv]
     if ray_session.joins_cluster():
         return "ray job submit --working-dir . -- " + shlex.join(["python", *command])

@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from data_prep.__main__ import _parser
+from eiwtrain import run
 from eiwtrain.config_file import load_config
 from eiwtrain.data.cache import default_cache_dir
 
@@ -29,7 +30,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parent.parent
 KUBE = ROOT / "cluster" / "kuberay"
-APPLIED = (".", "cluster", "prep", "train")
+APPLIED = (".", "cluster", "prep", "train", "try")
 KUBERNETES = "1.37"
 
 # of KubeRay v1.7.0's CRDs, those that are in use here
@@ -128,13 +129,14 @@ def test_every_file_is_part_of_something_that_is_applied():
             return
         seen.add(file)
         content = yaml.safe_load(file.read_text())
-        named = content.get("resources", []) + [
-            patch["path"] for patch in content.get("patches", []) if "path" in patch
-        ]
+        named = content.get("resources", []) + content.get("components", [])
+        named += [patch["path"] for patch in content.get("patches", []) if "path" in patch]
         named += [name for each in content.get("configMapGenerator", []) for name in each["envs"]]
-        seen.update((folder / name).resolve() for name in named)
-        for name in content.get("components", []):
-            visit((folder / name).resolve())
+        for path in ((folder / name).resolve() for name in named):
+            if path.is_dir():
+                visit(path)
+            else:
+                seen.add(path)
 
     spots = sorted((KUBE / "spot").iterdir())
     for folder in (*(KUBE / name for name in APPLIED), *spots):
@@ -189,14 +191,14 @@ def test_all_but_workers_of_training_stay_where_they_are(applied, clusters, temp
     head = clusters["train"]["headGroupSpec"]["template"]
     workers = [group["template"] for spec in clusters.values() for group in spec["workerGroupSpecs"]]
     others = [template for template in templates if template not in workers]
-    assert len(others) == 7
+    assert len(others) == 9
     assert all(template["spec"]["affinity"] == head["spec"]["affinity"] for template in others)
     stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
     jobs = [each["spec"] for _, each in applied if each["kind"] == "RayJob"]
     kept = [template for spec in clusters.values() for template in groups(spec)]
     kept += [job["submitterPodTemplate"] for job in jobs]
     assert all(template["metadata"]["annotations"] == stays for template in kept)
-    assert [job["submitterConfig"] for job in jobs] == [{"backoffLimit": 100}] * 2
+    assert [job["submitterConfig"] for job in jobs] == [{"backoffLimit": 100}] * 3
 
 
 def test_no_pod_restarts_in_place_or_is_told_of_services_by_its_environment(clusters, templates):
@@ -224,9 +226,8 @@ def test_secrets_are_there_by_reference_alone(applied):
                     referred.add((reference["name"], reference["key"]))
         for variables in (each.get("data") or {}) if each["kind"] == "ConfigMap" else ():
             assert not secret.search(variables)
-    assert referred == {
-        ("eiwtrain", name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "POSTGRES_PASSWORD")
-    }
+    aws = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    assert referred == {("eiwtrain", name) for name in (*aws, "POSTGRES_PASSWORD")}
     # the operator keeps the token of a RayCluster in a secret of its name
     assert "eiwtrain" not in [each["metadata"]["name"] for _, each in applied if each["kind"] == "RayCluster"]
     text = "".join(file.read_text() for file in KUBE.rglob("*.yaml"))
@@ -304,6 +305,32 @@ def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monke
         assert (mount, default_cache_dir().parent) == ("/tmp", tmp_path)  # below a mount, which is root's, and not one
         (volume,) = (each for each in group["template"]["spec"]["volumes"] if each["name"] == "cache")
         assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 > config.data.cache_bytes
+
+
+def test_the_first_try_is_a_small_run_on_one_gpu_that_is_not_repeated(applied, clusters, monkeypatch):
+    for name, value in settings().items():
+        monkeypatch.setenv(name, value)
+    (job,) = (each for folder, each in applied if folder == "try")
+    words = job["spec"]["entrypoint"].split()
+    assert words[:3] == ["python", "-m", "eiwtrain.run"]
+    config = load_config(str(ROOT / words[3]), words[4:])
+    assert config.data.prepare == "photos"
+    assert (config.max_workers, config.workers.gpus, job["metadata"]["name"]) == (1, 1, "try")
+    (group,) = clusters["try"]["workerGroupSpecs"]
+    assert group["maxReplicas"] == 1
+    (container,) = group["template"]["spec"]["containers"]
+    assert int(container["resources"]["requests"]["cpu"]) >= config.workers.cpus
+    assert job["spec"]["backoffLimit"] == 0
+
+
+@pytest.mark.parametrize("folder", ["train", "try"])
+def test_a_run_that_is_stopped_says_what_goes_on_with_it_here(clusters, folder, monkeypatch):
+    (container,) = clusters[folder]["headGroupSpec"]["template"]["spec"]["containers"]
+    (said,) = (each["value"] for each in container["env"] if each["name"] == "EIWTRAIN_COMMAND")
+    monkeypatch.setenv("EIWTRAIN_COMMAND", said)
+    assert run._command(["x.yaml"]) == said
+    page, _, place = said.removeprefix("kubectl: ").partition(", ")
+    assert f"**{place}**" in (ROOT / page).read_text()
 
 
 def test_data_prep_is_a_command_that_there_is_and_waits_for_its_workers(clusters):

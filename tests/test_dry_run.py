@@ -96,6 +96,21 @@ def test_no_speed_is_assumed_for_fp32(path):
     assert "train.precision=bf16 alone" in dry_run.lines(config, costs.of(config), None)[-1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup", "schedule", "rate"),
+    [
+        (100, 10, "cosine", "rises to 0.001 in 10 steps, then falls to 0 by half a cosine"),
+        (100, 10, "constant", "rises to 0.001 in 10 steps, then stays"),
+        (100, 0, "constant", "0.001, stays"),
+        (100, 101, "cosine", "rises over 101 steps (train.warmup_steps), so train.lr = 0.001 is not reached"),
+    ],
+)
+def test_the_way_of_the_learning_rate_is_told(path, steps, warmup, schedule, rate):
+    given = [f"train.max_steps={steps}", f"train.warmup_steps={warmup}", f"train.schedule={schedule}", "train.lr=1e-3"]
+    config = load_config(path, given)
+    assert f"rate      {rate}" in dry_run.lines(config, costs.of(config), None)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_each_config_says_what_it_is_meant_for_and_where_things_are(path, monkeypatch):
     assert MEANT.search(path.read_text())

@@ -89,8 +89,13 @@ class Manifest:
     @property
     def protocol(self) -> str:
         """What tells figures on this data set from figures on others of its name; empty where nothing does."""
-        source = self.preprocessing["params"].get("source", {})
-        return str(source.get("protocol", "")) if isinstance(source, dict) else ""
+        params = self.preprocessing["params"]
+        source = params.get("source", {})
+        of_source = str(source.get("protocol", "")) if isinstance(source, dict) else ""
+        short, crop = params.get("short_side"), params.get("crop", "center")
+        cut = "" if short is None and crop == "center" else f"{crop} squares"
+        scaled = "" if short is None else f"shorter side {short}"
+        return ", ".join(filter(None, [of_source, scaled, cut]))
 
     @property
     def title(self) -> str:

@@ -6,14 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import free_port
 from PIL import Image
 
 import data_prep
+from cluster.ray_nodes import CLIENT_ENV, RayNodes
 
 pytestmark = pytest.mark.cluster
 
@@ -106,3 +109,33 @@ def test_a_source_that_goes_away_ends_all_workers_in_one_line(pictures, tmp_path
     assert len(lines) == 1, lines
     assert re.fullmatch(rf"data_prep: source {source}/\d+\.png cannot be read: No such file or directory", lines[0])
     assert not (output / "manifest.json").exists()
+
+
+def test_a_cluster_without_cpus_is_waited_for_and_used_as_it_grows(pictures, whole, tmp_path):
+    """As one that starts nodes when something waits for them."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as temp:
+        nodes = RayNodes(tmp_path, Path(temp), {n: free_port() for n in ("gcs", "jobs", "client", "metrics")}, {})
+        begun, job = [nodes.spawn_head(0)], None
+        try:
+            nodes.wait(begun[0])
+            impatient = "import sys, data_prep.parallel as p, data_prep.__main__ as m; p._WAITING_SECONDS = 1.0"
+            with open(tmp_path / "log", "w") as log:
+                job = subprocess.Popen(
+                    [sys.executable, "-c", f"{impatient}; sys.exit(m.main())", *command(pictures, tmp_path / "set")[3:]],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | CLIENT_ENV | {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"},
+                )
+            end = time.monotonic() + 120
+            while "waiting: no node of the cluster has CPUs for tasks yet" not in (tmp_path / "log").read_text():
+                assert job.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            begun.append(nodes.spawn_node("worker", 2))
+            assert job.wait(180) == 0, (tmp_path / "log").read_text()
+        finally:
+            if job:
+                job.kill()
+            for process in reversed(begun):
+                process.kill()
+    assert contents(tmp_path / "set") == whole

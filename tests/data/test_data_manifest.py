@@ -117,3 +117,16 @@ def test_the_protocol_stands_beside_the_name() -> None:
     told = replace(plain, preprocessing={"name": "x", "version": 1, "params": params})
     assert (plain.protocol, plain.title) == ("", "images")
     assert (told.protocol, told.title) == ("downsampled by somebody", "images (downsampled by somebody)")
+
+
+@pytest.mark.parametrize(
+    ("params", "protocol"),
+    [
+        ({"crop": "center"}, ""),
+        ({"crop": "random"}, "random squares"),
+        ({"crop": "center", "short_side": 96}, "shorter side 96, center squares"),
+        ({"crop": "random", "short_side": 96, "source": {"protocol": "LSUN"}}, "LSUN, shorter side 96, random squares"),
+    ],
+)
+def test_the_protocol_tells_which_part_of_an_image_is_shown(params: dict[str, object], protocol: str) -> None:
+    assert Manifest("images", 8, 3, {"name": "x", "version": 1, "params": params}, {}, "f").protocol == protocol
