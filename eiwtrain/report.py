@@ -22,8 +22,8 @@ def drift_warning(drift: float, config: Config) -> str | None:
         return None
     if m.anchor_every and drift < 1:
         return None  # drift is measured without anchors, and they bound it where gradients come from
-    remedies = [] if m.trunk_dtype == "float64" else ["model.trunk_dtype=float64"]
-    remedies += [] if m.anchor_every else ["model.anchor_every=8"]
+    remedies = [] if m.anchor_every or not drift < 1 else ["model.anchor_every=8"]  # which alone need not do beyond
+    remedies += [] if m.trunk_dtype == "float64" else ["model.trunk_dtype=float64"]
     remedies += ["model.backprop=checkpointed"]
     return (
         f"warning: drift {drift:.1e} is above eval.drift_warning = {limit:g}: inverted activations, and gradients with "

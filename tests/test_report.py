@@ -26,8 +26,9 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
     ("drift", "model", "remedies"),
     [
         (1e-3, {}, []),
-        (0.02, {}, ["model.trunk_dtype=float64", "model.anchor_every=8", "model.backprop=checkpointed"]),
-        (math.nan, {}, ["model.trunk_dtype=float64"]),
+        (0.02, {}, [". model.anchor_every=8 or model.trunk_dtype=float64 or model.backprop=checkpointed mends it"]),
+        (1.5, {}, [". model.trunk_dtype=float64 or model.backprop=checkpointed mends it"]),
+        (math.nan, {}, [". model.trunk_dtype=float64 or"]),
         (0.02, {"backprop": "auto"}, ["model.trunk_dtype=float64"]),
         (0.02, {"backprop": "stored"}, []),
         (0.02, {"anchor_every": 4}, []),
