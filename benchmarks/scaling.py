@@ -42,7 +42,7 @@ NODE = 8  # GPUs of a machine
 EFFICIENCY = 0.8  # of a link's published rate that collectives get
 NETWORKS = {  # bytes a second, one way: of a GPU to the others of its machine, and of the machine
     "L4": (32e9, 12.5e9),  # PCIe 4 x16; EC2 g6.48xlarge, 100 Gb/s
-    "L40S": (32e9, 12.5e9),  # PCIe 4 x16; EC2 g6e.12xlarge has 100 Gb/s
+    "L40S": (32e9, 50e9),  # PCIe 4 x16; EC2 g6e.48xlarge, 400 Gb/s
     "A100 80 GB": (300e9, 50e9),  # NVLink 3; EC2 p4de.24xlarge, 400 Gb/s
     "H100 SXM": (450e9, 400e9),  # NVLink 4; EC2 p5.48xlarge, 3,200 Gb/s
     "H200": (450e9, 400e9),  # NVLink 4; EC2 p5en.48xlarge, 3,200 Gb/s
@@ -108,7 +108,8 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     """
     from eiwtrain import costs
     from eiwtrain.config_file import load_config
-    from eiwtrain.state import flow_config
+    from eiwtrain.engine import MOST_IN_BUCKET
+    from eiwtrain.state import outline
 
     try:
         config = load_config(path)
@@ -116,7 +117,6 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
         print(f"error: --config {path}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     counted = costs.of(config)
-    shape = replace(flow_config(config, 3), backprop=counted.mode)
     t, side = config.train, config.data.resolution
     gpu = next(gpu for gpu in costs.GPUS if gpu.name.startswith(args.gpu))
     inside, between = NETWORKS[gpu.name]
@@ -126,7 +126,8 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
         forward_flops=counted.flops_per_image["stored"] / 3,  # backward is twice a forward
         operations=counted.operations[counted.mode],
         gradient_bytes=counted.gradient_bytes,
-        tensors=tensors(shape),
+        buckets=math.ceil(counted.parameters / MOST_IN_BUCKET),
+        tensors=len(list(outline(config, 3).parameters())),
         checkpoint_bytes=counted.checkpoint_bytes,
         zero_stage=t.zero_stage,
         image_bytes=of_side(IMAGE_BYTES, side, 2),
@@ -154,16 +155,6 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     return job, cluster
 
 
-def tensors(shape: Any) -> int:
-    """Parameters of a flow, counted as tensors."""
-    import torch
-
-    from eiwtrain import flow
-
-    with torch.device("meta"):
-        return len(list(flow.EIWFlow(shape).parameters()))
-
-
 def of_side(known: Mapping[int, float], side: int, power: int) -> float:
     """The figure of images of that side; of another than the known ones, from 64 by a power of the side."""
     return known.get(side, known[64] * (side / 64) ** power)
@@ -172,7 +163,8 @@ def of_side(known: Mapping[int, float], side: int, power: int) -> float:
 def plan(job: Job, cluster: Cluster, images_per_gpu: int) -> dict[str, Any]:
     """What the model says: {"fixed", "grown", "checkpoints", "losses"}, each a list of rows, and what they rest on."""
     grown = {n: replace(job, micro_batch=images_per_gpu, global_batch=n * images_per_gpu) for n in WORKERS}
-    fixed = sorted({*(n for n in WORKERS if n <= job.global_batch), job.global_batch})
+    one_each = math.ceil(job.global_batch / job.micro_batch)  # workers that make a step of one micro-batch each
+    fixed = sorted({*(n for n in WORKERS if n <= job.global_batch), one_each, job.global_batch})
     alone = step(job, cluster, 1).images_per_second, step(grown[1], cluster, 1).images_per_second
     return {
         "job": asdict(job),

@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data_prep
 from benchmarks.scaling_model import Network, calls, passes, transfer_seconds
 from eiwtrain import data
-from eiwtrain.config import Config
+from eiwtrain.config import Config, batching
+from eiwtrain.engine import MOST_IN_BUCKET
 from eiwtrain.state import TrainState, sum_over_ranks
 
 RESOLUTION = 16
@@ -127,7 +128,7 @@ def row_of(
     Predicted is the slower of two workers that compute beside each other, with the collectives on top.
     """
     sent, stage, accumulation = counted["gradient_bytes"], setting.zero_stage, setting.accumulation
-    count = calls(stage, accumulation, counted["tensors"])
+    count = calls(stage, accumulation, counted["tensors"], math.ceil(sent / 4 / MOST_IN_BUCKET))
     communication = transfer_seconds(sent, passes(stage, accumulation), count, 2, network)
     alone, beside, measured = (min(timed[how]) for how in ("alone", "beside", "pair"))
     return asdict(setting) | {
@@ -222,7 +223,7 @@ class Subject:
     """A training state and its batches, on this rank."""
 
     def __init__(self, setting: Setting, folder: Path, name: str) -> None:
-        from eiwtrain.worker import MicroBatch, batching  # which import Ray
+        from eiwtrain.worker import MicroBatch  # which imports Ray
 
         self._micro_batch = MicroBatch
         self.config = config_of(setting, dist.get_world_size(), folder, name)
@@ -246,7 +247,7 @@ class Subject:
         """As `eiwtrain.worker` makes one."""
         own = [self._micro_batch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
         self.state.advance([m.loss for m in own], 1e-4)
-        sum_over_ranks([sum(m.bits for m in own), sum(m.penalty for m in own), *[0.0] * 5], _CPU)
+        sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)
 
     def timed(self) -> float:
         """Seconds of a step."""

@@ -50,6 +50,8 @@ class Job:
     operations: int
     """That the host starts for each micro-batch, forward and backward, whatever its size."""
     gradient_bytes: int
+    buckets: int
+    """In which gradients are reduced at ZeRO stages 1 to 3, one after the other."""
     tensors: int
     """Parameters, counted as tensors."""
     checkpoint_bytes: int
@@ -115,7 +117,7 @@ class Step:
 
 
 def batching(global_batch: int, micro_batch: int, workers: int) -> tuple[int, int]:
-    """(rows of a micro-batch, micro-batches of a step) of each worker, as `eiwtrain.worker.batching` deals them."""
+    """(rows of a micro-batch, micro-batches of a step) of each worker, as `eiwtrain.config.batching` deals them."""
     accumulation = math.ceil(global_batch / (micro_batch * workers))
     return math.ceil(global_batch / (workers * accumulation)), accumulation
 
@@ -136,9 +138,10 @@ def passes(zero_stage: int, accumulation: int) -> int:
     return {0: 2, 1: 3, 2: 2 * accumulation + 1, 3: 2 * accumulation + 1}[zero_stage]
 
 
-def calls(zero_stage: int, accumulation: int, tensors: int) -> int:
-    """Collectives of a step; the gradients of a model of up to 50 million numbers fit one bucket."""
-    return {0: 3, 1: 4, 2: accumulation + 3, 3: tensors + 2 * accumulation + 2}[zero_stage]
+def calls(zero_stage: int, accumulation: int, tensors: int, buckets: int) -> int:
+    """Collectives of a step. At stage 0 DeepSpeed reduces up to 500 million gradients at once."""
+    reductions = accumulation * buckets
+    return {0: 3, 1: buckets + 3, 2: reductions + 3, 3: tensors + accumulation + reductions + 2}[zero_stage]
 
 
 def transfer_seconds(sent: float, times: float, collectives: int, workers: int, network: Network) -> float:
@@ -159,7 +162,7 @@ def transfer_seconds(sent: float, times: float, collectives: int, workers: int, 
 def communication_seconds(job: Job, network: Network, workers: int) -> float:
     """Of a step. None of it is overlapped with computing: the engine sets `overlap_comm` to false."""
     _, accumulation = batching(job.global_batch, job.micro_batch, workers)
-    count = calls(job.zero_stage, accumulation, job.tensors)
+    count = calls(job.zero_stage, accumulation, job.tensors, job.buckets)
     return transfer_seconds(job.gradient_bytes, passes(job.zero_stage, accumulation), count, workers, network)
 
 

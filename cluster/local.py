@@ -16,7 +16,6 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -24,14 +23,13 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from cluster.processes import Process, spawn
+from cluster.processes import Process, end_on_signals, spawn
 from cluster.ray_nodes import CLIENT_ENV, HOST, Node, RayNodes, SlowError, last_line
 from cluster.s3 import S3Error, S3Server
-from cluster.state import TEMP_PREFIX, LocalError, down, forget, read, record, status, write
+from cluster.state import TEMP_PREFIX, TOKEN, LocalError, claim, down, forget, record, status, write
 
 __all__ = ["LocalCluster", "LocalError", "Node", "down", "main", "status"]
 
@@ -55,13 +53,14 @@ class LocalCluster:
         head: the head node.
 
     Args:
-        folder: where all is kept but Ray's own files, which are in a new folder under /tmp; made if absent.
+        folder: where all is kept but Ray's own files, which are in a new folder under /tmp; made if absent. One that is
+            there is empty or a cluster's.
         nodes: how many worker nodes.
         cpus: of each worker node, as Ray counts them.
         s3: whether to start an S3 server; without it MLflow keeps its artifacts in the folder.
         mlflow: whether to start an MLflow server.
         head_cpus: of the head node; 0 keeps work off it.
-        gcs_port, job_port, s3_port, mlflow_port: by default free ones.
+        gcs_port, job_port, s3_port, mlflow_port: by default, as for 0, free ones.
     """
 
     def __init__(
@@ -126,36 +125,29 @@ class LocalCluster:
 
     @property
     def _token(self) -> Path:
-        return self.folder / "ray-token"
+        return self.folder / TOKEN
 
     def start(self) -> None:
         """Start all of it and wait until it can be used; what was started is ended where that fails.
 
         Raises:
-            LocalError: it cannot be started, or a cluster of this folder runs already.
+            LocalError: it cannot be started, or a cluster of this folder runs already or is being started.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.folder.chmod(0o700)
-            if any(process.family() for process in read(self.folder)):
-                raise LocalError(f"{self.folder}: its cluster runs already; `down` ends it")
-            forget(self.folder)
-            write(self._token, secrets.token_hex(32))
-        except OSError as e:
-            raise LocalError(f"{self.folder}: cannot keep a cluster's files here ({e})") from None
-        try:
-            self._start()
-        except S3Error as e:
-            self.stop()
-            raise LocalError(str(e)) from None
-        except BaseException:
-            self.stop()
-            raise
+        with claim(self.folder):
+            try:
+                self._start()
+            except S3Error as e:
+                self.stop()
+                raise LocalError(str(e)) from None
+            except BaseException:
+                self.stop()
+                raise
 
     def _start(self) -> None:
+        write(self._token, secrets.token_hex(32))
         self._ports = _choose(self._wanted)
         if self._has_s3:
-            self.s3.start()
+            self.s3.start(self._record)
         # Ray opens its own folder to all, so it is one inside a closed one; the path is short: it holds sockets
         self._temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir="/tmp"))
         self._ray = RayNodes(self.folder, self._temp / "ray", self._ports, self._shared_env)
@@ -310,9 +302,9 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--no-s3", action="store_true", help="no S3 server")
             command.add_argument("--no-mlflow", action="store_true", help="no MLflow server")
             for port in ("gcs", "job", "s3", "mlflow"):
-                command.add_argument(f"--{port}-port", type=int, help="(default: a free one)")
+                command.add_argument(f"--{port}-port", type=int, help="(default, and 0: a free one)")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    end_on_signals()
     try:
         return {"up": _up, "down": _down, "status": _status}[args.command](args)
     except LocalError as e:
@@ -381,10 +373,6 @@ def _count(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError("must be 0 or more")
     return number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

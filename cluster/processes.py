@@ -6,13 +6,13 @@ Not for what the processes are: `cluster.local` knows that.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -29,7 +29,7 @@ class Process:
         name: what it is, for people.
         pid: where it was started by `spawn`, also its session's.
         started: seconds since the epoch, as psutil's `create_time`.
-        mark: what tells its descendants from others when it is dead itself; empty where it has none.
+        mark: what tells its descendants from others where the tree no longer does; empty where it has none.
     """
 
     name: str
@@ -54,21 +54,24 @@ class Process:
             return False
 
     def family(self) -> list[psutil.Process]:
-        """It and its living descendants; where it is dead itself, those it left in its session."""
+        """It and its living descendants, also those whose parent has ended, in whatever session they are."""
+        found = []
         if self.alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 leader = psutil.Process(self.pid)
-                return [leader, *leader.children(recursive=True)]
-        return [p for p in psutil.process_iter() if self._left(p)] if self.mark else []
+                found = [leader, *leader.children(recursive=True)]
+        if self.mark:  # children() misses those whose parent has ended, this those that overwrite it with a title
+            found += [p for p in psutil.process_iter() if self._marked(p)]
+        return list({p.pid: p for p in found}.values())
 
-    def _left(self, process: psutil.Process) -> bool:
+    def _marked(self, process: psutil.Process) -> bool:
         try:
-            return os.getsid(process.pid) == self.pid and process.environ().get(_MARK) == self.mark
+            return bool(process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE)
         except (psutil.Error, OSError):
             return False
 
     def kill(self) -> None:
-        """SIGKILL to it and all its descendants, whatever their groups; returns when they are gone."""
+        """SIGKILL to it and all its descendants, whatever their groups and sessions; returns when they are gone."""
         family = self.family()
         for process in family:  # first held still, so that none is born meanwhile
             _send(process, signal.SIGSTOP)
@@ -117,6 +120,22 @@ def spawn(name: str, command: Sequence[str], env: Mapping[str, str], log: Path) 
             start_new_session=True,
         )
     return Process(name, popen.pid, psutil.Process(popen.pid).create_time(), mark, popen)
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM, and SIGHUP where nobody ignores it (nohup does), end this program by SystemExit, in order.
+
+    A second one does not break off what the first has begun: a terminal that closes sends two.
+    """
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
 
 
 def _send(process: psutil.Process, number: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from cluster.processes import Process, spawn
+from cluster.raylets import drain_command, node_id
 from cluster.state import LocalError
 
 HOST = "127.0.0.1"
@@ -97,11 +97,7 @@ class Node:
         """
         if not self.alive:  # Ray would accept it
             raise LocalError(f"node {self.node_id} cannot be drained: it is dead")
-        command = [
-            sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self._address}",
-            f"--node-id={self.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={reason}",
-            f"--deadline-remaining-seconds={math.ceil(deadline_seconds)}",
-        ]  # fmt: skip
+        command = drain_command(self._address, self.node_id, math.ceil(deadline_seconds), reason)
         done = subprocess.run(command, env=self._env, capture_output=True, text=True, timeout=_DRAIN_SECONDS)
         if done.returncode:
             raise LocalError(f"Ray does not drain node {self.node_id}: {last_line(done.stderr)}")
@@ -174,9 +170,8 @@ def _raylet(process: Process) -> tuple[Process, str]:
     """The node's raylet and the hex id that it was given."""
     for each in process.family():
         try:
-            found = re.search(r"--node_id=(\w+)", " ".join(each.cmdline()))
-            if found:
-                return Process.of("raylet", each.pid), found[1]
+            if found := node_id(each.cmdline()):
+                return Process.of("raylet", each.pid), found
         except psutil.Error:
             continue
     raise LocalError(f"Ray's node {process.name} ended as soon as it was up")

@@ -13,18 +13,20 @@ import json
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 import botocore.session
+from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from cluster.processes import end_on_signals
 
 # All that `weed mini` listens on. Each is given a number of its own: the defaults are the same for every user.
 _LISTENERS = (
@@ -67,12 +69,12 @@ class S3Server:
     Args:
         folder: where all of it is kept; made if absent.
         bucket: one that shall be there.
-        port: of the S3 endpoint; by default a free one.
+        port: of the S3 endpoint; by default, as for 0, a free one.
     """
 
     def __init__(self, folder: str | Path, bucket: str = "eiwtrain", port: int | None = None) -> None:
         self.folder, self.bucket = Path(folder).absolute(), bucket
-        self._wanted = port
+        self._wanted = port or None
         self._ports: dict[str, int] = {}  # fixed by the first start
         self._process: subprocess.Popen[bytes] | None = None
         self._key = self._secret = ""
@@ -91,17 +93,27 @@ class S3Server:
     def env(self) -> dict[str, str]:
         """The environment variables with which s3fs, botocore and all that stands on them find the server.
 
+        They hide what somebody who works with AWS has in the environment: a session's token and expiry (empty ones
+        count as none) and an endpoint of S3 alone; these keys go before those of AWS_PROFILE.
         FSSPEC_S3_ENDPOINT_URL, where somebody has set it, takes precedence for s3fs.
         """
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
             "AWS_ACCESS_KEY_ID": self._key,
             "AWS_SECRET_ACCESS_KEY": self._secret,
+            "AWS_SESSION_TOKEN": "",
+            "AWS_SECURITY_TOKEN": "",  # the session's token by its older name, which botocore looks at first
+            "AWS_CREDENTIAL_EXPIRATION": "",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    def start(self) -> None:
+    def start(self, on_spawn: Callable[[], None] = lambda: None) -> None:
         """Start the server and wait until the bucket can be used.
+
+        Args:
+            on_spawn: called when there is a process (`pid`) that has yet to come up; again where that is another one.
 
         Raises:
             S3Error: it is not installed, its port is taken, or it does not come up.
@@ -113,6 +125,7 @@ class S3Server:
             ports = self._ports if known else _free_ports(self._wanted)
             self._process = self._spawn(weed, ports)
             try:
+                on_spawn()
                 self._wait(ports)
             except _PortTakenError as e:
                 if known or f" {self._wanted} " in str(e) or attempt == _TRIES - 1:
@@ -181,14 +194,7 @@ class S3Server:
     def _wait(self, ports: dict[str, int]) -> None:
         """Until the server has made the bucket, which it then does as soon as it can do anything."""
         assert self._process is not None
-        client = botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=f"http://{_HOST}:{ports['s3.port']}",
-            aws_access_key_id=self._key,
-            aws_secret_access_key=self._secret,
-            region_name="us-east-1",
-            config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
-        )
+        client = self._client(f"http://{_HOST}:{ports['s3.port']}")
         end = time.monotonic() + _START_SECONDS
         while True:
             try:
@@ -206,6 +212,19 @@ class S3Server:
                     raise _PortTakenError(f"SeaweedFS: {last.split('] ', 1)[-1]}")
                 raise S3Error(f"SeaweedFS ended with exit code {self._process.returncode}: {last} ({self._log})")
             time.sleep(0.1)
+
+    def _client(self, endpoint: str) -> BaseClient:
+        try:
+            return botocore.session.Session().create_client(
+                "s3",
+                endpoint_url=endpoint,
+                aws_access_key_id=self._key,
+                aws_secret_access_key=self._secret,
+                region_name="us-east-1",
+                config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
+            )
+        except BotoCoreError as e:  # e.g. AWS_PROFILE names one that is not there
+            raise S3Error(f"no S3 client can be had with the settings of AWS here: {e}") from None
 
 
 class _PortTakenError(RuntimeError):
@@ -238,9 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.s3", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", required=True, help="where objects and credentials are kept")
     parser.add_argument("--bucket", default="eiwtrain", help="made if it is not there (default: %(default)s)")
-    parser.add_argument("--port", type=int, help="of the S3 endpoint (default: a free one)")
+    parser.add_argument("--port", type=int, help="of the S3 endpoint (default, and 0: a free one)")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)
+    end_on_signals()
     server = S3Server(args.folder, args.bucket, args.port)
     try:
         with server:
@@ -255,10 +274,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

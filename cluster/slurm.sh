@@ -3,9 +3,10 @@
 #
 #     . .venv/bin/activate                     # one that every node sees; sbatch takes the environment along
 #     export EIWTRAIN_STORAGE=/shared/runs EIWTRAIN_DATA=/shared/data MLFLOW_TRACKING_URI=http://mlflow.example:5000
-#     sbatch --partition=gpu --nodes=4 cluster/slurm.sh configs/lsun.yaml
+#     sbatch --partition=gpu cluster/slurm.sh configs/lsun.yaml
 #
-# What follows the script is what follows `python -m eiwtrain.run`; options of sbatch go before it and beat those below.
+# What follows the script is what follows `python -m eiwtrain.run`; options of sbatch go before it and beat those below,
+# which are one node and 4 GPUs of it, as many as most configs are meant for.
 # On GPUs, workers.max is the number of them in the allocation unless it is given there.
 # The job writes a checkpoint and queues itself again when its time is up (--signal), when it is preempted, and on
 #     scancel --batch --signal=TERM JOB
@@ -16,9 +17,9 @@
 #
 # Ray listens on the nodes' addresses, for the allocation's other nodes, and refuses who has not this job's token.
 #SBATCH --job-name=eiwtrain
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node=8
+#SBATCH --gpus-per-node=4
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=24:00:00

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import http.client
 import json
-import re
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ import urllib.error
 import urllib.request
 
 import psutil
+
+from cluster.raylets import drain_command, node_id
 
 _AWS, _GCP = "http://169.254.169.254", "http://metadata.google.internal"
 _POLL_SECONDS = 2.0
@@ -74,19 +75,15 @@ def own_nodes(address: str) -> list[str]:
             words = process.cmdline()
         except psutil.Error:
             continue
-        node = re.search(r"--node_id=(\w+)", " ".join(words))
+        node = node_id(words)
         if node and f"--gcs-address={address}" in words and "--head" not in words:
-            found.append(node[1])
+            found.append(node)
     return found
 
 
 def drain(address: str, node: str, seconds: float) -> str:
     """Have Ray put nothing new on the node, which ends in so many seconds; what Ray objected, empty if nothing."""
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={address}", f"--node-id={node}",
-        "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the cloud ends this spot instance",
-        f"--deadline-remaining-seconds={int(seconds)}",
-    ]  # fmt: skip
+    command = drain_command(address, node, int(seconds), "the cloud ends this spot instance")
     limit = max(_LEAST_DRAIN_SECONDS, min(_DRAIN_SECONDS, seconds))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)

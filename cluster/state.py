@@ -1,13 +1,15 @@
 """What runs of a folder's cluster, written down so that another process can look at it and end it.
 
-Not for how it is started: `cluster.local` does that.
+One cluster a folder. Not for how it is started: `cluster.local` does that.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,38 @@ import psutil
 from cluster.processes import Process
 
 _STATE = "cluster.json"
+_LOCK = "cluster.lock"
+TOKEN = "ray-token"
 TEMP_PREFIX = "eiwtrain-"  # of the names of the folders that hold Ray's files, and are deleted
 
 
 class LocalError(RuntimeError):
     """The cluster cannot be started or asked for something; the message says why in one line."""
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make a folder ready for a cluster to be started in it, by nobody else meanwhile, and close it to other users.
+
+    Raises:
+        LocalError: it cannot hold one, or holds something else, or a cluster of it runs already or is being started.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in folder.iterdir()}
+            if names and names.isdisjoint({_STATE, _LOCK, TOKEN}):
+                raise LocalError(f"{folder}: holds other files, and would be closed to others; name a new folder")
+            folder.chmod(0o700)
+            fcntl.flock(held.enter_context((folder / _LOCK).open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalError(f"{folder}: another `up` is starting its cluster") from None
+        except OSError as e:
+            raise LocalError(f"{folder}: cannot keep a cluster's files here ({e})") from None
+        if any(process.family() for process in read(folder)):
+            raise LocalError(f"{folder}: its cluster runs already; `down` ends it")
+        forget(folder)
+        yield
 
 
 def record(folder: Path, processes: Sequence[Process], temp: Path | None) -> None:
@@ -93,9 +122,16 @@ def forget(folder: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file at once; nobody else may read it."""
+    """Replace a file at once; nobody else may read it.
+
+    Raises:
+        LocalError: it cannot be written.
+    """
     new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    new.touch(0o600)
-    new.write_text(text)
-    new.replace(path)
+    try:
+        new.unlink(missing_ok=True)
+        new.touch(0o600)
+        new.write_text(text)
+        new.replace(path)
+    except OSError as e:
+        raise LocalError(f"{path}: cannot be written ({e})") from None

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--split", help="of this split alone")
     check = commands.add_parser("verify", help="read all of a data set back and check it")
     check.add_argument("path", help="the data set: a path or any fsspec URL")
-    check.add_argument("--workers", type=int, help="processes, on Ray (default: all CPUs of the machine or cluster)")
+    _add_workers(check)
     return parser
 
 
@@ -91,6 +91,15 @@ def _url(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty; a path or a URL is needed")
     return text
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="tasks at a time, on Ray, each on one CPU; a cluster that starts nodes starts what they need "
+        "(default: two for each CPU of the machine or cluster, for which it starts all nodes that it may)",
+    )
 
 
 def _common_options() -> argparse.ArgumentParser:
@@ -123,7 +132,7 @@ def _common_options() -> argparse.ArgumentParser:
         help="share of images that may turn out not to be decodable (default: %(default)s)",
     )
     common.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: %(default)s)")
-    common.add_argument("--workers", type=int, help="processes, on Ray (default: all CPUs of the machine or cluster)")
+    _add_workers(common)
     common.add_argument("--name", help="of the data set (default: the last part of --output)")
     common.add_argument("--overwrite", action="store_true", help="replace another data set at --output")
     common.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")

@@ -18,7 +18,7 @@ from eiwtrain.storage import StorageError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_IN_FLIGHT = 2  # tasks handed out per worker
+_IN_FLIGHT = 2  # tasks handed out per CPU: while one is done, another waits
 _WAITING_SECONDS = 60.0  # after which a job that no node can work for says so
 _RETRIES = 3  # of a task whose worker or node has died
 
@@ -32,7 +32,8 @@ def check_workers(workers: int | None) -> None:
 def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
     """Every task with what `call` makes of it, in the order in which they are done. All three can be pickled.
 
-    With one worker all is done in this process; None takes all CPUs of the machine, or of the cluster.
+    With one worker all is done in this process; None takes all CPUs of the machine, or of the cluster. A cluster that
+    starts nodes does so for tasks that wait, of which there are none beyond `workers`.
 
     Raises:
         DataError, StorageError: as a task raised it; or workers died again and again, or Ray cannot be had.
@@ -41,6 +42,11 @@ def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -
     if workers == 1:
         return ((task, call(task)) for task in tasks)
     return _run_on_ray(call, tasks, workers)
+
+
+def in_flight(workers: int | None, cpus: int) -> int:
+    """How many tasks Ray is given at a time: those without a CPU wait, and a cluster that can starts nodes for them."""
+    return cpus * _IN_FLIGHT if workers is None else min(workers, cpus * _IN_FLIGHT)
 
 
 def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
@@ -55,9 +61,7 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
     running: dict[Any, Any] = {}
     while task is not None or running:
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # of a cluster that grows with what waits
-        # Ray runs what it is given at once
-        limit = cpus * _IN_FLIGHT if workers is None or workers >= cpus else workers
-        while task is not None and len(running) < limit:
+        while task is not None and len(running) < in_flight(workers, cpus):
             running[remote.remote(call, task, environment)] = task
             task = next(tasks, None)
         finished, _ = ray.wait(list(running), num_returns=1, timeout=_WAITING_SECONDS)

@@ -19,6 +19,7 @@ from typing import Any
 import ray
 
 from eiwtrain import ray_session
+from eiwtrain.autoscaling import NodeRequest, without_request
 from eiwtrain.config import Config
 from eiwtrain.console import Console
 from eiwtrain.lease import Lease
@@ -41,8 +42,10 @@ class Attempt:
     def __init__(
         self,
         config: Config,
+        data_fingerprint: str,
         tracked: TrackedRun,
         lease: Lease,
+        node_request: NodeRequest,
         workers: int,
         number: int,
         began: float,
@@ -52,17 +55,19 @@ class Attempt:
         """Start them.
 
         Args:
+            data_fingerprint: of the data set that they must find.
+            node_request: is renewed while they run.
             workers: how many.
             number: of this attempt under this driver, from 1.
             began, attempt_began: Unix times at which the driver started, and at which the attempt before ended.
             skip_to: step to go on with, from the weights of the last good checkpoint.
         """
-        self._config, self._lease, self._workers = config, lease, workers
+        self._config, self._lease, self._node_request, self._workers = config, lease, node_request, workers
         self._mailbox = start_mailbox()
         environment = ray_session.forwarded_environment()
         job = Job(
-            config, tracked, self._mailbox, lease.guard(), environment, began, lease.earlier_seconds, attempt_began,
-            lease.failures, skip_to,
+            config, data_fingerprint, tracked, self._mailbox, lease.guard(), environment, began, lease.earlier_seconds,
+            attempt_began, lease.failures, skip_to,
         )  # fmt: skip
         self._fit = _Fit(config, job, workers, f"{config.run.name}-{int(began)}-{number}")
         self._nodes: list[str] = []
@@ -143,6 +148,7 @@ class Attempt:
         if self._asked is not None or time.monotonic() - self._looked_at < _LOOK_SECONDS:
             return None
         self._looked_at = time.monotonic()
+        self._node_request.renew()
         with contextlib.suppress(Exception):  # Ray's head may be away for a moment; there is another look
             return self._look(self._looked_at)
         return None
@@ -176,15 +182,19 @@ class _Fit(threading.Thread):
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        from eiwtrain.loopback import LoopbackTorchConfig
+        from eiwtrain.network import NodeTorchConfig
 
         class Trainer(TorchTrainer):
             """One that starts no detached actor to tidy up after a dead driver: Ray does so itself, and the actor stays
-            in the cluster for good."""
+            in the cluster for good. Nor does it ask for nodes, which the driver does."""
 
             def _create_default_callbacks(self) -> list[Any]:
                 callbacks = super()._create_default_callbacks()
                 return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+            def _initialize_and_run_controller(self, **options: Any) -> Any:
+                options["scaling_policy"] = without_request(options["scaling_policy"])
+                return super()._initialize_and_run_controller(**options)
 
         w = self._config.workers
         notes = Path(tempfile.gettempdir(), f"eiwtrain-ray-{os.getuid()}")  # Ray's own, of no use to us
@@ -192,7 +202,7 @@ class _Fit(threading.Thread):
             Trainer(
                 train_worker,
                 train_loop_config={"job": self._job},
-                torch_config=LoopbackTorchConfig(backend="nccl" if w.gpus else "gloo"),
+                torch_config=NodeTorchConfig(backend="nccl" if w.gpus else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=self._workers,
                     use_gpu=bool(w.gpus),
@@ -202,7 +212,7 @@ class _Fit(threading.Thread):
                     name=self._name,
                     storage_path=str(notes),
                     failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                    worker_runtime_env={"env_vars": ray_session.WORKER_ENV},
+                    worker_runtime_env={"env_vars": ray_session.worker_environment()},
                 ),
             ).fit()
         except BaseException as e:

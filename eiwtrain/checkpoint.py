@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A folder with a manifest that is damaged or of another version; `why` is a line for the user."""
+    """A folder with a manifest that is damaged, of another version or without all its parts; `why` is a line for the
+    user."""
 
     url: str
     step: int
@@ -86,9 +88,9 @@ def folder(root: str) -> str:
 
 
 def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
-    """The run's committed checkpoints, and those whose manifest cannot be read; each newest first.
+    """The run's committed checkpoints, and those that cannot be read; each newest first.
 
-    Folders without a manifest were never committed and are in neither. Parts are not read.
+    Folders without a manifest were never committed and are in neither. Parts are there, but not read.
     """
     found: list[Checkpoint] = []
     unreadable: list[Unreadable] = []
@@ -96,7 +98,10 @@ def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
         if match := _FOLDER.match(name):
             url = storage.join(folder(root), name)
             try:
-                found.append(_parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
+                there = storage.listdir(url)
+                if MANIFEST not in there:  # of one that is written just now parts could be missing in this list
+                    continue
+                found.append(_whole(_parse(url, storage.read_bytes(storage.join(url, MANIFEST))), there))
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except DamagedCheckpoint as e:
@@ -203,27 +208,37 @@ def kept(found: list[Checkpoint], keep_last: int, keep_every: int) -> set[str]:
     return keep
 
 
-def sweep(root: str, keep_last: int, keep_every: int = 0) -> None:
+def sweep(root: str, keep_last: int, keep_every: int = 0, guard: Callable[[], None] = lambda: None) -> None:
     """Delete the checkpoints that are not `kept`, and all that `clean` deletes.
 
     Call it only where no commit is under way and nobody else writes the run.
+
+    Args:
+        guard: called first and before each deletion; what it raises ends the sweep.
     """
+    guard()
     found, unreadable = survey(root)
     keep = kept(found, keep_last, keep_every)
     for old in found:
         if old.url not in keep:
+            guard()
             delete(old.url)
-    _clean(root, [c for c in found if c.url in keep], unreadable)
+    _clean(root, [c for c in found if c.url in keep], unreadable, guard)
     failpoints.reach("checkpoint.swept")
 
 
-def clean(root: str) -> None:
+def clean(root: str, guard: Callable[[], None] = lambda: None) -> None:
     """Delete what dead attempts left half written: parts without a manifest, temporary files, unfinished uploads.
 
     A checkpoint that is condemned or cannot be read stays until training has passed its step. Call it only where no
-    commit is under way and nobody else writes the run.
+    commit is under way and nobody else writes the run; `guard` as for `sweep`.
     """
-    _clean(root, *survey(root))
+    _clean(root, *survey(root), guard)
+
+
+def unfinished(root: str) -> list[str]:
+    """URLs of the folders of `root` that `clean` would delete now."""
+    return _unfinished(root, *survey(root))
 
 
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None) -> list[str]:
@@ -247,20 +262,29 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     return lines
 
 
-def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable]) -> None:
+def _unfinished(root: str, found: list[Checkpoint], unreadable: list[Unreadable]) -> list[str]:
     passed = found[0].step if found else -1
     keep = {c.url for c in found} | {u.url for u in unreadable if u.step > passed}
+    urls = []
     for name in storage.listdir(folder(root)):
         url = storage.join(folder(root), name)
-        if _STRAY.match(name):
-            storage.delete(url)
-        elif (match := _FOLDER.match(name)) and url not in keep:
+        if (match := _FOLDER.match(name)) and url not in keep:
             condemned = int(match[1]) > passed and storage.exists(storage.join(url, DAMAGED_MANIFEST))
             if not condemned:
-                delete(url)
-    for name in storage.listdir(root):
-        if _STRAY.match(name) and not name.startswith(".lease"):  # whose heartbeat goes on meanwhile
-            storage.delete(storage.join(root, name))
+                urls.append(url)
+    return urls
+
+
+def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable], guard: Callable[[], None]) -> None:
+    for url in _unfinished(root, found, unreadable):
+        guard()
+        delete(url)
+    for where in (folder(root), root):
+        for name in storage.listdir(where):
+            if _STRAY.match(name) and not name.startswith(".lease"):  # whose heartbeat goes on meanwhile
+                guard()
+                storage.delete(storage.join(where, name))
+    guard()
     try:
         storage.abandon_uploads(folder(root))
     except storage.StorageError as e:  # not everybody may list them, nor is every store able to; they cost space alone
@@ -283,6 +307,20 @@ def _parse(url: str, data: bytes) -> Checkpoint:
         raise DamagedCheckpoint(f"{manifest}: {len(data)} bytes that are not those written")
     parts = tuple(Part(**p) for p in raw["parts"])
     return Checkpoint(url, raw["step"], raw["samples_seen"], parts, raw["state"])
+
+
+def _whole(found: Checkpoint, there: list[str]) -> Checkpoint:
+    """The checkpoint. Raises DamagedCheckpoint where it has not all its parts: a writer that was cut off may publish a
+    manifest after another has swept them.
+
+    Args:
+        there: names in its folder.
+    """
+    for part in found.parts:
+        url = storage.join(found.url, part.name)
+        if part.name not in there and not storage.exists(url):
+            raise DamagedCheckpoint(f"{url} is missing")
+    return found
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ Not for reading it from a file, nor for what fields must satisfy together: that 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -245,7 +246,7 @@ class Eval(Section):
 
 
 class Config(Section):
-    """Everything a run needs to know. See DESIGN: the fields that shape samples or weights are fixed for a run."""
+    """Everything a run needs to know. Fields that shape samples or weights are fixed for a run (docs/training.md)."""
 
     run: Run
     data: Data
@@ -265,6 +266,15 @@ class Config(Section):
     def max_workers(self) -> int:
         """The most workers the run may use."""
         return self.workers.max or self.workers.min
+
+
+def batching(train: Train, world_size: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step) of each rank.
+
+    As few micro-batches as `train.micro_batch` allows, and no more rows than they need: what does not divide is padded.
+    """
+    accumulation = math.ceil(train.global_batch / (train.micro_batch * world_size))
+    return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

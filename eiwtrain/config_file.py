@@ -47,13 +47,15 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1, 0.4)
-        hint = f"; did you mean {file.parent / near[0]}?" if near else "; give the path of a YAML file"
-        what = "is a folder" if file.is_dir() else "no such config file"
-        raise ConfigError(f"{path}: {what}{hint}")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1, 0.4)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else "; give the path of a YAML file"
+        what = "is a folder" if isinstance(e, IsADirectoryError) else "no such config file"
+        raise ConfigError(f"{path}: {what}{hint}") from None
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror}); it must be a YAML file that you may read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
     if not isinstance(raw, dict):

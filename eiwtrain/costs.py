@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from eiwtrain import flow
-from eiwtrain.config import Config
+from eiwtrain.config import Config, Train, batching
 from eiwtrain.engine import MOST_IN_BUCKET
 from eiwtrain.flow.memory import SLACK, STATE_BYTES
-from eiwtrain.state import flow_config
+from eiwtrain.state import flow_config, outline
 
 MODES = ("stored", "checkpointed", "invertible")
 
@@ -90,15 +90,17 @@ class Costs:
     workspace_bytes: int
     """By each image, while it is gone through backward: what one step of the first level keeps, the most that
     checkpointed and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
-    gradient_bytes: int
-    """All-reduced in an optimizer step, of each worker: float32."""
     checkpoint_bytes: int
     """Of all its tensors: weights, their average and AdamW's two moments."""
-    zero_stage: int
-    micro_batch: int
+    train: Train
     backprop: str
     memory_budget: int | None
     """The config's own."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """All-reduced in an optimizer step, of each worker: float32."""
+        return _FLOAT * self.parameters
 
     @property
     def mode(self) -> str:
@@ -114,9 +116,9 @@ class Costs:
         budget = self.memory_budget
         if budget is None:
             free = memory - 2 * _FLOAT * self.parameters  # weights and their average are there already
-            two = 2 * max(2, self.micro_batch) * self.workspace_bytes
+            two = 2 * max(2, self.train.micro_batch) * self.workspace_bytes
             budget = int(SLACK * free) - STATE_BYTES * self.parameters - two
-        return "stored" if self.kept_bytes("stored", self.micro_batch) <= budget else "invertible"
+        return "stored" if self.kept_bytes("stored", self.train.micro_batch) <= budget else "invertible"
 
     def kept_bytes(self, mode: str, images: int) -> int:
         """Kept for the backward pass of a micro-batch of so many images."""
@@ -130,7 +132,7 @@ class Costs:
         """`state_bytes` by what it is. All is float32; the average is whole on every worker at any ZeRO stage."""
         whole = _FLOAT * self.parameters
         share = -(-whole // workers)
-        zero = self.zero_stage
+        zero = self.train.zero_stage
         return {
             "weights": share if zero == 3 else whole,
             "average": whole,
@@ -143,27 +145,31 @@ class Costs:
         }
 
     def worker_bytes(self, mode: str, workers: int) -> int:
-        """Of one of so many workers in a training step: state, and what a micro-batch keeps and recomputes."""
-        recomputed = 0 if mode == "stored" else self.micro_batch * self.workspace_bytes
-        return self.state_bytes(workers) + self.kept_bytes(mode, self.micro_batch) + recomputed
+        """Of one of so many workers in a training step: state, and what a full micro-batch keeps and recomputes."""
+        images = self.train.micro_batch
+        recomputed = 0 if mode == "stored" else images * self.workspace_bytes
+        return self.state_bytes(workers) + self.kept_bytes(mode, images) + recomputed
 
     def fits(self, gpu: Gpu, workers: int) -> bool:
-        """Whether a training step does, of one of so many workers, with `FREE` to spare."""
-        return self.worker_bytes(self.mode_in(gpu.bytes), workers) <= (1 - FREE) * gpu.bytes
+        """Whether a training step does, of one of so many workers, with `FREE` to spare; auto makes itself room by
+        inverting."""
+        least = "invertible" if self.backprop == "auto" else self.backprop
+        return self.worker_bytes(least, workers) <= (1 - FREE) * gpu.bytes
 
-    def images_per_second(self, gpu: Gpu, mfu: float = MFU, launch: float = LAUNCH) -> float:
-        """Of one such GPU, in the mode that the config has there, at full micro-batches."""
+    def step_seconds(self, gpu: Gpu, workers: int) -> float:
+        """Of an optimizer step on so many such GPUs, in the mode that the config has there: its micro-batches one
+        after the other, each of the images that are one worker's. Nothing that workers tell each other is in it."""
+        rows, accumulation = batching(self.train, workers)
         mode = self.mode_in(gpu.bytes)
-        computed = self.flops_per_image[mode] / (gpu.flops_per_second * mfu)
-        return 1 / max(computed, self.operations[mode] * launch / self.micro_batch)
+        computed = rows * self.flops_per_image[mode] / (gpu.flops_per_second * MFU)
+        return accumulation * max(computed, self.operations[mode] * LAUNCH)
 
 
 def of(config: Config, channels: int = 3) -> Costs:
     """The costs of a config for images of `channels` channels."""
     shape = flow_config(config, channels)
     shape = replace(shape, conditioner=replace(shape.conditioner, dropout=0.0))  # which wants numbers
-    with torch.device("meta"):
-        model = flow.EIWFlow(shape)
+    model = outline(config, channels)
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values())
     images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
@@ -181,12 +187,10 @@ def of(config: Config, channels: int = 3) -> Costs:
         each,
         fixed,
         _of_a_step(shape),
+        checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
+        train=config.train,
         backprop=config.model.backprop,
         memory_budget=config.model.memory_budget,
-        micro_batch=config.train.micro_batch,
-        gradient_bytes=_FLOAT * parameters,
-        checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
-        zero_stage=config.train.zero_stage,
     )
 
 

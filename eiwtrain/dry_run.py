@@ -5,10 +5,11 @@ Not for the arithmetic, which is `eiwtrain.costs`, nor for the checks, which are
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from eiwtrain import preflight
-from eiwtrain.config import Config, ConfigError
+from eiwtrain.config import Config, ConfigError, batching
 from eiwtrain.console import Console
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from eiwtrain.data import Manifest
 
 
-def plan(config: Config, console: Console) -> None:
+def plan(config: Config, console: Console) -> Manifest | None:
     """Print the config and its plan: parameters, FLOPs, memory, time. Nothing has to be there for it; what the data set
-    adds, its epochs and channels, is left out where there is none."""
+    adds, its epochs and channels, is left out where there is none. Returns the data set if there is one."""
     import yaml
 
     console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
@@ -31,6 +32,7 @@ def plan(config: Config, console: Console) -> None:
     found = costs.of(config, manifest.channels if manifest else 3)
     for line in lines(config, found, manifest):
         console.note(line)
+    return manifest
 
 
 def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
@@ -53,7 +55,7 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
         return [*said, f"time      {total:.2e} FLOPs in all; no speed is assumed for CPUs"]
     if t.precision != "bf16":
         return [*said, f"time      {total:.2e} FLOPs in all; a speed is assumed for train.precision=bf16 alone"]
-    return [*said, *_by_gpu(found, images, sorted({most, least}, reverse=True))]
+    return [*said, *_by_gpu(found, sorted({most, least}, reverse=True))]
 
 
 def _rate(config: Config) -> str:
@@ -69,13 +71,13 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
     """Arithmetic and memory of each mode, the config's own marked."""
     from eiwtrain import costs
 
-    most = config.max_workers
+    most, images = config.max_workers, config.train.micro_batch
     said = [
-        f"memory    of one of {most} workers at micro_batch {found.micro_batch}, and FLOPs, by model.backprop",
+        f"memory    of one of {most} workers at micro_batch {images}, and FLOPs, by model.backprop",
         "            mode           GFLOP/image   kept/image        kept  recomputed       state       total",
     ]
     for mode in costs.MODES:
-        kept, total = found.kept_bytes(mode, found.micro_batch), found.worker_bytes(mode, most)
+        kept, total = found.kept_bytes(mode, images), found.worker_bytes(mode, most)
         state = found.state_bytes(most)
         cells = (found.activation_bytes[mode], kept, total - state - kept, state, total)
         said.append(
@@ -90,23 +92,31 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
     return said
 
 
-def _by_gpu(found: Costs, images: int, workers: list[int]) -> list[str]:
-    """Speed and time on each kind of GPU."""
+def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
+    """Speed and time on each kind of GPU, for each of these numbers of workers, the greatest first."""
     from eiwtrain import costs
 
+    t, most = found.train, workers[0]
     said = [
         f"time      assumed: a GPU computes at {costs.MFU:.0%} of its published bfloat16 peak, all the time,",
         f"          or waits for its host, which starts an operation in {costs.LAUNCH * 1e6:g} us",
-        "            GPU           images/s each" + "".join(f"{f'hours on {n}':>16}" for n in workers) + "   GPU-hours",
     ]
+    enough = math.ceil(t.global_batch / t.micro_batch)  # for a step of one micro-batch each
+    if most > enough:
+        rows, _ = batching(t, most)
+        said.append(
+            f"          {enough} can have a step of one micro-batch each; {most} get {rows} images each, "
+            "in no less time where they wait for the host"
+        )
+    heads = "".join(f"{f'hours on {n}':>13}  GPU-hours" for n in workers)
+    said.append(f"            GPU           images/s each{heads}")
     for gpu in costs.GPUS:
-        speed = found.images_per_second(gpu)
-        alone = images / speed / 3600
         if not found.fits(gpu, workers[-1]):
             said.append(f"            {gpu.name:13}{'does not fit':>14}")
             continue
-        times = "".join(f"{alone / n:16,.1f}" for n in workers)
-        said.append(f"            {gpu.name:13}{speed:14,.0f}{times}{alone:12,.0f}")
+        each = t.global_batch / found.step_seconds(gpu, most) / most
+        hours = [(n, t.max_steps * found.step_seconds(gpu, n) / 3600) for n in workers]
+        said.append(f"            {gpu.name:13}{each:14,.0f}" + "".join(f"{h:13,.1f}{n * h:11,.0f}" for n, h in hours))
     return said
 
 

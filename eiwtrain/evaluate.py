@@ -16,13 +16,12 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eiwtrain import data, models, storage
+from eiwtrain import data, device, models, storage
 from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.sampling import series
 from eiwtrain.scoring import yardsticks
@@ -51,10 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check(args)
         found = models.open_model(args.model)
-        found.flow.to(_device(args.device))
-        sets = [_open("data", args.data, args.split, found)]
+        found.flow.to(device.of_command(args.device))
+        sets = [_Set("data", models.open_split(found, args.data, args.split))]
         if args.against is not None:
-            sets.append(_open("against", args.against, args.against_split or args.split, found))
+            other = models.open_split(found, args.against, args.against_split or args.split, "against")
+            sets.append(_Set("against", other))
             _check_classes(sets, found)
         result = _evaluate(args, found, sets)
         if args.json is not None:
@@ -121,44 +121,10 @@ def _check(args: argparse.Namespace) -> None:
         args.histogram = args.histogram or "outliers.png"
     for name in ("scores", "json", "histogram"):  # before hours of scoring
         if getattr(args, name) is not None:
-            _check_output(name, getattr(args, name))
-
-
-def _check_output(option: str, url: str) -> None:
-    """That a file can be written there."""
-    if storage.is_local(url):
-        path = Path(storage.absolute(url))
-        if path.is_dir():
-            raise ValueError(f"--{option}: {url} is a folder; give the name of a file")
-        storage.check_writable(str(path.parent))
-    else:
-        storage.check_writable(url.rpartition("/")[0])
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for, and PyTorch finds no GPU; give cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _open(option: str, url: str, split: str, found: models.Model) -> _Set:
-    """The split, which has images that the model takes."""
-    reader = data.ShardReader(url, data.load_manifest(url), split)
-    config = found.flow.config
-    if reader.image_shape != config.image_shape:
-        has, takes = ("x".join(map(str, shape)) for shape in (reader.image_shape, config.image_shape))
-        channels, height, width = config.image_shape
-        mend = (
-            f"; python -m data_prep ... --resolution {height} writes such" if (channels, height) == (3, width) else ""
-        )
-        raise ValueError(f"--{option}: images of {reader.manifest.title} are {has}, and the model takes {takes}{mend}")
-    if config.classes and config.classes != len(reader.manifest.classes):
-        raise ValueError(f"--{option}: {len(reader.manifest.classes)} classes, and the model has {config.classes}")
-    named = found.metadata.get("class_names")
-    if config.classes and named and list(named) != list(reader.manifest.classes):
-        known = ", ".join(named[:5])
-        raise ValueError(f"--{option}: its classes are not the model's, or in another order; the model's: {known}, ...")
-    return _Set(option, reader)
+            try:
+                storage.check_file_writable(getattr(args, name))
+            except storage.StorageError as e:
+                raise ValueError(f"--{name}: {e}") from None
 
 
 def _check_classes(sets: list[_Set], found: models.Model) -> None:

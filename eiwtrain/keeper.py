@@ -13,11 +13,11 @@ from eiwtrain.config import Config
 from eiwtrain.goodput import Clock
 from eiwtrain.lease import Guard, LeaseLost
 from eiwtrain.pace import Pace
-from eiwtrain.saver import Outcome, Saver
+from eiwtrain.saver import Outcome, RanksApartError, Saver
 from eiwtrain.state import TrainState, sum_over_ranks
 from eiwtrain.tracking import Tracker
 
-_PATIENCE = 20.0  # seconds for which an evaluation's checkpoint waits until the one before it is written
+_PATIENCE = 20.0  # seconds for which a checkpoint waits until the one before it is written
 _AGAIN_SECONDS = 30.0  # at least, until what could not be written is tried again: each try costs training a copy
 _LEASE_SECONDS = 300.0  # for which a checkpoint waits until the lease is seen to be ours; other ranks wait along
 _NOTHING = (-1, False)
@@ -47,6 +47,8 @@ class Keeper:
         """
         self._state, self._clock, self._tracker, self._failures, self._note = state, clock, tracker, failures, note
         self._run_id = run_id
+        # long enough for storage to answer or be given up, and the watchdog does not bite meanwhile
+        self._scored_patience = max(_PATIENCE, config.workers.hang_seconds / 2)
         c = config.checkpoint
         self._guard = guard
         self._saver = Saver(config.root, c.keep_last, c.keep_every, self._may_write)
@@ -65,20 +67,28 @@ class Keeper:
         """Begin a checkpoint of this step, unless there is one that knows as much. Collective.
 
         Args:
-            wait: until it is written. If not, and another is still being written for long, this one is put off.
+            wait: until it is written. If not, and another is still being written for long, this one is put off. One
+                with a score waits for longer: a later one does not have it.
 
         Raises:
             LeaseLost: the run is another's by now.
+            RanksApartError: no checkpoint can be written any more by these workers.
         """
         state = self._state
+        patience = _PATIENCE if state.score is None else self._scored_patience
         with self._clock.spending("checkpoint"):
-            self._heard(self._saver.wait(None if wait else _PATIENCE))
+            self._heard(self._saver.wait(None if wait else patience))
         known = (state.step, state.score is not None)
         more, busy = sum_over_ranks([known > self._known, self._saver.busy], state.device)
         if not more:
             return
         if busy:
             self._overdue = True
+            if state.score is not None:
+                self._note(
+                    f"the checkpoint of step {state.step:,} with its score is left out, as the one before it is not "
+                    f"written after {patience:g} s: this step cannot be the best that is kept"
+                )
             return
         self._known, self._overdue = known, False
         with self._clock.spending("checkpoint"):
@@ -106,7 +116,7 @@ class Keeper:
     def _heard(self, outcome: Outcome | None) -> None:
         if outcome is None:
             return
-        if isinstance(outcome.exception, LeaseLost):
+        if isinstance(outcome.exception, (LeaseLost, RanksApartError)):
             raise outcome.exception
         if outcome.checkpoint is None:
             self._note(f"a checkpoint could not be written: {outcome.error}; training goes on, and tries again")

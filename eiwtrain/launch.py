@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain import checkpoint, ray_session, storage
+from eiwtrain.autoscaling import NodeRequest
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.console import Console, duration
 from eiwtrain.lease import Lease, LeaseLost
@@ -23,7 +24,13 @@ _WAITING_SECONDS = 60.0  # after which a job for which there is no room says wha
 
 
 def train(
-    config: Config, tracked: TrackedRun, lease: Lease, began: float, console: Console, stop: Stop
+    config: Config,
+    data_fingerprint: str,
+    tracked: TrackedRun,
+    lease: Lease,
+    began: float,
+    console: Console,
+    stop: Stop,
 ) -> dict[str, Any]:
     """Start or join Ray and train until the run is finished, stopped, failed or taken over; returns how it ended.
 
@@ -35,22 +42,24 @@ def train(
 
     from eiwtrain.attempt import Attempt
 
+    node_request = NodeRequest(config)
     try:
         attempt_began, skip_to = began, None
         number = crashes = 0
         newest = _newest(config)
-        ray_session.ask_for(config)
         with stop.polled():
             while True:
                 number += 1
                 lease.next_attempt()
-                if not (workers := _wait_for_room(config, lease, console, stop)):
+                if not (workers := _wait_for_room(config, node_request, lease, console, stop)):
                     return _stopped(config, stop)
                 with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
-                    lease.guard().check(give_up=lambda: bool(stop.number))
-                    checkpoint.clean(config.root)
+                    _clean(config, lease, stop)
                 console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
-                attempt = Attempt(config, tracked, lease, workers, number, began, attempt_began, skip_to)
+                attempt = Attempt(
+                    config, data_fingerprint, tracked, lease, node_request, workers, number, began, attempt_began,
+                    skip_to,
+                )  # fmt: skip
                 outcome = attempt.follow(console, stop)
                 attempt_began, skip_to = time.time(), outcome.get("skip_to")
                 if "crashed" not in outcome and "again" not in outcome:
@@ -70,9 +79,26 @@ def train(
     except LeaseLost as e:
         return {"lost": str(e)}
     finally:
-        with contextlib.suppress(Exception):  # a head that has just gone
-            ray_session.ask_for(None)
+        node_request.end()
         ray.shutdown()
+
+
+def _clean(config: Config, lease: Lease, stop: Stop) -> None:
+    """Delete what attempts before have left half written, once none of their workers can publish it any more.
+
+    Raises:
+        LeaseLost: the run is another's by now.
+        StorageError: storage does not answer, or the job is to stop.
+    """
+    guard = lease.guard()
+
+    def stopped() -> bool:
+        return bool(stop.number)
+
+    guard.check(stopped)
+    if checkpoint.unfinished(config.root):
+        guard.outwait(stopped)
+    checkpoint.clean(config.root, lambda: guard.check(stopped))
 
 
 def _stopped(config: Config, stop: Stop) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def _start_ray(config: Config, stop: Stop) -> None:
     stop.listen()
 
 
-def _wait_for_room(config: Config, lease: Lease, console: Console, stop: Stop) -> int:
+def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, console: Console, stop: Stop) -> int:
     """For how many workers there is room, once it is for `workers.min` at least; 0 if the job is to stop.
 
     Raises:
@@ -118,6 +144,7 @@ def _wait_for_room(config: Config, lease: Lease, console: Console, stop: Stop) -
             raise LeaseLost(lease.lost)
         if ray_session.own_node_drains():  # and so would be killed while it waits
             return 0
+        node_request.renew()
         found = ray_session.room(config)
         settled = time.monotonic() - began > _SETTLE_SECONDS
         if found == config.max_workers or (found >= config.workers.min and settled):

@@ -13,10 +13,12 @@ Why two attempts never write at the same time:
   takes, no write has been begun for _STALE_SECONDS / 2, and those of a holder that comes back are refused.
 - A taker does not wait if the holder gave the lease back, if its process is gone from this very machine, or if its last
   renewal is _LONG_AGO by the clocks of both. Workers that outlive such a driver (Ray ends them within seconds) write
-  for _LOOK_SECONDS at most, and a new attempt takes longer to start its own.
-- What remains is one write that is in flight for longer than _STALE_SECONDS / 2, as that of a process stopped in the
-  middle. For a checkpoint it is harmless: each has a folder of its own and is none without its manifest, which is
-  written last, so what comes late is nothing or a whole checkpoint of this run.
+  for _LOOK_SECONDS at most, as do those of an attempt before of the same driver. A new attempt takes longer to start
+  its own, and waits so long (`Guard.outwait`) before it deletes what they may be about to commit.
+- What remains is one write that is in flight for longer than that, as that of a process stopped in the middle. For a
+  checkpoint it is harmless: each has a folder of its own and is none without its manifest, which is written last. Where
+  its parts have been deleted meanwhile, the writer takes the manifest back, and should it be killed before, readers
+  pass over a manifest without its parts (`checkpoint.survey`).
 
 Clocks: durations are of the process's own, which goes on while the machine sleeps. Clocks of two machines are compared
 where it makes a writer wait (a clock that is behind by less than _STALE_SECONDS / 2 harms nothing, one that is ahead
@@ -295,6 +297,22 @@ class Guard:
         while not self._is_alive():
             if give_up():
                 raise storage.StorageError(f"{self._url}: it could not be seen whether this job still holds the lease")
+            time.sleep(_POLL_SECONDS)
+
+    def outwait(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """After `check`: return once no guard of an attempt before, or of a holder before, can still believe that its
+        process may write.
+
+        Args:
+            give_up: as for `check`.
+
+        Raises:
+            StorageError: `give_up` said so.
+        """
+        end = _now() + _LOOK_SECONDS
+        while _now() < end:
+            if give_up():
+                raise storage.StorageError(f"{self._url}: others may still write")
             time.sleep(_POLL_SECONDS)
 
     def _is_alive(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import __version__, checkpoint, flow, storage
+from eiwtrain import __version__, checkpoint, data, flow, storage
 from eiwtrain.checkpoint import Checkpoint
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
@@ -56,6 +56,36 @@ def open_model(name: str) -> Model:
     if not found:
         raise ValueError(f"{name}: neither an exported model nor a checkpoint nor a run that has one")
     return of_checkpoint(checkpoint.best(found) or found[0])
+
+
+def open_split(model: Model, url: str, split: str, option: str = "data") -> data.ShardReader:
+    """A split of the data set at `url`, of images and classes that the model takes.
+
+    Args:
+        option: which named it, for errors.
+
+    Raises:
+        ValueError: there is no such split, or it is not for this model.
+    """
+    try:
+        reader = data.ShardReader(url, data.load_manifest(url), split)
+    except (ValueError, storage.StorageError) as e:
+        raise ValueError(f"--{option}: {e}") from None
+    config, classes = model.flow.config, reader.manifest.classes
+    if reader.image_shape != config.image_shape:
+        has, takes = ("x".join(map(str, shape)) for shape in (reader.image_shape, config.image_shape))
+        channels, height, width = config.image_shape
+        mend = (
+            f"; python -m data_prep ... --resolution {height} writes such" if (channels, height) == (3, width) else ""
+        )
+        raise ValueError(f"--{option}: images of {reader.manifest.title} are {has}, and the model takes {takes}{mend}")
+    if config.classes and config.classes != len(classes):
+        raise ValueError(f"--{option}: {len(classes)} classes, and the model has {config.classes}")
+    named = model.metadata.get("class_names")
+    if config.classes and named and list(named) != list(classes):
+        known = ", ".join(named[:5])
+        raise ValueError(f"--{option}: its classes are not the model's, or in another order; the model's: {known}, ...")
+    return reader
 
 
 def choose(which: str, root: str) -> Checkpoint:

@@ -6,6 +6,10 @@ Every problem is a `ConfigError`, a line each, that names the field. Nothing her
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import runpy
+from pathlib import Path
+from typing import Any
 
 from eiwtrain import checkpoint, ray_session, storage
 from eiwtrain.config import Config, ConfigError
@@ -13,14 +17,23 @@ from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_mani
 
 
 def check_gpus(config: Config, joins_cluster: bool) -> None:
-    """On this machine (not on a cluster, whose GPUs may be elsewhere) there must be a GPU for each worker."""
+    """On this machine (not on a cluster, whose GPUs may be elsewhere) there must be a GPU for each worker, and a torch
+    that can use it."""
     needed = config.workers.min * config.workers.gpus
-    if not needed or joins_cluster or (found := gpus_here()) >= needed:
+    if not needed or joins_cluster:
         return
-    raise ConfigError(
-        f"workers.gpus: {config.workers.gpus} for each of {config.workers.min} workers, but this machine has {found}; "
-        "use workers.gpus=0 for CPU, fewer workers, or submit to a cluster with GPUs"
-    )
+    if (found := gpus_here()) < needed:
+        raise ConfigError(
+            f"workers.gpus: {config.workers.gpus} for each of {config.workers.min} workers, but this machine has "
+            f"{found}; use workers.gpus=0 for CPU, fewer workers, or submit to a cluster with GPUs"
+        )
+    build = torch_build()
+    if build.get("cuda") is None:
+        raise ConfigError(
+            f"workers.gpus: {config.workers.gpus}, but the torch that is installed, {build.get('__version__')}, is "
+            "built without CUDA; `pip uninstall torch` and then installing eiwtrain again brings one with it, or use "
+            "workers.gpus=0 for CPU"
+        )
 
 
 def gpus_here() -> int:
@@ -33,6 +46,12 @@ def gpus_here() -> int:
     if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def torch_build() -> dict[str, Any]:
+    """What `torch.version` says of how torch was built, without the second that importing torch takes."""
+    torch = importlib.util.find_spec("torch")
+    return runpy.run_path(str(Path(torch.origin).with_name("version.py"))) if torch and torch.origin else {}
 
 
 def check_cluster() -> None:

@@ -6,6 +6,7 @@ Not for the other direction: samples come of `eiwtrain.sample`, or of the flow i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ from .flow import EIWFlow, bits_per_dim, load
 _BATCH = 64  # images at once
 
 
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to TensorFloat-32, its default, and leave the program's setting as it was."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class Scorer:
     """What `mlflow.pyfunc.load_model` wraps."""
 
@@ -28,6 +39,7 @@ class Scorer:
         self.flow = flow
 
     @torch.no_grad()
+    @_exact_float32()
     def predict(self, images: Any, params: dict[str, Any] | None = None) -> npt.NDArray[np.float32]:
         """Bits per dimension of each image, float32 (n,): what the model needs to code it, lower is likelier.
 

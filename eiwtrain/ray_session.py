@@ -173,14 +173,10 @@ def _is_good(answer: Any) -> bool:
         return False
 
 
-def ask_for(config: Config | None) -> None:
-    """Tell a cluster that can grow how many workers there should be room for; None: none any more."""
-    if not joins_cluster():
-        return
-    from ray.autoscaler.sdk import request_resources
-
-    wanted = [] if config is None else [resources(config.workers)] * config.max_workers
-    request_resources(bundles=wanted)
+def worker_environment() -> dict[str, str]:
+    """What a worker's process starts with. Ray shows it, so it is for no secret; gloo reads its settings before a
+    worker could set them for itself."""
+    return WORKER_ENV | {k: v for k, v in os.environ.items() if k.startswith("GLOO_")}
 
 
 def forwarded_environment() -> dict[str, str]:

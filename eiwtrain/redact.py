@@ -15,21 +15,24 @@ REFUSAL = (
 """Why a URL that holds one is refused, and what a user does instead."""
 
 _HIDDEN = "***"
-_SCHEME = r"(?P<start>\b[\w+.-]+://)"
-# before the last @ of the host: of http all is a credential (a token alone, too); elsewhere what follows a colon that
-# begins no port, as the container of abfs://container@account is none
+# Before the last @ of the host: of http all is a credential (a token alone, too); elsewhere what follows a colon that
+# begins no port, as the container of abfs://container@account is none. A bucket has no port, and SQLAlchemy takes what
+# is before an @ for a password, whatever it looks like: 12/ab may be one.
 _USER = re.compile(
-    rf"{_SCHEME}(?:(?<=http://)[^/?#\s]*|(?<=https://)[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^@\s]*(?:@[^/@\s]*)*)@",
+    r"(?P<start>\b(?:(?P<portless>\w*sql|postgres|mariadb|oracle|s3a?)(?:\+\w+)?|[\w+.-]+)://)"
+    r"(?:(?<=http://)[^/?#\s]*|(?<=https://)[^/?#\s]*"
+    r"|[^/?#@:\s]*:(?(portless)|(?![1-9]\d{0,4}[/?#]))[^@\s]*(?:@[^/@\s]*)*)@",
     re.IGNORECASE,
 )
 _QUERY = re.compile(
-    r"(?P<start>[?&][^=&#\s]*(?:password|passwd|pwd|secret|token|sig|signature|credential|access_?key|account_?key|api_?key)[^=&#\s]*=)[^&#\s]+",
+    r"(?P<start>[?&#](?:[^=&#\s]*(?:password|passwd|pwd|secret|token|signature|credential|(?:access|account|api)[_-]?key)"
+    r"[^=&#\s]*|sig|key|auth)=)[^&#\s]+",
     re.IGNORECASE,
 )
 
 
 def holds_secret(url: str) -> bool:
-    """Whether a URL has a password, or a query parameter that is called like one."""
+    """Whether a URL has a password, or a parameter, also after its #, that is called like one."""
     return "://" in url and redact(url) != url
 
 

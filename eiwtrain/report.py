@@ -31,6 +31,20 @@ def drift_warning(drift: float, config: Config) -> str | None:
     )
 
 
+def out_of_memory(error: Exception, config: Config) -> str:
+    """What to tell a user whose worker has run out of GPU memory: one line, with what lowers the need."""
+    m, rows = config.model, config.train.micro_batch
+    remedies = [f"a train.micro_batch below {rows}"] if rows > 1 else []
+    if m.backprop == "auto":
+        remedies.append("a lower model.memory_budget" if m.memory_budget else "a model.memory_budget (bytes)")
+    remedies += [] if m.backprop == "invertible" else ["model.backprop=invertible"]
+    what = ". ".join(" ".join(str(error).split()).split(". ")[:3])[:120].rstrip(".")  # the rest is of the allocator
+    return (
+        f"out of GPU memory: {what}; use {' or '.join(remedies or ['a smaller model'])}, or, if it was an evaluation, "
+        "fewer eval.samples"
+    )
+
+
 class Meter:
     """Means over the steps since it was made."""
 

@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         with Stop(console) as stop:
             config = load_config(args.config, args.overrides)
             with storage.impatient():  # somebody may be waiting for the answer
-                if args.dry_run:
-                    dry_run.plan(config, console)  # which needs nothing of what is looked for below
+                # a plan needs nothing of what is looked for below
+                planned = dry_run.plan(config, console) if args.dry_run else None
                 preflight.check_gpus(config, ray_session.joins_cluster())
                 preflight.check_cluster()
-                manifest = preflight.find_data(config)
+                manifest = planned or preflight.find_data(config)
                 if args.dry_run:
                     return dry_run.look(config, manifest, console)
                 preflight.check_storage(config)
@@ -101,14 +101,9 @@ def _prepare(config: Config, console: Console) -> Manifest:
 
 def _parameters(config: Config, channels: int) -> int:
     """How many the model has."""
-    import torch
+    from eiwtrain.state import outline
 
-    from eiwtrain import flow
-    from eiwtrain.state import flow_config
-
-    with torch.device("meta"):
-        model = flow.EIWFlow(flow_config(config, channels))
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in outline(config, channels).parameters())
 
 
 def _run(config: Config, manifest: Manifest, began: float, command: str, console: Console, stop: Stop) -> int:
@@ -135,7 +130,7 @@ def _run(config: Config, manifest: Manifest, began: float, command: str, console
             watcher = Watcher(tracked, config.root, lease.owner)
         for line in tracking.reconcile(tracked):
             console.note(line)
-        outcome = launch.train(config, tracked, lease, began, console, stop)
+        outcome = launch.train(config, manifest.fingerprint, tracked, lease, began, console, stop)
         if "finished" in outcome:
             status = "FINISHED"
             _print_summary(config, outcome["finished"], tracked, console)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eiwtrain import data, flow, models, pictures, storage
+from eiwtrain import data, device, flow, models, pictures, storage
 from eiwtrain.checkpoint import DamagedCheckpoint
 from eiwtrain.sampling import image_sets
 from eiwtrain.sampling.series import (
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         classes = _classes(args, found)
         n, columns, rows = _layout(args, len(classes))
         _check_output(args, kind, found, columns, rows)
-        reader = _reader(args, found.flow)
-        model = found.flow.to(_device(args.device))
+        reader = models.open_split(found, args.data, args.split) if args.data is not None else None
+        model = found.flow.to(device.of_command(args.device))
         if reader is not None:
             pairs = pairs_of(reader, n, model.config.classes, args.seed)
             series = between_images(model, pairs, args.interpolate, args.batch)
@@ -200,28 +200,6 @@ def _check_output(args: argparse.Namespace, kind: str, found: models.Model, colu
             raise ValueError(f"--output: {e}; draw fewer, or give x.npz, or x/ for PNG files") from None
     with _about("--output"):
         image_sets.check(args.output)
-
-
-def _reader(args: argparse.Namespace, model: flow.EIWFlow) -> data.ShardReader | None:
-    """Of the images to go between."""
-    if args.data is None:
-        return None
-    with _about("--data"):
-        reader = data.ShardReader(args.data, data.load_manifest(args.data), args.split)
-    if reader.image_shape != model.config.image_shape:
-        sizes = ["x".join(map(str, shape[1:])) for shape in (reader.image_shape, model.config.image_shape)]
-        raise ValueError(f"--data: its images are {sizes[0]}, and the model's {sizes[1]}")
-    if model.config.classes and model.config.classes != len(reader.manifest.classes):
-        raise ValueError(
-            f"--data: {len(reader.manifest.classes)} classes, and the model was trained on {model.config.classes}"
-        )
-    return reader
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: cuda was asked for, and PyTorch finds no GPU; give cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _what(args: argparse.Namespace, reader: data.ShardReader | None) -> str:

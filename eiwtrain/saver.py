@@ -53,6 +53,11 @@ _DTYPES = {  # of PyTorch, as safetensors calls them
 }
 
 
+class RanksApartError(RuntimeError):
+    """The ranks could not talk about a checkpoint. Their process group is of no use after that: none can be written
+    any more before the workers have started again."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a save ended; the same on every rank, but for the times, and for the deletion of old ones: rank 0 knows."""
@@ -88,7 +93,7 @@ class Saver:
             root: URL of the run.
             keep_last, keep_every: see `checkpoint.kept`.
             guard: raises where this process may not write the run any more; called by rank 0's thread before a
-                manifest is published and before old checkpoints are deleted. What it raises is the outcome's.
+                manifest is published and before each old checkpoint is deleted. What it raises is the outcome's.
         """
         self._root, self._keep, self._guard = root, (keep_last, keep_every), guard
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -154,8 +159,7 @@ class Saver:
         seconds = time.perf_counter() - began
         if saved is not None and self._rank == 0:
             try:
-                self._guard()
-                checkpoint.sweep(self._root, *self._keep)
+                checkpoint.sweep(self._root, *self._keep, guard=self._guard)
             except Exception as e:
                 failure = e
         self._outcome = Outcome(saved, failure, stall, seconds, saved.bytes if saved else 0)
@@ -195,6 +199,9 @@ def commit(
     The parts go to a folder of their own, rank 0 looks at their sizes, and the manifest comes last. What fails on one
     rank is raised on all, and what was written is deleted as far as storage answers.
 
+    A rank that was cut off and comes back may find that its parts were swept while it published the manifest: rank 0
+    looks once more.
+
     Args:
         share: what `snapshot` gave; emptied when it is written.
         state: JSON data; rank 0's is kept.
@@ -202,10 +209,13 @@ def commit(
 
     Raises:
         storage.StorageError: a rank could not write; the message says which and why.
+        RanksApartError: as it says; whether there is a checkpoint is not known. Not on all ranks at the same time: one
+            whose connection is silent learns of it by the group's timeout alone.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     name = [f"step-{step:08d}-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(name, src=0, group=group)
+    with _together():
+        dist.broadcast_object_list(name, src=0, group=group)
     url = storage.join(checkpoint.folder(root), name[0])
 
     failpoints.reach("checkpoint.before-part")
@@ -217,15 +227,25 @@ def commit(
     share.clear()
     failpoints.reach("checkpoint.part-written")
     parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, written, group=group)  # every part is in place before the manifest says so
+    with _together():
+        dist.all_gather_object(parts, written, group=group)  # every part is in place before the manifest says so
     failpoints.reach("checkpoint.agreed")
 
     new = checkpoint.Checkpoint(url, step, samples_seen, tuple(parts), state)
     result = [_publish(new, guard) if rank == 0 else None]
-    dist.broadcast_object_list(result, src=0, group=group)  # no rank goes on as if it were saved before it is
+    with _together():
+        dist.broadcast_object_list(result, src=0, group=group)  # no rank goes on as if it were saved before it is
     if isinstance(result[0], Exception):
         raise result[0]
     return new
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # a rank that is gone, a connection that was cut, a timeout
+        raise RanksApartError(f"the workers lost one another at a checkpoint: {' '.join(str(e).split())[:200]}") from e
 
 
 def _write_part(url: str, name: str, share: dict[str, Tensor]) -> checkpoint.Part:
@@ -262,6 +282,7 @@ def _publish(new: checkpoint.Checkpoint, guard: Callable[[], None]) -> Exception
     try:
         _check_parts(new)
         _write_manifest(new, guard)
+        _check_parts(new)
         failpoints.reach("checkpoint.manifest-written")
         return None
     except Exception as e:

@@ -46,6 +46,12 @@ def flow_config(config: Config, channels: int) -> flow.FlowConfig:
     )
 
 
+def outline(config: Config, channels: int) -> flow.EIWFlow:
+    """That model without its numbers (on torch's `meta` device): what its tensors are called, and their shapes."""
+    with torch.device("meta"):
+        return flow.EIWFlow(flow_config(config, channels))
+
+
 class TrainState:
     """The state of training on one rank."""
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import stat
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -301,23 +300,20 @@ def check_writable(url: str) -> None:
             path.rmdir()
 
 
-@contextlib.contextmanager
-def local_folder(url: str) -> Iterator[str]:
-    """The folder at `url` as a local path: itself, or for the time of the context a copy of the files in it.
+def check_file_writable(url: str) -> None:
+    """`check_writable` for the file that is to be at `url`, which no folder may be in the way of.
 
     Raises:
-        StorageError: there is nothing, or it cannot be read.
+        StorageError: it cannot be written.
     """
-    if is_local(url):
-        yield absolute(url)
+    if not is_local(url):
+        scheme, _, path = url.partition("://")
+        check_writable(f"{scheme}://{path.rpartition('/')[0]}")
         return
-    with tempfile.TemporaryDirectory() as copy:
-        names = listdir(url)
-        if not names:
-            raise StorageError(f"{url}: no such folder")
-        for name in names:
-            get_file(join(url, name), Path(copy, name))
-        yield copy
+    file = Path(absolute(url))
+    if file.is_dir():
+        raise StorageError(f"{url}: this is a folder; give the name of a file")
+    check_writable(str(file.parent))
 
 
 def sha256_bytes(data: bytes) -> str:

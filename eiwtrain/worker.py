@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eiwtrain import data, failpoints, flow, goodput, report, storage, tracking
+from eiwtrain import data, device, failpoints, flow, goodput, report, storage, tracking
 from eiwtrain.audit import Audit
 from eiwtrain.checkpoint import DamagedCheckpoint
-from eiwtrain.config import Config, Train
+from eiwtrain.config import Config, Train, batching
 from eiwtrain.finish import METRICS, finish
 from eiwtrain.goodput import Clock
 from eiwtrain.held_out import HeldOut
@@ -49,6 +49,8 @@ class Job:
     """What the driver tells every worker."""
 
     config: Config
+    data_fingerprint: str
+    """Of the data set that the driver has found, and compared with the checkpoint."""
     tracked: TrackedRun
     mailbox: Any
     guard: Guard
@@ -79,13 +81,20 @@ def train(settings: dict[str, Job]) -> None:
     driver = WorkerEnd(job.mailbox)
     where = f"rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()})"
     watchdog = Watchdog(job.config.workers.hang_seconds, lambda what: driver.finish("note", f"{where}: {what}"))
+    worker: Worker | None = None
     try:
-        outcome = Worker(job, driver, watchdog).run()
+        worker = Worker(job, driver, watchdog)
+        outcome = worker.run()
     except LeaseLost as e:
         driver.finish("end", {"lost": str(e)})
     except (Fatal, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
         # not raised: the workers would be started again, to fail in the same way. The driver ends the other ranks.
         driver.finish("end", {"failed": str(e)})
+    except torch.OutOfMemoryError as e:
+        what = report.out_of_memory(e, job.config)
+        if job.failures or (worker is not None and worker.state.step > worker.first_step):
+            raise RuntimeError(what) from e  # it did fit, or a process that died may not have let go of its memory yet
+        driver.finish("end", {"failed": what})
     else:
         if dist.get_rank() == 0:
             driver.finish("end", outcome)
@@ -99,10 +108,10 @@ class Worker:
     def __init__(self, job: Job, driver: WorkerEnd, watchdog: Watchdog) -> None:
         self.job, self.driver, self.watchdog, self.config = job, driver, watchdog, job.config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = _device(job.config)
+        self.device = device.of_worker(job.config.workers)
         self.micro_batch, accumulation = batching(job.config.train, self.world_size)
         d = job.config.data
-        manifest = data.load_manifest(d.path)
+        manifest = same_data(job)
         self.train_set = data.ShardReader(d.path, manifest, d.train_split, d.cache_dir, d.cache_bytes)
         eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
         self.state = TrainState(
@@ -114,6 +123,7 @@ class Worker:
             note=self.note,
             skip_to=job.skip_to,
         )
+        self.first_step = self.state.step
         self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)
         saved = self.state.newest.state if self.state.newest else {}
         self.clock = Clock.resumed(saved.get("clock"), job.began, job.earlier, job.attempt_began)
@@ -187,10 +197,10 @@ class Worker:
         lr = learning_rate(state.step, self.config.train)
         norm, applied = state.advance([m.loss for m in micro_batches], lr)
 
-        indices = [int(i) for b in own for i in b.indices if i >= 0]
+        indices = [i for b in own for i in b.indices[b.indices >= 0].tolist()]
         self.audit.made(state.step - 1, indices)
         self.skipped = [] if applied else self.skipped + indices
-        bits_and_penalty = [sum(m.bits for m in micro_batches), sum(m.penalty for m in micro_batches)]
+        bits_and_penalty = [sum(column) for column in torch.stack([m.sums for m in micro_batches]).T.tolist()]
         logs = state.step % self.config.tracking.log_every == 0
         due = [self.rank == 0 and self.keeper.due(), logs and self.system.due()]
         measured = [*bits_and_penalty, data.new_faults(), *self._wants(), *due]
@@ -366,8 +376,7 @@ class MicroBatch:
     ) -> None:
         self.weight, self.config = weight.to(images.device), config
         self.images, self.noise, self.labels = images, noise, labels
-        self.bits = self.penalty = 0.0
-        self.entropy = torch.empty(0, 2)
+        self.sums, self.entropy = torch.empty(2), torch.empty(0, 2)
 
     def loss(self, module: nn.Module) -> Tensor:
         """This micro-batch's share of the mean bits/dim, and of the shuffle's regulariser, over the global batch."""
@@ -376,21 +385,30 @@ class MicroBatch:
         bits = flow.bits_per_dim(out.log_prob, self.images[0].numel(), self.config.model.n_bits)
         # a padded row counts zero times; its image is a real one, so its loss is finite
         bits, penalty = (self.weight * bits).sum(), (self.weight * out.penalty).sum()
-        self.bits, self.penalty, self.entropy = float(bits.detach()), float(penalty.detach()), out.entropy
+        # left on the device: to read them here would have the backward pass wait for the forward pass
+        self.sums, self.entropy = torch.stack([bits.detach().double(), penalty.detach().double()]), out.entropy
         return (bits + t.shuffle_penalty * penalty) / t.global_batch
+
+
+def same_data(job: Job) -> data.Manifest:
+    """The data set, which has to be the one that the driver knows: an attempt must not go on with other images.
+
+    Raises:
+        Fatal: it was replaced.
+        data.DataError: there is none.
+    """
+    path, was = job.config.data.path, job.data_fingerprint
+    manifest = data.load_manifest(path)
+    if manifest.fingerprint != was:
+        raise Fatal(
+            f"data.path: {path} was replaced while the run went on (fingerprint {manifest.fingerprint[:12]}, was "
+            f"{was[:12]}); put back what it was, or train on what it is now under another run.name"
+        )
+    return manifest
 
 
 def _ending(again: float, stop: float) -> Ending:
     return "stop" if stop else "again" if again else ""
-
-
-def batching(train: Train, world_size: int) -> tuple[int, int]:
-    """(rows of a micro-batch, micro-batches of a step) of each rank.
-
-    As few micro-batches as `train.micro_batch` allows, and no more rows than they need: what does not divide is padded.
-    """
-    accumulation = math.ceil(train.global_batch / (train.micro_batch * world_size))
-    return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -406,14 +424,3 @@ def learning_rate(step: int, train: Train) -> float:
         return train.lr
     done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
     return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def _device(config: Config) -> torch.device:
-    if not config.workers.gpus:
-        torch.set_num_threads(config.workers.cpus)  # no more than its own cores: the same sums each time
-        return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    device = get_device()
-    torch.cuda.set_device(device)
-    return device

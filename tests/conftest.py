@@ -29,12 +29,13 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """The URL of an empty folder on the server, for which the environment is set."""
     from s3fs import S3FileSystem
 
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "FSSPEC_S3_ENDPOINT_URL"):
+    for name in ("AWS_PROFILE", "FSSPEC_S3_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):  # nobody's own settings
         monkeypatch.setenv(name, str(tmp_path / "none"))
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")  # so that a test can put a proxy into AWS_ENDPOINT_URL
     S3FileSystem.clear_instance_cache()  # which keeps clients with what the environment said before
     yield f"s3://{s3_server.bucket}/{tmp_path.name}"
     S3FileSystem.clear_instance_cache()

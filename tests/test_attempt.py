@@ -1,6 +1,21 @@
-"""What is said of an attempt that Ray gave up on."""
+"""What is said of an attempt that Ray gave up on, and what is asked for while it runs."""
 
-from eiwtrain.attempt import _cause
+from types import SimpleNamespace
+
+from eiwtrain import ray_session
+from eiwtrain.attempt import Attempt, _cause
+from eiwtrain.console import Console
+from eiwtrain.signals import Stop
+
+
+def test_the_jobs_request_for_nodes_is_renewed_while_an_attempt_runs(monkeypatch):
+    monkeypatch.setattr(ray_session, "own_node_drains", lambda: False)
+    renewed = []
+    attempt = Attempt.__new__(Attempt)  # without workers
+    attempt._asked, attempt._looked_at, attempt._nodes = None, float("-inf"), []
+    attempt._node_request = SimpleNamespace(renew=lambda: renewed.append(True))
+    assert attempt._request(Stop(Console())) is None
+    assert renewed == [True]
 
 
 class Failed(Exception):

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from benchmarks import scaling, scaling_measure
 from benchmarks import scaling_model as model
-from eiwtrain import data, pace
-from eiwtrain.config import Train
+from eiwtrain import costs, data, engine, pace
+from eiwtrain.config import Train, batching
 from eiwtrain.data.order import SampleOrder
 from eiwtrain.engine import Engine
-from eiwtrain.worker import batching
 
 NETWORK = model.Network(node=8, inside=240e9, between=40e9, call=8e-6, inside_hop=3e-6, between_hop=14e-6)
 CLUSTER = model.Cluster(
@@ -39,6 +38,7 @@ JOB = model.Job(
     forward_flops=50e9,
     operations=16_000,
     gradient_bytes=267_000_000,
+    buckets=2,
     tensors=1_600,
     checkpoint_bytes=1_070_000_000,
     zero_stage=1,
@@ -172,6 +172,28 @@ def test_a_step_is_never_faster_than_its_arithmetic_nor_than_its_launches(worker
 
 
 @law
+@given(st.integers(1, 256), st.integers(1, 256), st.sampled_from([g.name for g in costs.GPUS]))
+def test_a_step_computes_as_long_as_the_plan_of_the_config_says(workers: int, micro_batch: int, name: str) -> None:
+    gpu = next(gpu for gpu in costs.GPUS if gpu.name == name)
+    by_mode = dict.fromkeys(costs.MODES, 1)
+    plan = costs.Costs(
+        parameters=1,
+        flops_per_image=dict.fromkeys(costs.MODES, JOB.flops),
+        operations=dict.fromkeys(costs.MODES, JOB.operations),
+        activation_bytes=by_mode,
+        fixed_bytes=by_mode,
+        workspace_bytes=1,
+        checkpoint_bytes=1,
+        train=Train(global_batch=JOB.global_batch, micro_batch=micro_batch),
+        backprop="stored",
+        memory_budget=None,
+    )
+    there = replace(CLUSTER, flops_per_second=gpu.flops_per_second * costs.MFU, launch_seconds=costs.LAUNCH)
+    job = replace(JOB, micro_batch=micro_batch)
+    assert plan.step_seconds(gpu, workers) == pytest.approx(model.step(job, there, workers).compute)
+
+
+@law
 @given(st.floats(10, 1e4), st.floats(0, 100), st.floats(0, 1e3), st.floats(1, 1e7), st.floats(1, 10))
 def test_goodput_is_a_share_and_falls_with_the_rate_of_failures(
     interval: float, stall: float, down: float, mtbf: float, longer: float
@@ -240,30 +262,31 @@ def test_the_fit_finds_latency_and_bandwidth_again() -> None:
     assert (found.call, found.between) == (pytest.approx(4e-4), pytest.approx(1.2e9))
 
 
-def _say_traffic(zero_stage: int, accumulation: int, output: str) -> None:
+def _say_traffic(zero_stage: int, accumulation: int, buckets: int, output: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 1))
+    numbers = sum(p.numel() for p in module.parameters())
+    engine.MOST_IN_BUCKET = numbers - (buckets - 1) * 100  # all, or what leaves the smaller layer to a second one
     train = Train(global_batch=2 * accumulation, micro_batch=1, zero_stage=zero_stage)
-    engine = Engine(module, train, 1, accumulation, 2)
+    subject = Engine(module, train, 1, accumulation, 2)
     losses = [lambda m: m(torch.ones(1, 32)).sum()] * accumulation
-    engine.step(losses, 1e-3)
+    subject.step(losses, 1e-3)
     with scaling_measure.Counting() as counting:
-        engine.step(losses, 1e-3)
+        subject.step(losses, 1e-3)
     if torch.distributed.get_rank() == 0:
-        size = sum(p.nbytes for p in module.parameters())
-        Path(output).write_text(json.dumps(scaling_measure.traffic(counting.collectives, size)))
+        found = scaling_measure.traffic(counting.collectives, 4 * numbers)
+        Path(output).write_text(json.dumps(found))
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("zero_stage", "accumulation"), [(0, 2), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("zero_stage", "accumulation", "buckets"), [(0, 2, 1), (1, 2, 2), (2, 2, 2)])
 def test_the_engine_sends_the_gradients_round_as_often_as_the_model_says(
-    zero_stage: int, accumulation: int, tmp_path: Path
+    zero_stage: int, accumulation: int, buckets: int, tmp_path: Path
 ) -> None:
-    run_ranks(_say_traffic, 2, zero_stage, accumulation, str(tmp_path / "traffic.json"))
+    run_ranks(_say_traffic, 2, zero_stage, accumulation, buckets, str(tmp_path / "traffic.json"))
     counted = json.loads((tmp_path / "traffic.json").read_text())
     assert counted["passes"] == pytest.approx(model.passes(zero_stage, accumulation), rel=0.02)
-    assert (
-        counted["calls"] == model.calls(zero_stage, accumulation, 4) - 1
-    )  # the loop's own agreement is not the engine's
+    expected = model.calls(zero_stage, accumulation, 4, buckets) - 1  # the loop's own agreement is not the engine's
+    assert counted["calls"] == expected
 
 
 def test_the_plan_renders_with_every_number_of_gpus() -> None:

@@ -228,6 +228,28 @@ def test_inside_a_ray_job_relative_paths_are_under_home(path, monkeypatch, tmp_p
     assert load_config(path, ["run.storage=here"]).run.storage == str(Path.home() / "eiwtrain" / "here")
 
 
+def test_a_file_that_is_absent_or_a_folder_or_not_to_be_read_is_one_line(path, tmp_path, monkeypatch):
+    near = str(Path(path).with_name("x" + Path(path).name))
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for wrong, words in (
+        (near, f"no such config file; did you mean {path}?"),
+        (f"{path}/x", "no such config file; give the path of a YAML file"),
+        (str(folder), "is a folder; "),
+    ):
+        with pytest.raises(ConfigError) as e:
+            load_config(wrong)
+        assert str(e.value).startswith(f"{wrong}: {words}")
+
+    def refused(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", path)  # which root, as whom tests may run, never meets
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(ConfigError) as e:
+        load_config(path)
+    assert str(e.value) == f"{path}: cannot be read (Permission denied); it must be a YAML file that you may read"
+
+
 def test_every_field_has_a_meaning():
     text = describe_fields()
     lines = text.splitlines()

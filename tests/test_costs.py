@@ -103,14 +103,15 @@ def test_auto_is_planned_as_what_its_budget_makes_of_it(budget, mode):
     assert costs.of(config(model={"backprop": "auto", "memory_budget": budget})).mode == mode
 
 
-def test_speed_is_the_share_of_the_peak_over_the_flops_of_the_mode_or_what_the_host_can_start():
-    found = costs.of(config(model={"backprop": "checkpointed"}))
-    gpu = costs.Gpu("slow", 1e8, 80e9)
-    assert found.images_per_second(gpu, 0.5) == pytest.approx(0.5e8 / found.flops_per_image["checkpointed"])
-    assert found.images_per_second(gpu) == found.images_per_second(gpu, costs.MFU)
-    fast = replace(gpu, flops_per_second=1e18)
-    micro_batches = found.images_per_second(fast, launch=1e-5) / found.micro_batch
-    assert micro_batches == pytest.approx(1e5 / found.operations["checkpointed"])
+def test_a_step_takes_the_flops_of_its_images_or_the_operations_of_its_micro_batches():
+    found = costs.of(config(model={"backprop": "checkpointed"}, train={"global_batch": 12, "micro_batch": 4}))
+    slow = costs.Gpu("slow", 1e8, 80e9)
+    fast = replace(slow, flops_per_second=1e18)
+    an_image, a_start = found.flops_per_image["checkpointed"] / (1e8 * costs.MFU), costs.LAUNCH
+    for workers, rows, accumulation in ((1, 4, 3), (2, 3, 2), (3, 4, 1), (5, 3, 1), (6, 2, 1), (12, 1, 1)):
+        assert found.step_seconds(slow, workers) == pytest.approx(accumulation * rows * an_image)
+        started = accumulation * found.operations["checkpointed"] * a_start
+        assert found.step_seconds(fast, workers) == pytest.approx(started)
 
 
 def test_auto_is_settled_on_each_gpu_by_itself():
@@ -120,7 +121,10 @@ def test_auto_is_settled_on_each_gpu_by_itself():
     small = costs.Gpu("small", 1e12, found.worker_bytes("stored", 1) / (1 - costs.FREE))
     kept = replace(found, backprop="stored")
     assert kept.fits(replace(small, bytes=1.01 * small.bytes), 1)
-    assert not kept.fits(replace(small, bytes=0.99 * small.bytes), 1)
+    less = replace(small, bytes=0.99 * small.bytes)
+    assert not kept.fits(less, 1)
+    assert found.fits(less, 1)  # it can invert
+    assert not found.fits(replace(small, bytes=found.worker_bytes("invertible", 1)), 1)
 
 
 def live_bytes() -> int:
@@ -151,7 +155,7 @@ def held_by_deepspeed(some: costs.Costs) -> None:
             hook = inner.register_step_pre_hook(lambda *_, b=before, s=seen: s.append(live_bytes() - b))
             engine.step([lambda module, x=x: -module(x).log_prob.sum()], 1e-3)
             hook.remove()
-        state = replace(some, parameters=parameters, zero_stage=stage).state(world)
+        state = replace(some, parameters=parameters, train=Train(zero_stage=stage)).state(world)
         expected = sum(state.values())
         if stage in (1, 2):  # by then the buffer is gone, and of gradients the own share is left
             expected -= state["reduction buffer"] + state["gradients"] - 4 * parameters // world

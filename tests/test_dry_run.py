@@ -9,7 +9,8 @@ import pytest
 import yaml
 from helpers import tiny_config, write_shards
 
-from eiwtrain import costs, dry_run, run
+from eiwtrain import costs, dry_run, preflight, run
+from eiwtrain.config import batching
 from eiwtrain.config_file import load_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -74,13 +75,35 @@ def test_a_config_that_cannot_be_read_has_no_plan(path, capsys):
     assert printed(capsys, path, "train.lrr=1")[:2] == (2, "")
 
 
-def test_hours_are_images_over_workers_and_images_per_second(path):
-    config = load_config(path, ["workers.gpus=1", "workers.min=1", "workers.max=8", "train.max_steps=1000000"])
+def a_plan(path, operations: int, *given: str) -> list[str]:
+    """Of a million steps of 8 images at 156 GFLOP, in micro-batches of 4 with so many operations."""
+    config = load_config(path, ["workers.gpus=1", "workers.min=1", "train.max_steps=1000000", *given])
     found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.MODES, 156e9))
-    found = replace(found, operations=dict.fromkeys(costs.MODES, 1))
-    (line,) = [text.split() for text in dry_run.lines(config, found, None) if "A100" in text]
+    return dry_run.lines(config, replace(found, operations=dict.fromkeys(costs.MODES, operations)), None)
+
+
+def test_hours_are_the_steps_at_the_images_that_each_worker_has(path):
+    (line,) = [text.split() for text in a_plan(path, 1, "workers.max=8") if "A100" in text]
     # 312 TFLOP/s at a quarter are 500 images/s; 8,000,000 images are 4.4 hours of that
-    assert line[-4:] == ["500", "0.6", "4.4", "4"]
+    assert line[-5:] == ["500", "0.6", "4", "4.4", "4"]
+
+
+def test_gpus_that_wait_for_their_hosts_gain_nothing_by_more_workers_than_micro_batches(path):
+    three_hours = round(3 * 3600 / 1e6 / costs.LAUNCH)  # to start a million micro-batches
+    for most, gpu_hours in ((8, "24"), (2, "6")):
+        said = a_plan(path, three_hours, f"workers.max={most}")
+        (line,) = [text.split() for text in said if "A100" in text]
+        assert line[-4:] == ["3.0", gpu_hours, "6.0", "6"]
+        warned = "          2 can have a step of one micro-batch each; 8 get 1 images each" in "\n".join(said)
+        assert warned == (most > 2)
+
+
+def test_a_data_set_that_is_there_is_looked_up_once(path, tmp_path, capsys, monkeypatch):
+    write_shards(tmp_path / "data")
+    found, calls = preflight.find_data, []
+    monkeypatch.setattr("eiwtrain.preflight.find_data", lambda config: calls.append(1) or found(config))
+    assert printed(capsys, path)[0] == 0
+    assert calls == [1]
 
 
 def test_a_gpu_that_is_too_small_is_named_as_such(path):
@@ -126,6 +149,13 @@ def test_each_config_says_what_it_is_meant_for_and_where_things_are(path, monkey
     assert moved.tracking.uri == "http://mlflow:5000"
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_config_asks_for_as_many_workers_as_make_a_step_of_one_full_micro_batch_each(path):
+    config = load_config(str(path))
+    assert batching(config.train, config.max_workers) == (config.train.micro_batch, 1)
+    assert config.max_workers * config.train.micro_batch == config.train.global_batch
+
+
 @pytest.mark.cluster  # half a minute or so for all, as they are of full size
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_head_of_a_config_agrees_with_its_plan(path):
@@ -143,7 +173,7 @@ def test_the_head_of_a_config_agrees_with_its_plan(path):
         return
     gpu = next(gpu for gpu in costs.GPUS if gpu.name == meant["gpu"])
     assert int(meant["gpus"]) == config.max_workers
-    hours = images / found.images_per_second(gpu) / config.max_workers / 3600
+    hours = config.train.max_steps * found.step_seconds(gpu, config.max_workers) / 3600
     assert float(meant["hours"]) == pytest.approx(hours, abs=0.06)
     assert float(meant["gb"]) == pytest.approx(memory, abs=0.06)
     assert found.fits(gpu, config.max_workers)

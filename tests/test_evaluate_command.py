@@ -169,8 +169,8 @@ def test_it_says_which_checkpoint_was_scored(here, capsys):
         ),
         (["--data", "LARGE"], "--resolution 8 writes such"),
         (["--against", "LARGE"], "--against: images of large are 3x16x16, and the model takes 3x8x8"),
-        (["--split", "val"], "no split 'val'; it has train, test"),
-        (["--against", "SOFT", "--against-split", "val"], "no split 'val'"),
+        (["--split", "val"], "--data: data set 'soft' has no split 'val'; it has train, test"),
+        (["--against", "SOFT", "--against-split", "val"], "--against: data set 'soft' has no split 'val'"),
         (["--iwbo", "0"], "--iwbo: 0 is too few"),
         (["--batch", "0"], "--batch: 0 is too few"),
         (["--images", "0"], "--images: 0 is too few"),
@@ -179,16 +179,16 @@ def test_it_says_which_checkpoint_was_scored(here, capsys):
         (["--fid-samples", "8"], "--fid-samples: it goes with --fid-weights"),
         (["--temperature", "0.7"], "--temperature: it goes with --fid-weights"),
         (["--fid-weights", "w.pth", "--temperature", "nan"], "--temperature: nan is not a number above 0"),
-        (["--scores", "nowhere://bucket/s.parquet"], "nowhere://bucket"),
+        (["--scores", "nowhere://bucket/s.parquet"], "--scores: nowhere://bucket"),
         (["--json", "MODEL/config.json/r.json"], "config.json"),
-        (["--json", "MODEL"], "is a folder; give the name of a file"),
+        (["--json", "MODEL"], "--json: MODEL: this is a folder; give the name of a file"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line_before_anything_is_scored(args, words, here, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "score_images", None)
     places = {"LARGE": here.large, "SOFT": here.soft, "MODEL": here.exported}
     for name, place in places.items():
-        args = [arg.replace(name, place) for arg in args]
+        args, words = [arg.replace(name, place) for arg in args], words.replace(name, place)
     args = [*args, *([] if "--data" in args else ["--data", here.soft])]
     assert evaluate.main([here.exported, *args]) == 2
     captured = capsys.readouterr()

@@ -13,7 +13,7 @@ from eiwtrain.config import Config
 from eiwtrain.goodput import Clock
 from eiwtrain.keeper import Keeper
 from eiwtrain.lease import LeaseLost
-from eiwtrain.saver import Outcome
+from eiwtrain.saver import Outcome, RanksApartError
 
 
 @dataclass
@@ -21,6 +21,9 @@ class FakeSaver:
     """Stands for the thread that writes: a save ends when the test says so. The real one is in test_saver."""
 
     begun: list[int] = field(default_factory=list)
+    waits: list[float | None] = field(default_factory=list)
+    takes: float = float("inf")
+    """Seconds for which one must be waited for until it is written."""
     busy: bool = False
     outcome: Outcome | None = None
 
@@ -38,7 +41,8 @@ class FakeSaver:
         return None if self.busy else outcome
 
     def wait(self, seconds: float | None = None) -> Outcome | None:
-        if self.busy and seconds is None:
+        self.waits.append(seconds)
+        if self.busy and (seconds is None or seconds >= self.takes):
             self.end()
         return self.poll()
 
@@ -142,22 +146,51 @@ def test_weights_that_went_back_are_saved_under_the_step_that_follows(kept, monk
 
 
 def test_a_save_that_shall_not_wait_is_put_off_while_another_is_written(kept):
+    k, state, saver, said = kept
+    train(kept, 10)
+    saver.takes = 60.0
+    state.step = 12
+    k.save()
+    assert (saver.begun, said) == ([10], [])
+    saver.end()
+    train(kept, 13)
+    assert saver.begun == [10, 13]
+
+
+def test_a_save_with_a_score_waits_for_the_one_before_as_a_later_one_would_not_have_it(kept):
     k, state, saver, _ = kept
+    train(kept, 10)
+    saver.takes = 300.0
+    state.score = object()
+    k.save()
+    assert saver.begun == [10, 10]
+    assert state.newest.step == 10
+
+
+def test_a_score_that_no_checkpoint_has_is_told_and_training_goes_on_before_the_watchdog_bites(kept):
+    k, state, saver, said = kept
     train(kept, 10)
     state.score = object()
     k.save()
     assert saver.begun == [10]
+    assert 20.0 < max(saver.waits) < Config.model_validate(tiny_config(Path("/x"))).workers.hang_seconds
+    assert said == [
+        "the checkpoint of step 10 with its score is left out, as the one before it is not written after 600 s: "
+        "this step cannot be the best that is kept"
+    ]
     saver.end()
     train(kept, 11)
     assert saver.begun == [10, 11]
 
 
-def test_a_lost_lease_ends_the_worker(kept):
-    k, _, saver, _ = kept
+@pytest.mark.parametrize("error", [LeaseLost("taken over"), RanksApartError("Connection closed by peer")])
+def test_workers_that_may_not_or_cannot_write_any_more_end(kept, error):
+    k, _, saver, said = kept
     train(kept, 10)
-    saver.end(LeaseLost("run.name: 'x' was taken over by host, process 1"))
-    with pytest.raises(LeaseLost, match="taken over"):
+    saver.end(error)
+    with pytest.raises(type(error), match=str(error)):
         k.hear()
+    assert said == []
 
 
 def test_what_the_store_lacks_and_the_clock_travel_in_the_checkpoint(kept, monkeypatch):

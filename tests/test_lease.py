@@ -392,6 +392,29 @@ def test_a_wait_can_be_given_up(root, world):
     guard.check(give_up=lambda: True)
 
 
+@pytest.mark.parametrize("looked_before", [0.0, 0.5, 2.9, 5.0])
+def test_after_the_wait_no_guard_of_an_attempt_before_believes_that_it_may_write(root, world, looked_before):
+    held = acquire(root)
+    before = held.guard()
+    before.check()
+    world.sleep(looked_before)
+    held.next_attempt()
+    guard = held.guard()
+    with contextlib.suppress(LeaseLost):
+        before.check()  # the last moment at which it may find nothing
+    beat(held)
+    guard.check()
+    believed = world.now
+    if looked_before < lease._LOOK_SECONDS:
+        before.check()  # as it does not look again
+    guard.outwait()
+    assert world.now - believed >= lease._LOOK_SECONDS
+    with pytest.raises(LeaseLost, match="another attempt"):
+        before.check()
+    with pytest.raises(storage.StorageError, match="others may still write"):
+        guard.outwait(give_up=lambda: True)
+
+
 def test_a_guard_of_an_attempt_that_has_ended_lets_nothing_be_written(root, world):
     held = acquire(root)
     guard = held.guard()

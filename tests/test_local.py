@@ -1,6 +1,7 @@
 """The parts of cluster.local that need no Ray: processes found again and ended, state, ports, errors in one line."""
 
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -10,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from cluster import local, ray_nodes, state
+from cluster import local, ray_nodes, s3, state
 from cluster.processes import Process, spawn
 
 
@@ -23,12 +24,14 @@ def until(condition):
 
 @pytest.fixture
 def family(tmp_path):
-    """A process and its two descendants."""
+    """A process, its two children, and one it has started that is no longer below it nor in its session."""
     code = (
         "import os, subprocess, sys, time\n"
         "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); "
         "time.sleep(600)'\n"
+        "stray = 'import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep(600)'\n"
         "start = lambda **k: subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE, **k)\n"
+        "subprocess.run([sys.executable, '-c', stray], check=True)\n"
         "children = [start(preexec_fn=os.setpgrp), start()]\n"
         "[c.stdout.readline() for c in children]\n"
         "print('up', flush=True)\n"
@@ -38,11 +41,13 @@ def family(tmp_path):
     process = spawn("family", [sys.executable, "-c", code], os.environ, log)
     until(lambda: log.read_text())
     members = process.family()
-    assert len(members) == 3
-    yield process, members
-    for member in members:
-        if member.is_running():
-            member.kill()
+    try:
+        assert len(members) == 4
+        yield process, members
+    finally:
+        for member in members:
+            if member.is_running():
+                member.kill()
 
 
 def again(process):
@@ -56,7 +61,8 @@ def dead(members):
 
 def test_a_killed_process_takes_its_descendants_along_whatever_their_group(family):
     process, members = family
-    assert len({os.getpgid(m.pid) for m in members}) == 2
+    assert len({os.getpgid(m.pid) for m in members}) == 3
+    assert len({os.getsid(m.pid) for m in members}) == 2
     assert process.alive
     again(process).kill()
     assert dead(members)
@@ -139,6 +145,69 @@ def test_a_second_cluster_in_the_folder_is_refused(family, tmp_path, capsys):
     state.record(tmp_path, [process], None)
     assert "its cluster runs already" in one_line(capsys, "up", "--folder", str(tmp_path))
     assert not dead(members)
+
+
+UP = ("up", "--job-port", "70000", "--folder")  # which starts nothing, whatever the folder
+
+
+def test_a_second_up_meanwhile_is_refused_and_changes_nothing(tmp_path, capsys):
+    folder = tmp_path / "home"
+    with state.claim(folder):
+        state.write(folder / state.TOKEN, "of the first")
+        state.record(folder, [], None)
+        before = {path.name: path.read_text() for path in folder.iterdir()}
+        assert "another `up` is starting its cluster" in one_line(capsys, *UP, str(folder))
+        assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    with state.claim(folder):
+        pass  # it is free again
+
+
+def test_a_folder_of_other_files_is_refused_and_stays_open_to_others(tmp_path, capsys):
+    tmp_path.chmod(0o755)
+    (tmp_path / "a.txt").touch()
+    assert "holds other files" in one_line(capsys, *UP, str(tmp_path))
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_s3_server_is_written_down_before_it_is_waited_for(tmp_path, capsys, monkeypatch):
+    def wait(server, ports):
+        assert [(name, lives) for name, _, lives, _ in local.status(tmp_path)] == [("s3", True)]
+        raise s3.S3Error("seen")
+
+    program = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(s3, "_find_weed", lambda: "")
+    monkeypatch.setattr(s3.S3Server, "_spawn", lambda *args: subprocess.Popen(program))
+    monkeypatch.setattr(s3.S3Server, "_wait", wait)
+    assert one_line(capsys, "up", "--folder", str(tmp_path)) == "cluster.local: seen\n"
+    assert local.status(tmp_path) == []
+
+
+ENDED = """
+import os, signal, time
+from cluster.processes import end_on_signals
+end_on_signals()
+try:
+    print("up", flush=True)
+    while os.getppid() == int(os.environ["PARENT"]): time.sleep(0.02)
+finally:
+    for number in (signal.SIGHUP, signal.SIGTERM): os.kill(os.getpid(), number)
+    print("in order", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "nohup"), [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, True)])
+def test_a_signal_ends_the_command_in_order_and_a_second_one_does_not_break_that_off(number, nohup):
+    ignoring = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
+    env = os.environ | {"PARENT": str(os.getpid())}
+    command = [sys.executable, "-c", ENDED]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=ignoring) as process:
+        assert process.stdout.readline() == "up\n"
+        if nohup:
+            process.send_signal(signal.SIGHUP)
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[0] == "in order\n"
+    assert process.returncode == 128 + number
 
 
 def test_a_state_that_cannot_be_read_is_one_line(tmp_path, capsys):

@@ -1,8 +1,11 @@
 import dataclasses
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import free_port, tiny_config, write_shards
 
 from eiwtrain import preflight
@@ -58,11 +61,29 @@ def test_absent_data_that_can_be_prepared_is_no_error(folder):
 
 def test_gpus_asked_for_and_absent_are_refused_here_but_not_on_a_cluster(folder, monkeypatch):
     monkeypatch.setattr(preflight, "gpus_here", lambda: 1)
+    monkeypatch.setattr(preflight, "torch_build", lambda: {"cuda": "12.6"})
     with pytest.raises(ConfigError, match=r"workers.gpus: 1 for each of 2 workers, but this machine has 1; use"):
         preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=False)
     preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=True)
     preflight.check_gpus(config(folder, workers={"gpus": 1, "min": 1}), joins_cluster=False)
     preflight.check_gpus(config(folder), joins_cluster=False)
+
+
+def test_a_torch_without_cuda_is_refused_here_but_not_on_a_cluster(folder, monkeypatch):
+    monkeypatch.setattr(preflight, "gpus_here", lambda: 2)
+    monkeypatch.setattr(preflight, "torch_build", lambda: {"cuda": None, "__version__": "2.13.0+cpu"})
+    with pytest.raises(ConfigError, match=r"workers.gpus: 1, .* torch .* 2\.13\.0\+cpu, .* without CUDA; .*pip") as e:
+        preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=False)
+    assert len(str(e.value).splitlines()) == 1
+    preflight.check_gpus(config(folder, workers={"gpus": 1}), joins_cluster=True)
+    preflight.check_gpus(config(folder), joins_cluster=False)
+
+
+def test_how_torch_was_built_is_known_without_importing_it():
+    code = "import sys; from eiwtrain.preflight import torch_build; found = torch_build();"
+    code += "assert 'torch' not in sys.modules; print(found['cuda'], found['__version__'])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert told == [str(torch.version.cuda), str(torch.__version__)]
 
 
 def test_gpus_hidden_from_this_process_do_not_count(monkeypatch):

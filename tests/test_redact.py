@@ -23,6 +23,15 @@ WITH = [
     f"s3://bucket/x?access_key={PLANTED}&y=1",
     f"https://host/x?sv=1&sig={PLANTED}&z=2",
     f"s3://bucket/x?X-Amz-Signature={PLANTED}",
+    f"postgresql://user:12/{PLANTED}@host/mlflow",
+    f"mysql+pymysql://user:3306?{PLANTED}@host/mlflow",
+    f"s3://key:7/{PLANTED}@bucket/folder",
+    f"ftp://user:123456/{PLANTED}@host/folder",
+    f"ftp://user:0/{PLANTED}@host/folder",
+    f"https://host/x?key={PLANTED}",
+    f"https://host/x?y=1&auth={PLANTED}#z",
+    f"https://host/x?api-key={PLANTED}",
+    f"https://host/x#access_token={PLANTED}&token_type=bearer",
 ]
 WITHOUT = [
     "runs",
@@ -34,6 +43,12 @@ WITHOUT = [
     "abfs://container@account.dfs.core.windows.net/x",
     "postgresql://user@host/mlflow",
     "sqlite:////home/a@b/c:d.db",
+    "hdfs://namenode:8020/user/a@b",
+    "postgresql://host:5432/mlflow?sslmode=require",
+    "mysql+pymysql://host:3306/mlflow?charset=utf8mb4",
+    "http://host:5000/#/experiments/1/runs/2?searchFilter=tags.author",
+    "https://host/x?design=1&author=a&keyword=b&keys=2&monkey=3#key",
+    "s3://bucket/key=1/auth=2/sig=3",
 ]
 
 
@@ -50,7 +65,9 @@ def test_a_url_without_one_is_left_alone(url):
     assert not holds_secret(url)
 
 
-WORD = st.text("abcXYZ019-._~%!$'()*+,;", min_size=1, max_size=12)
+CHARACTERS = "abcXYZ019-._~%!$'()*+,;"
+WORD = st.text(CHARACTERS, min_size=1, max_size=12)
+SECRET = st.text(CHARACTERS + "/?#:", min_size=1, max_size=12)
 
 
 @given(st.sampled_from(["http", "https", "s3", "gs", "mysql+pymysql"]), WORD, WORD, WORD, st.text(max_size=20))
@@ -59,6 +76,25 @@ def test_no_password_outlives_redaction_wherever_the_url_stands(scheme, user, pa
     said = redact(f"{around} {scheme}://{user}:{planted}@{host}/x {around}")
     assert planted not in said
     assert said.count(f"{scheme}://***@{host}/x") == 1
+
+
+@given(st.sampled_from(["postgresql", "mysql+pymysql", "mssql+pyodbc", "s3"]), WORD, SECRET, WORD)
+def test_where_no_url_has_a_port_before_an_at_a_password_is_seen_whatever_it_looks_like(scheme, user, password, host):
+    assert redact(f"{scheme}://{user}:{password}@{host}/x") == f"{scheme}://***@{host}/x"
+
+
+NAME = st.text("abcz019-._~", min_size=1, max_size=12)
+
+
+@given(
+    st.sampled_from(["http", "https", "s3", "gs", "hdfs", "redis", "postgresql", "mysql+pymysql"]),
+    st.integers(1, 65535),
+    st.lists(NAME, max_size=3),
+    st.dictionaries(st.sampled_from(["versionId", "region", "page", "q", "sort", "driver", "keyspace", "a"]), NAME),
+)
+def test_host_port_path_and_everyday_parameters_are_no_secret(scheme, port, path, parameters):
+    query = "&".join(f"{name}={value}" for name, value in parameters.items())
+    assert not holds_secret(f"{scheme}://host:{port}/{'/'.join(path)}?{query}")
 
 
 @given(st.text(max_size=60))

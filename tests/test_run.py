@@ -10,6 +10,7 @@ from helpers import tiny_config, write_shards
 from mlflow import MlflowClient
 
 from eiwtrain import launch, run, tracking
+from eiwtrain.data import load_manifest
 
 
 @pytest.fixture
@@ -98,7 +99,8 @@ WILL_END = ("will end", "KILLED", "stopped by SIGTERM; goes on with the same com
 
 
 def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch):
-    def train(config, tracked, lease, *rest):
+    def train(config, data_fingerprint, tracked, lease, *rest):
+        assert data_fingerprint == load_manifest(config.data.path).fingerprint
         assert Watched.told == [("watches", tracked.run_id, config.root, lease.owner)]
         return STOPPED
 

@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     write_shards(folder / "data")
     flow.save(tiny_model(), folder / "model")
     flow.save(tiny_model(0.1, classes=2), folder / "two")
+    flow.save(tiny_model(0.1, classes=2), folder / "turned", {"class_names": ["class1", "class0"]})
     flow.save(tiny_model(0.1, classes=3), folder / "three", {"class_names": ["cat", "dog", "emu"]})
     with torch.random.fork_rng():
         grey = flow.FlowConfig((1, SIZE, SIZE), levels=1, steps=1, conditioner=CONDITIONER)
@@ -407,7 +408,8 @@ def test_a_set_that_fails_midway_leaves_no_npz(tmp_path):
         ("model", ["--data", "/nowhere", "--interpolate", "3"], "--data: no data set at /nowhere"),
         ("model", ["--data", "DATA", "--split", "val", "--interpolate", "3"], "--data: data set 'data' has no split"),
         ("model", ["--data", "DATA", "--interpolate", "3", "--n", "50"], "--n: 50 pairs"),
-        ("three", ["--data", "DATA", "--interpolate", "3"], "--data: 2 classes"),
+        ("three", ["--data", "DATA", "--interpolate", "3"], "--data: 2 classes, and the model has 3"),
+        ("turned", ["--data", "DATA", "--interpolate", "3"], "--data: its classes are not the model's, or in another"),
         ("model", ["--device", "cuda"], "--device: cuda"),
         ("grey", [], "1 channels"),
         ("nowhere", [], "nowhere"),
@@ -434,7 +436,7 @@ def test_a_command_that_cannot_work_says_why_in_one_line_and_draws_nothing(
 def test_images_of_another_size_are_refused(folder, tmp_path, capsys):
     write_shards(tmp_path / "large", n=20, resolution=16)
     assert command(folder / "model", "--data", tmp_path / "large", "--interpolate", 3) == 2
-    assert "its images are 16x16, and the model's 8x8" in capsys.readouterr().err
+    assert "--data: images of large are 3x16x16, and the model takes 3x8x8" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_fit_in_memory_is_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
@@ -449,4 +451,4 @@ def test_a_batch_that_does_not_fit_in_memory_is_told_in_one_line(folder, tmp_pat
 def test_a_folder_where_a_file_is_to_be_is_refused(folder, tmp_path, capsys):
     (tmp_path / "x.png").mkdir()
     assert command(folder / "model", "--output", tmp_path / "x.png") == 2
-    assert "this is a folder" in capsys.readouterr().err
+    assert "x.png: this is a folder; give the name of a file" in capsys.readouterr().err

@@ -3,6 +3,8 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +208,9 @@ def test_without_the_right_to_write_no_manifest_is_published(tmp_path):
     assert files(tmp_path) == []
 
 
-def test_the_right_to_write_is_looked_at_again_before_old_ones_are_deleted(tmp_path):
-    left = [4]  # two a save
+@pytest.mark.parametrize("looks", [1, 2])  # of the last save: before the manifest, and before the sweep
+def test_the_right_to_write_is_looked_at_again_before_old_ones_are_deleted(tmp_path, looks):
+    left = [100]
 
     def guard():
         left[0] -= 1
@@ -218,7 +221,7 @@ def test_the_right_to_write_is_looked_at_again_before_old_ones_are_deleted(tmp_p
     begin(s, 1)
     begin(s, 2)
     s.wait()
-    left[0] = 1
+    left[0] = looks
     begin(s, 3)
     outcome = s.wait()
     assert (outcome.checkpoint.step, outcome.error, type(outcome.exception)) == (3, "taken over", Lost)
@@ -246,6 +249,59 @@ def test_the_right_to_write_is_looked_at_again_when_publishing_is_tried_again(tm
     outcome = s.wait()
     assert (outcome.checkpoint, type(outcome.exception), len(calls)) == (None, Lost, 2)
     assert files(root) == []
+
+
+def late_manifest(monkeypatch, meanwhile):
+    """What is done between a writer's looks, at its parts and at the lease, and its manifest."""
+    write = storage.write_pieces
+
+    def late(url, pieces):
+        if url.endswith(checkpoint.MANIFEST):
+            meanwhile()
+        write(url, pieces)
+
+    monkeypatch.setattr(storage, "write_pieces", late)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp_path, monkeypatch, killed):
+    root = str(tmp_path)
+    s = make(root, keep_last=1)
+    begin(s, 1)
+    (before,) = [s.wait().checkpoint]
+    late_manifest(monkeypatch, lambda: checkpoint.clean(root))
+    if killed:  # as soon as it is written
+        written = [saver._check_parts, lambda new: signal.raise_signal(signal.SIGINT)]
+        monkeypatch.setattr(saver, "_check_parts", lambda new: written.pop(0)(new))
+        with pytest.raises(KeyboardInterrupt):
+            saver.commit(root, 2, 16, dict(tensors(2)), state(2))
+        found, (bad,) = checkpoint.survey(root)
+        assert found == [before]
+        assert bad.step == 2
+        assert "part-00000-of-00001.safetensors is missing" in bad.why
+    else:
+        begin(s, 2)
+        outcome = s.wait()
+        assert outcome.checkpoint is None
+        assert checkpoint.survey(root) == ([before], [])
+    monkeypatch.undo()
+    begin(s, 3)
+    assert s.wait().error is None
+    assert steps(root) == [3]
+    assert len(storage.listdir(checkpoint.folder(root))) == 1
+
+
+@pytest.mark.parametrize("collective", ["broadcast_object_list", "all_gather_object"])
+def test_ranks_that_lost_one_another_are_told_from_storage_that_fails(tmp_path, monkeypatch, collective):
+    def fail(*args, **options):
+        raise RuntimeError("Connection closed by peer\n[127.0.0.1]:1234")
+
+    monkeypatch.setattr(dist, collective, fail)
+    s = make(tmp_path)
+    begin(s, 1)
+    outcome = s.wait()
+    assert (outcome.checkpoint, type(outcome.exception)) == (None, saver.RanksApartError)
+    assert outcome.error == "the workers lost one another at a checkpoint: Connection closed by peer [127.0.0.1]:1234"
 
 
 def test_what_cannot_be_sent_is_sent_as_text():
@@ -348,7 +404,7 @@ def die_in_second_save(rank, folder, failpoint, victim):
     outcome = s.wait()
     if steps_left(failpoint, victim) == ([1],):
         assert outcome.checkpoint is None
-        assert outcome.error
+        assert isinstance(outcome.exception, saver.RanksApartError)
 
 
 def leave_in_a_save(rank, folder):
@@ -392,6 +448,30 @@ def test_whatever_dies_when_a_reader_finds_the_old_or_the_new_one_whole(tmp_path
     folder = saved.url.rsplit("/", 1)[-1]
     assert files(root) == sorted(f"checkpoints/{folder}/{n}" for n in ("manifest.json", saved.parts[0].name))
     assert is_whole(saved)
+
+
+def come_late(rank, folder):
+    join(rank, folder)
+    saver._TIMEOUT = timedelta(seconds=1)
+    s = make(f"{folder}/run")
+    if rank == 0:
+        begin(s, 1)
+        assert isinstance(s.wait().exception, saver.RanksApartError)
+    dist.barrier()
+    began = time.monotonic()
+    begin(s, 2)
+    assert isinstance(s.wait().exception, saver.RanksApartError)
+    assert time.monotonic() - began < 30
+    dist.barrier()  # training's own group is as it was
+
+
+@pytest.mark.cluster
+def test_after_one_timeout_no_rank_believes_that_checkpoints_can_be_written(tmp_path):
+    ranks = start(come_late, tmp_path)
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert steps(tmp_path / "run") == []
 
 
 @pytest.mark.cluster

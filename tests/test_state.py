@@ -147,7 +147,14 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(t
 
 @pytest.mark.parametrize(
     ("saved_at", "resumed_at", "exact"),  # ZeRO stage and world size
-    [((1, 2), (1, 2), True), ((3, 2), (3, 2), True), ((3, 2), (1, 1), False), ((1, 1), (3, 2), False)],
+    [
+        ((0, 2), (0, 2), True),
+        ((1, 2), (1, 2), True),
+        ((3, 2), (3, 2), True),
+        ((1, 2), (0, 1), False),
+        ((3, 2), (1, 1), False),
+        ((1, 1), (3, 2), False),
+    ],
 )
 def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact):
     stage, world_size = saved_at

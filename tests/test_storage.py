@@ -377,19 +377,15 @@ def test_a_write_where_no_folder_can_be_is_a_storage_error():
         storage.write_bytes("/proc/nowhere/x", b"")
 
 
-def test_a_remote_folder_can_be_had_as_a_local_one(root):
-    storage.write_bytes(storage.join(root, "m", "config.json"), b"1")
-    storage.write_bytes(storage.join(root, "m", "model.safetensors"), b"2")
-    with storage.local_folder(storage.join(root, "m")) as folder:
-        assert {p.name: p.read_bytes() for p in Path(folder).iterdir()} == {
-            "config.json": b"1",
-            "model.safetensors": b"2",
-        }
-    with (
-        pytest.raises(storage.StorageError, match="absent"),
-        storage.local_folder(f"memory://{Path(root).name}/absent"),
-    ):
-        pass
+def test_check_file_writable_wants_a_place_for_a_file_and_leaves_nothing(root, tmp_path):
+    storage.check_file_writable(storage.join(root, "new", "x.json"))
+    storage.check_file_writable("memory://x.json")
+    assert not storage.exists(root)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(storage.StorageError, match="taken: this is a folder; give the name of a file"):
+        storage.check_file_writable(str(tmp_path / "taken"))
+    with pytest.raises(storage.StorageError, match="/proc/nowhere"):
+        storage.check_file_writable("/proc/nowhere/x.json")
 
 
 def test_an_unknown_scheme_is_one_line():

@@ -273,12 +273,12 @@ def test_a_guard_that_raises_ends_all_writing(config, monkeypatch):
     tracker = tracking.Tracker(run, warn=said.append, guard=guard)
     tracker.metrics(1, {"train/lr": 0.1})
     tracker.flush()
-    assert tracker.error is None
+    assert said == []
     lost.set()
     tracker.metrics(2, {"train/lr": 0.2})
     tracker.image(2, "samples", Image.new("RGB", (8, 8)))
     tracker.flush()
-    assert isinstance(tracker.error, PermissionError)
+    assert len(said) == 1
     tracker.metrics(3, {"train/lr": 0.3})
     tracker.close()
     assert history(run, "train/lr") == [(1, 0.1)]
@@ -316,7 +316,6 @@ def test_a_run_that_was_deleted_is_said_once(config, monkeypatch):
         tracker.metrics(step, {"train/lr": 0.1, "train/loss": 0.1})
     tracker.close()
     assert said == [f"MLflow run {run.run_id} was deleted: nothing more is logged"]
-    assert tracker.error is None
 
 
 def images(run):

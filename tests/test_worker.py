@@ -1,13 +1,14 @@
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import lone_group, tiny_config, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eiwtrain import flow
+from eiwtrain import data, device, flow, worker
 from eiwtrain.config import Config, Train
 from eiwtrain.state import flow_config
 from eiwtrain.worker import MicroBatch, batching, learning_rate
@@ -71,7 +72,106 @@ def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model)
     padded = [(x[:3], [1, 1, 1]), (x[3:6], [1, 1, 1]), (torch.cat([x[6:], x[:1]]), [1, 1, 0])]
     parts = [MicroBatch(torch.tensor(weight, dtype=torch.float64), CONFIG, images) for images, weight in padded]
     assert float(sum(p.loss(model).detach() for p in parts)) == pytest.approx(float(expected), rel=1e-12)
-    assert sum(p.bits for p in parts) == pytest.approx(whole.bits, rel=1e-12)
+    assert sum(p.sums for p in parts).tolist() == pytest.approx(whole.sums.tolist(), rel=1e-12)
+    assert float(whole.sums[0]) / 8 == pytest.approx(float(model.bits_per_dim(x).mean().detach()))
+
+
+def test_between_forward_and_backward_pass_nothing_is_read_from_the_device():
+    on = torch.device("meta")  # whose tensors have no numbers to read
+    out = flow.FlowOutput(torch.empty(4, device=on), torch.empty(4, device=on), torch.empty(2, 2, device=on))
+    micro = MicroBatch(torch.empty(4, device=on), CONFIG, torch.empty(4, 3, 8, 8, device=on))
+    assert micro.loss(lambda *_: out).is_meta
+    assert micro.sums.is_meta
+
+
+class Driver:
+    """The driver's end of the mailbox."""
+
+    request = None
+
+    def __init__(self, _mailbox):
+        self.said = []
+        Driver.last = self
+
+    def say(self, kind, content):
+        self.said.append((kind, content))
+
+    finish = say
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts the only worker of a run, and gives what its driver is told."""
+    monkeypatch.setattr(worker, "WorkerEnd", Driver)
+    monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
+    write_shards(tmp_path / "data")
+
+    def start(fingerprint="", failures=0, **sections):
+        config = Config.model_validate(tiny_config(tmp_path, **sections))
+        fingerprint = fingerprint or data.load_manifest(config.data.path).fingerprint
+        job = worker.Job(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
+        worker.train({"job": job})
+        return Driver.last.said
+
+    with lone_group(tmp_path):
+        yield start
+
+
+def test_a_data_set_that_was_replaced_between_two_attempts_ends_the_run(start, tmp_path):
+    ((kind, said),) = start(fingerprint="0123456789abcdef")
+    now = data.load_manifest(str(tmp_path / "data")).fingerprint[:12]
+    assert kind == "end"
+    assert said["failed"].startswith(f"data.path: {tmp_path}/data was replaced while the run went on")
+    assert f"(fingerprint {now}, was 0123456789ab); put back" in said["failed"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "remedies"),
+    [
+        ({"backprop": "stored"}, 4, "use a train.micro_batch below 4 or model.backprop=invertible, or"),
+        ({"backprop": "auto"}, 4, "below 4 or a model.memory_budget (bytes) or model.backprop=invertible, or"),
+        ({"backprop": "auto", "memory_budget": 9}, 1, "use a lower model.memory_budget or model.backprop=invertible,"),
+        ({}, 4, "use a train.micro_batch below 4, or"),
+        ({}, 1, "use a smaller model, or"),
+    ],
+)
+def test_a_worker_without_enough_gpu_memory_says_what_takes_less(model, rows, remedies, start, monkeypatch):
+    error = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.50 GiB of which 1.25 GiB "
+    error += "is free.\nIncluding non-PyTorch memory, this process has 2 GiB memory in use. Of the allocated"
+
+    def no_room(*_args, **_kwargs):
+        raise torch.OutOfMemoryError(error)
+
+    monkeypatch.setattr(worker, "TrainState", no_room)
+    sections = {"model": model, "train": {"micro_batch": rows}}
+    ((kind, said),) = start(**sections)
+    assert kind == "end"
+    assert said["failed"].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert said["failed"].splitlines() == [said["failed"]]
+    assert "1.25 GiB is free" in said["failed"]
+    assert remedies in said["failed"]
+    with pytest.raises(RuntimeError, match=r"out of GPU memory: .* eval\.samples"):  # a dead worker may still hold it
+        start(failures=1, **sections)
+
+
+def test_what_did_fit_is_tried_again(start, monkeypatch):
+    class Fits:
+        first_step, state = 3, SimpleNamespace(step=3)
+
+        def __init__(self, *_args):
+            pass
+
+        def run(self):
+            self.state.step += self.steps
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(worker, "Worker", Fits)
+    Fits.steps = 0
+    assert start()[-1][0] == "end"
+    Fits.steps = 1
+    with pytest.raises(RuntimeError, match=r"out of GPU memory: CUDA out of memory; use a train\.micro_batch below 4"):
+        start()
 
 
 def test_a_padded_row_gives_no_gradient(model):

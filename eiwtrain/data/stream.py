@@ -27,21 +27,23 @@ _OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1,024 
 _TOUCH_EVERY = 30.0  # seconds between two marks of use on a cached shard
 
 
-@dataclass
-class _Open:
-    """A mapped shard."""
-
-    path: Path
-    data: mmap.mmap
-    touched: float
-
-
 class _Index(NamedTuple):
     """Of a shard's images: where their bytes are, and their classes."""
 
     offsets: array[int]
     sizes: array[int]
     labels: array[int]
+
+
+@dataclass
+class _Open:
+    """A mapped shard. Its index goes with it: kept for all shards, indices would fill a loader's memory, at 24 bytes an
+    image of the data set."""
+
+    path: Path
+    data: mmap.mmap
+    index: _Index
+    touched: float
 
 
 class ShardReader:
@@ -81,7 +83,6 @@ class ShardReader:
         npy = manifest.encoding == "npy"
         self._decode = _DecodeNpy(_npy_header((height, width, channels))) if npy else _decode_png
         self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._index: dict[int, _Index] = {}
 
     @property
     def is_local(self) -> bool:
@@ -127,8 +128,7 @@ class ShardReader:
         numbers, rows = self.place(indices)
         labels = np.empty(len(indices), np.int64)
         for i, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
-            data = self._map(number)
-            index = self._index[number]
+            data, index = self._map(number)
             start = index.offsets[row]
             labels[i] = index.labels[row]
             try:
@@ -165,10 +165,10 @@ class ShardReader:
             self._open.popitem()[1].data.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_index": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
-    def _map(self, number: int) -> mmap.mmap:
-        """The bytes of shard `number`, mapped now if they were not."""
+    def _map(self, number: int) -> tuple[mmap.mmap, _Index]:
+        """The bytes of shard `number`, mapped now if they were not, and where its images are in them."""
         remote = not self.is_local
         if number in self._open:
             self._open.move_to_end(number)
@@ -176,8 +176,8 @@ class ShardReader:
             if remote and time.monotonic() - found.touched > _TOUCH_EVERY:
                 found.touched = time.monotonic()
                 touch(found.path)
-            return found.data
-        self._load_index(number)
+            return found.data, found.index
+        index = self._read_index(number)
         for attempt in range(3):  # another process may evict the shard between fetch and open
             path = self._local_path(number)
             try:
@@ -187,13 +187,13 @@ class ShardReader:
             except FileNotFoundError:
                 if attempt == 2:
                     raise
-        self._open[number] = _Open(path, data, time.monotonic())
+        self._open[number] = _Open(path, data, index, time.monotonic())
         if remote:  # let go of what has been evicted: its disk space is freed only then
             for other in [n for n, o in self._open.items() if n != number and not o.path.exists()]:
                 self._open.pop(other).data.close()
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)[1].data.close()
-        return data
+        return data, index
 
     def _local_path(self, number: int) -> Path:
         shard = self.split.shards[number]
@@ -203,15 +203,13 @@ class ShardReader:
         self.cache.verify_local(path, shard)
         return path
 
-    def _load_index(self, number: int) -> None:
-        if number in self._index:
-            return
+    def _read_index(self, number: int) -> _Index:
         shard = self.split.shards[number]
         sidecar = self.cache.sidecar(self.url, shard)
         if replace(sidecar.shard, sidecar_sha256=shard.sidecar_sha256) != shard:
             raise DataError(f"shard {shard.name}: its sidecar is of other bytes than the manifest")
         columns = sidecar.offsets, sidecar.sizes, sidecar.labels
-        self._index[number] = _Index(*(array("q", column) for column in columns))
+        return _Index(*(array("q", column) for column in columns))
 
 
 def _decode_png(data: bytes, out: Pixels) -> None:

@@ -51,7 +51,7 @@ class Registered:
 def check_name(name: str) -> None:
     """Raises ValueError if a registered model cannot have that name."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--register: {name!r} cannot name a registered model: letters, digits and . _ - are well")
+        raise ValueError(f"--register: {name!r} cannot name a registered model: letters, digits and . _ - are allowed")
 
 
 def register(

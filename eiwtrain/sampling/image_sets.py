@@ -45,17 +45,15 @@ def check(url: str) -> None:
     """That a grid or a set can be written to `url`; the folder of PNG files must be new or empty.
 
     Raises:
-        ValueError: the folder holds something already, or a folder is where a file is to be.
-        storage.StorageError: nothing can be written there.
+        ValueError: the folder holds something already.
+        storage.StorageError: nothing can be written there, as a folder is where a file is to be, say.
     """
     if kind(url) == "folder":
         if storage.listdir(url):
             raise ValueError(f"{url}: the folder is not empty, and two sets would mix; give a new one")
         storage.check_writable(url)
         return
-    if storage.is_local(url) and Path(storage.absolute(url)).is_dir():
-        raise ValueError(f"{url}: this is a folder; for PNG files in it, end it in /")
-    storage.check_writable(_parent(url))
+    storage.check_file_writable(url)
 
 
 def write_npz(url: str, batches: Iterable[Tensor], n: int, labels: Tensor | None = None) -> None:
@@ -105,10 +103,3 @@ def _write_png(url: str, pixels: npt.NDArray[np.uint8]) -> None:
 def _by_rows(images: Tensor) -> npt.NDArray[np.uint8]:
     """(b, H, W, 3), as files have it."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-def _parent(url: str) -> str:
-    if storage.is_local(url):
-        return str(Path(storage.absolute(url)).parent)
-    scheme, _, path = url.partition("://")
-    return f"{scheme}://{path.rpartition('/')[0]}"

@@ -56,7 +56,6 @@ def score(
     model: flow.EIWFlow,
     batches: Iterable[data.Batch],
     stopped: Callable[[], bool] = lambda: False,
-    more_draws: Sequence[Iterable[data.Batch]] = (),
 ) -> Score | None:
     """Mean bits/dim over batches; over all ranks' batches when there is a process group (then collective).
 
@@ -64,17 +63,16 @@ def score(
         model: a flow, on the device to use.
         batches: uint8 images with their dequantization noise; rows of weight zero do not count.
         stopped: asked before each batch, on every rank with the same answer; True ends the evaluation.
-        more_draws: the same batches with other noise, for the importance-weighted bound.
 
     Returns:
         The score, or None if stopped.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for draws in zip(batches, *more_draws, strict=True):
+    for batch in batches:
         if stopped():
             return None
-        _, bits = image_bits(model, draws)
-        sums += _sums(bits, draws[0].weight)
+        bits, _ = image_bits(model, [batch])
+        sums += _sums(bits, batch.weight)
     if dist.is_initialized():
         sums = sums.to(next(model.parameters()).device)
         dist.all_reduce(sums)

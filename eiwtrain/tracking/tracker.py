@@ -27,9 +27,6 @@ class Tracker:
     are sent again after a failure, whether or not the store had taken them: MLflow's databases keep one of points that
     are alike in curve, step, time and value. Steps that an earlier attempt has logged are passed over.
 
-    Attributes:
-        error: what `guard` raised; from then on nothing is written.
-
     Args:
         run: where to log.
         warn: is given a line for people, from the background thread.
@@ -46,7 +43,6 @@ class Tracker:
         backlog: Mapping[str, Any] | None = None,
         journal: str | None = None,
     ) -> None:
-        self.error: Exception | None = None
         self._run, self._warn, self._guard = run, warn, guard
         self._client = client(run.uri)
         self._backlog = Backlog(backlog)
@@ -116,7 +112,6 @@ class Tracker:
         except _GivenUp:
             pass
         except Exception as e:
-            self.error = e
             self._warn(f"nothing more is written to MLflow run {self._run.run_id}: {one_line(e)}")
         finally:
             self._backlog.abandon()

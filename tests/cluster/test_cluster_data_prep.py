@@ -6,21 +6,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import free_port
 from PIL import Image
 
 import data_prep
-from cluster.ray_nodes import CLIENT_ENV, RayNodes
+from cluster.local import LocalCluster
 
 pytestmark = pytest.mark.cluster
 
 TASK = "ray::_run_in_worker"  # what Ray calls a process that does one of data_prep's tasks
+
+
+WAITING = """
+import sys
+from ray._raylet import GcsClient
+from ray.autoscaler.v2.sdk import get_cluster_resource_state
+state = get_cluster_resource_state(GcsClient(address=sys.argv[1]))
+print([(dict(r.request.resources_bundle), r.count) for r in state.pending_resource_requests])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -113,29 +120,30 @@ def test_a_source_that_goes_away_ends_all_workers_in_one_line(pictures, tmp_path
 
 def test_a_cluster_without_cpus_is_waited_for_and_used_as_it_grows(pictures, whole, tmp_path):
     """As one that starts nodes when something waits for them."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as temp:
-        nodes = RayNodes(tmp_path, Path(temp), {n: free_port() for n in ("gcs", "jobs", "client", "metrics")}, {})
-        begun, job = [nodes.spawn_head(0)], None
+    impatient = "import sys, data_prep.parallel as p, data_prep.__main__ as m; p._WAITING_SECONDS = 1.0"
+    program = [sys.executable, "-c", f"{impatient}; sys.exit(m.main())"]
+    log, job = tmp_path / "log", None
+    with LocalCluster(tmp_path / "cluster", nodes=0, cpus=2, s3=False, mlflow=False) as cluster:
         try:
-            nodes.wait(begun[0])
-            impatient = "import sys, data_prep.parallel as p, data_prep.__main__ as m; p._WAITING_SECONDS = 1.0"
-            with open(tmp_path / "log", "w") as log:
+            with log.open("w") as out:
                 job = subprocess.Popen(
-                    [sys.executable, "-c", f"{impatient}; sys.exit(m.main())", *command(pictures, tmp_path / "set")[3:]],
-                    stdout=log,
+                    [*program, *command(pictures, tmp_path / "set")[3:]],
+                    stdout=out,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | CLIENT_ENV | {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"},
+                    env=os.environ | cluster.env,
                 )
             end = time.monotonic() + 120
-            while "waiting: no node of the cluster has CPUs for tasks yet" not in (tmp_path / "log").read_text():
-                assert job.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < end, (tmp_path / "log").read_text()
+            while "waiting: no node of the cluster has CPUs for tasks yet" not in log.read_text():
+                assert job.poll() is None, log.read_text()
+                assert time.monotonic() < end, log.read_text()
                 time.sleep(0.1)
-            begun.append(nodes.spawn_node("worker", 2))
-            assert job.wait(180) == 0, (tmp_path / "log").read_text()
+            program = [sys.executable, "-c", WAITING, cluster.env["RAY_ADDRESS"]]
+            while (found := subprocess.check_output(program, env=os.environ | cluster.env, text=True)).strip() == "[]":
+                assert time.monotonic() < end, "nothing waits, for which a node would be started"
+            assert found.strip() == "[({'CPU': 1.0}, 2)]"
+            cluster.add_node()
+            assert job.wait(180) == 0, log.read_text()
         finally:
             if job:
                 job.kill()
-            for process in reversed(begun):
-                process.kill()
     assert contents(tmp_path / "set") == whole

@@ -61,6 +61,24 @@ def on_cluster(cluster, folder, monkeypatch):
     return start
 
 
+TARGET = """
+import json
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL as KEY
+from ray._raylet import GcsClient
+print((GcsClient(address="%s").internal_kv_get(KEY, namespace=None) or b"[]").decode())
+"""
+
+
+def target(cluster):
+    """What Ray's autoscaler, of which there is none here, would make the cluster fit."""
+    program = TARGET % cluster.env["RAY_ADDRESS"]
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | cluster.env, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def samples(folder, name):
     """step -> the samples that it was made of, as of the last time that it was made; and the world sizes seen."""
     rows = []
@@ -111,10 +129,12 @@ def test_a_run_loses_a_node_goes_on_with_the_rest_and_takes_it_back(cluster, fol
     cluster.nodes[-1].kill()
     job.wait_for("the workers failed")
     job.wait_for("on 1 workers")
+    assert target(cluster) == [{"CPU": 1}] * 2  # also while an attempt runs on fewer, for which Ray Train would ask
     cluster.add_node()
     job.wait_for("there is room for 2 workers: a checkpoint, then on")
     code, output = job.wait(300)
     assert code == 0, output
+    assert target(cluster) == []
     assert output.count(f"to {STEPS} on 2 workers") == 2
     assert_as_whole(folder, "lost", whole)
 

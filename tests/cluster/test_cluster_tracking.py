@@ -207,8 +207,9 @@ def test_what_attempts_that_were_killed_had_not_logged_is_logged_by_the_next(ser
     waiting = sum(len(curves) for _, _, curves in json.loads(saved.read_text())["points"])
     assert waiting == 1400 * 4
     server.start()
-    tracker = tracking.Tracker(run, backlog=json.loads(saved.read_text()), guard=killing_after(3))
-    wait_until(lambda: tracker.error is not None)  # it has sent a part, and is no more
+    said = []
+    tracking.Tracker(run, warn=said.append, backlog=json.loads(saved.read_text()), guard=killing_after(3))
+    wait_until(lambda: any("nothing more is written" in line for line in said))  # it has sent a part, and is no more
     tracker = tracking.Tracker(run, backlog=json.loads(saved.read_text()), journal=str(journal))
     for step in range(1401, 1501):
         tracker.metrics(step, values(step))

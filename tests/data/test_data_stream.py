@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from helpers import write_images
 import data_prep
 from eiwtrain import storage
 from eiwtrain.data import cache as cache_module
+from eiwtrain.data import stream as stream_module
 from eiwtrain.data.manifest import (
     DataError,
     fingerprint,
@@ -110,6 +112,25 @@ def test_the_cache_stays_within_its_bound_and_drops_the_least_recently_used(
         assert sum(p.stat().st_size for p in tmp_path.glob("*.tar")) <= 3.5 * size
         assert len(reader._open) <= 3  # what is evicted is unmapped too, or the disk would stay full
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_reader_knows_the_index_of_no_more_shards_than_it_holds_open(
+    tmp_path: Path, image_of: Any, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "_OPEN_SHARDS", 2)
+    new_data_set(str(tmp_path / "data"), {"train": [5] * 6})
+    reader = _reader(tmp_path / "data", "train", tmp_path / "cache")
+
+    def indices() -> int:
+        gc.collect()
+        return sum(isinstance(o, stream_module._Index) for o in gc.get_objects())
+
+    others = indices()
+    for i in (*range(0, 30, 4), 0):  # and one whose index was let go
+        assert np.array_equal(reader[i], image_of("train", i).transpose(2, 0, 1))
+    assert 0 < indices() - others <= 2
+    reader.close()
+    assert indices() == others
 
 
 def test_a_bound_below_one_shard_still_reads(remote: str, tmp_path: Path, image_of: Any, new_data_set: Any) -> None:

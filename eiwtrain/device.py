@@ -1,0 +1,42 @@
+"""Which device computes, and that float32 on it is float32: for the workers and the commands.
+
+Not for the library: `eiwtrain.flow` leaves PyTorch's settings to the program that loads it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from eiwtrain.config import Workers
+
+
+def of_worker(workers: Workers) -> torch.device:
+    """That of this worker of Ray Train: its GPU, or the CPU with no more threads than its cores."""
+    exact_float32()
+    if not workers.gpus:
+        torch.set_num_threads(workers.cpus)  # no more than its own cores: the same sums each time
+        return torch.device("cpu")
+    from ray.train.torch import get_device
+
+    device = get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def of_command(name: str) -> torch.device:
+    """What `--device` names: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+
+    Raises:
+        ValueError: there is no GPU.
+    """
+    exact_float32()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, and PyTorch finds no GPU; give cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def exact_float32() -> None:
+    """From now on no GPU rounds float32 to TensorFloat-32, of 10 bits of mantissa, in this process; PyTorch's default
+    is that convolutions do."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
