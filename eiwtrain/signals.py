@@ -72,12 +72,12 @@ class Stop:
             self._held = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        count = self._count = self._count + 1  # another may come while this one is answered
         self.number = self.number or number
-        if self._count >= _SIGNALS_TO_END:
+        if count >= _SIGNALS_TO_END:
             os._exit(128 + number)
         name = signal.Signals(number).name
-        if self._count > 1:
+        if count > 1:
             self._console.note(f"{name}: once more to end at once")
         elif self.training:
             self._console.note(f"{name}: a checkpoint first, then the end ({_SIGNALS_TO_END - 1} times more: at once)")

@@ -31,6 +31,24 @@ def test_a_signal_in_training_is_noted_and_only_noted(capsys):
     assert "once more" in second
 
 
+def test_a_signal_that_comes_while_one_is_answered_is_the_second(capsys, monkeypatch):
+    real, sent = signal.Signals, []
+
+    def name_of(number):
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(number)
+
+    with Stop(Console()) as stop:
+        stop.training = True
+        monkeypatch.setattr(signal, "Signals", name_of)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.undo()
+    said = capsys.readouterr().out.splitlines()
+    assert sorted("a checkpoint first" in line for line in said) == [False, True]
+
+
 def test_a_polled_signal_is_left_to_the_block():
     with Stop(Console()) as stop:
         with stop.polled():
