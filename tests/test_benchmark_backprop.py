@@ -14,6 +14,8 @@ import torch
 from benchmarks.backprop import _allocated
 from benchmarks.peers import PEERS, installed
 
+pytestmark = pytest.mark.cluster  # a benchmark that takes its time
+
 KEYS = {
     *("mode", "depth", "budget", "budget_bytes", "allocator", "device", "note"),
     *("seconds", "to_stored", "rss_bytes", "peak_bytes", "gradient_bytes", "saved_bytes"),

@@ -72,6 +72,7 @@ def test_images_are_taken_evenly_from_a_folder_and_from_a_tar_of_it(source: Path
     assert images.take(source, tmp_path / "all", 1000) == COUNT
 
 
+@pytest.mark.cluster  # processes of its own
 @pytest.mark.parametrize(("encoding", "codec"), CODECS)
 @pytest.mark.parametrize("peer", list(PACKAGES))
 def test_what_a_peer_writes_is_read_back_to_the_pixel_and_each_epoch_has_each_image_once(
@@ -192,6 +193,7 @@ def test_an_environment_that_pip_cannot_make_is_one_line(tmp_path: Path, monkeyp
     assert data_prep.pythons_of(["webdataset", "LitData"], tmp_path)[1] == {"LitData": "not installed: ERROR: none"}
 
 
+@pytest.mark.cluster  # processes of its own
 def test_the_loaders_run_and_each_of_ours_gives_each_image_once(tmp_path: Path) -> None:
     sizes = ["--images", "70", "--batch", "8", "--resolution", "16", "--seconds", "0.1"]
     out = ["--folder", str(tmp_path), "--json", str(tmp_path / "rows.json")]
@@ -206,6 +208,7 @@ def test_the_loaders_run_and_each_of_ours_gives_each_image_once(tmp_path: Path) 
     assert done.stdout.count("| each once |") == 3
 
 
+@pytest.mark.cluster  # processes of its own
 def test_the_prep_runs_and_all_write_the_same(tmp_path: Path) -> None:
     sizes = ["--images", "24", "--shard-size", "4", "--processes", "1", "--resolution", "16"]
     out = ["--folder", str(tmp_path), "--json", str(tmp_path / "rows.json")]

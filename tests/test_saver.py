@@ -263,6 +263,10 @@ def late_manifest(monkeypatch, meanwhile):
     monkeypatch.setattr(storage, "write_pieces", late)
 
 
+def killed_by_hand(new):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp_path, monkeypatch, killed):
     root = str(tmp_path)
@@ -271,7 +275,7 @@ def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp
     (before,) = [s.wait().checkpoint]
     late_manifest(monkeypatch, lambda: checkpoint.clean(root))
     if killed:  # as soon as it is written
-        written = [saver._check_parts, lambda new: signal.raise_signal(signal.SIGINT)]
+        written = [saver._check_parts, killed_by_hand]
         monkeypatch.setattr(saver, "_check_parts", lambda new: written.pop(0)(new))
         with pytest.raises(KeyboardInterrupt):
             saver.commit(root, 2, 16, dict(tensors(2)), state(2))
