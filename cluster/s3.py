@@ -127,7 +127,7 @@ class S3Server:
             try:
                 on_spawn()
                 self._wait(ports)
-            except _EndedError as e:
+            except _PortTakenError as e:
                 if known or f" {self._wanted} " in str(e) or attempt == _TRIES - 1:
                     raise S3Error(str(e)) from None
             except BaseException:
@@ -209,9 +209,8 @@ class S3Server:
             if self._process.poll() is not None:
                 last = self._log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
                 if re.search(r"port \d+ .*not available", last):
-                    raise _EndedError(f"SeaweedFS: {last.split('] ', 1)[-1]}")
-                # it does not always say that a port was taken
-                raise _EndedError(f"SeaweedFS ended with exit code {self._process.returncode}: {last} ({self._log})")
+                    raise _PortTakenError(f"SeaweedFS: {last.split('] ', 1)[-1]}")
+                raise S3Error(f"SeaweedFS ended with exit code {self._process.returncode}: {last} ({self._log})")
             time.sleep(0.1)
 
     def _client(self, endpoint: str) -> BaseClient:
@@ -228,8 +227,8 @@ class S3Server:
             raise S3Error(f"no S3 client can be had with the settings of AWS here: {e}") from None
 
 
-class _EndedError(RuntimeError):
-    """The server has ended while it came up."""
+class _PortTakenError(RuntimeError):
+    pass
 
 
 def _find_weed() -> str:
