@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from eiwtrain import config
 from eiwtrain.pace import young_daly
 
 THREADS = 4  # that fetch shards in each worker (`eiwtrain.data.prefetch`)
@@ -117,9 +118,8 @@ class Step:
 
 
 def batching(global_batch: int, micro_batch: int, workers: int) -> tuple[int, int]:
-    """(rows of a micro-batch, micro-batches of a step) of each worker, as `eiwtrain.config.batching` deals them."""
-    accumulation = math.ceil(global_batch / (micro_batch * workers))
-    return math.ceil(global_batch / (workers * accumulation)), accumulation
+    """(rows of a micro-batch, micro-batches of a step) of each worker."""
+    return config.batching(config.Train(global_batch=global_batch, micro_batch=micro_batch), workers)
 
 
 def padded_share(global_batch: int, micro_batch: int, workers: int) -> float:
