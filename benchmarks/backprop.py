@@ -50,7 +50,7 @@ from typing import Any, cast
 
 from benchmarks.peers import PEERS, installed
 from benchmarks.peers import loss as loss_of_peer
-from eiwtrain.ray_session import WORKER_ENV
+from eiwtrain.on_ray.session import WORKER_ENV
 
 MODES = ("stored", "checkpointed", "invertible", "auto")
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -14,7 +14,7 @@ A trial has survived if
 - it finished, and MLflow says so, in one run;
 - the tensors of its last checkpoint (weights, average, optimizer moments) are to the bit those of an uninterrupted run;
   where a lost node changed the number of workers on the way, their relative distance to them is at most TOLERANCE of
-  `benchmarks.chaos_trial`;
+  `chaos_harness.trial`;
 - each sample of each epoch was counted once in the steps that led to these tensors, by what the workers noted;
 - each step of each curve is in MLflow once, the loss with the uninterrupted run's values (or within TOLERANCE);
 - nothing is left: no process, no temporary file, no part of a checkpoint that is none, no unfinished upload.
@@ -43,9 +43,10 @@ from typing import Any
 
 # Before anything that reads it is imported; small models gain nothing from more threads, and two trials share cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the harness is a part of the test suite
 
-from benchmarks.chaos_faults import FAULTS, Fault, done, draw_time
-from benchmarks.chaos_trial import (
+from chaos_harness.faults import FAULTS, Fault, done, draw_time
+from chaos_harness.trial import (
     SAMPLES,
     Place,
     Struck,
@@ -56,7 +57,7 @@ from benchmarks.chaos_trial import (
     recovery_seconds,
     with_repository,
 )
-from benchmarks.chaos_verify import Reference, Verdict
+from chaos_harness.verify import Reference, Verdict
 
 _REDRAWS = 5  # moments that are tried until one is not too late
 

@@ -36,7 +36,7 @@ def make(folder: Path, count: int, side: int, processes: int) -> None:
 
 def _make(folder: Path, first: int, step: int, count: int, side: int) -> None:
     from data_prep.items import photograph
-    from data_prep.photos import PHOTOGRAPHS, _find
+    from data_prep.sources.photos import PHOTOGRAPHS, _find
 
     found = {name: path for name, where in PHOTOGRAPHS.items() if (path := _find(*where)) is not None}
     if not found:

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the table is made of: {"rows", "about", "machine", "versions"}."""
     from benchmarks.data_prep import pythons_of, versions_of_peers
-    from eiwtrain.ray_session import WORKER_ENV
+    from eiwtrain.on_ray.session import WORKER_ENV
 
     pythons, notes = pythons_of(args.peers, args.venvs)
     pythons |= dict.fromkeys(OURS, sys.executable)

@@ -69,8 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="default 6, quick 2")
     parser.add_argument("--steps", type=int, default=3, help="of each round and setting")
     parser.add_argument("--gpu", choices=[name.split()[0] for name in NETWORKS], default="A100")
-    parser.add_argument("--mfu", type=float, help="share of the peak that large products get (default: eiwtrain.costs)")
-    parser.add_argument("--launch", type=float, help="seconds to start an operation (default: eiwtrain.costs)")
+    parser.add_argument(
+        "--mfu", type=float, help="share of the peak that large products get (default: of driver.costs)"
+    )
+    parser.add_argument("--launch", type=float, help="seconds to start an operation (default: eiwtrain.driver.costs)")
     parser.add_argument("--nvlink", type=float, help="bytes/s of a GPU, one way (default: by --gpu)")
     parser.add_argument("--network", type=float, help="bytes/s of a machine, one way (default: by --gpu)")
     parser.add_argument("--connection", type=float, default=CONNECTION, help="bytes/s of a connection to the bucket")
@@ -106,10 +108,10 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
     Raises:
         SystemExit: the config cannot be used.
     """
-    from eiwtrain import costs
-    from eiwtrain.config_file import load_config
-    from eiwtrain.engine import MOST_IN_BUCKET
-    from eiwtrain.state import outline
+    from eiwtrain.config.file import load_config
+    from eiwtrain.driver import costs
+    from eiwtrain.train.engine import MOST_IN_BUCKET
+    from eiwtrain.train.state import outline
 
     try:
         config = load_config(path)

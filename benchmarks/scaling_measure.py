@@ -32,8 +32,8 @@ import data_prep
 from benchmarks.scaling_model import Network, calls, passes, transfer_seconds
 from eiwtrain import data
 from eiwtrain.config import Config, batching
-from eiwtrain.engine import MOST_IN_BUCKET
-from eiwtrain.state import TrainState, sum_over_ranks
+from eiwtrain.train.engine import MOST_IN_BUCKET
+from eiwtrain.train.state import TrainState, sum_over_ranks
 
 RESOLUTION = 16
 MODELS: dict[str, tuple[dict[str, Any], int]] = {  # the model, and images of a micro-batch
@@ -155,7 +155,7 @@ def traffic(collectives: Counter[tuple[str, int]], gradient_bytes: int) -> dict[
 @contextmanager
 def _processes(folder: Path, settings: tuple[Setting, ...]) -> Iterator[tuple[list[Any], list[Any]]]:
     """Two pipes to workers of their own, and two to a pair; all have made their states and a step of each."""
-    from eiwtrain.ray_session import WORKER_ENV
+    from eiwtrain.on_ray.session import WORKER_ENV
 
     os.environ.update(WORKER_ENV, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     context = mp.get_context("spawn")
@@ -223,7 +223,7 @@ class Subject:
     """A training state and its batches, on this rank."""
 
     def __init__(self, setting: Setting, folder: Path, name: str) -> None:
-        from eiwtrain.worker import MicroBatch  # which imports Ray
+        from eiwtrain.train.loop import MicroBatch  # which imports Ray
 
         self._micro_batch = MicroBatch
         self.config = config_of(setting, dist.get_world_size(), folder, name)
@@ -244,7 +244,7 @@ class Subject:
         )
 
     def step(self) -> None:
-        """As `eiwtrain.worker` makes one."""
+        """As `eiwtrain.train.loop` makes one."""
         own = [self._micro_batch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
         self.state.advance([m.loss for m in own], 1e-4)
         sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from eiwtrain import config
-from eiwtrain.pace import young_daly
+from eiwtrain.train.pace import young_daly
 
 THREADS = 4  # that fetch shards in each worker (`eiwtrain.data.prefetch`)
 COMMIT_SECONDS = 1.0  # of a checkpoint beside its bytes: parts agreed on, looked up, a manifest; some six requests

@@ -50,7 +50,7 @@ from eiwtrain.data.manifest import digest
 from eiwtrain.flow.bijection import Bijection, Chain, Coupling, Transformed, without_autocast
 from eiwtrain.flow.layers import mix
 from eiwtrain.flow.shuffle import cut, describe, make_shuffle, rotation, uncut, weigh
-from eiwtrain.ray_session import WORKER_ENV
+from eiwtrain.on_ray.session import WORKER_ENV
 
 _LEAST_VARIANCE = 1e-6
 _PENALTY = 1e-3  # the weight of the regulariser, and

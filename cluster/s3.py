@@ -26,7 +26,7 @@ from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from cluster.processes import end_on_signals
+from eiwtrain.terminal.signals import end_on_signals
 
 # All that `weed mini` listens on. Each is given a number of its own: the defaults are the same for every user.
 _LISTENERS = (

@@ -25,7 +25,7 @@ from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
-from eiwtrain.ray_session import is_running
+from eiwtrain.on_ray.session import is_running
 from eiwtrain.storage import anchored
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import fsspec.config
 
-from eiwtrain import ray_session
 from eiwtrain.data.manifest import DataError
+from eiwtrain.on_ray import session
 from eiwtrain.storage import StorageError
 
 T = TypeVar("T")
@@ -52,12 +52,12 @@ def in_flight(workers: int | None, cpus: int) -> int:
 def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
     if (task := next(tasks, None)) is None:
         return
-    if not ray_session.is_running():
+    if not session.is_running():
         _start(workers or os.cpu_count() or 1)
     import ray
 
     remote = ray.remote(num_cpus=1, max_retries=_RETRIES)(_run_in_worker)
-    environment = ray_session.forwarded_environment()
+    environment = session.forwarded_environment()
     running: dict[Any, Any] = {}
     while task is not None or running:
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # of a cluster that grows with what waits
@@ -82,8 +82,8 @@ def _start(workers: int) -> None:
     """Start or join Ray, and keep SIGTERM as it was."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray_session.start(workers)
-    except ray_session.RayError as e:
+        session.start(workers)
+    except session.RayError as e:
         raise StorageError(str(e)) from None
     except SystemExit:  # how Ray answers SIGTERM meanwhile
         signal.signal(signal.SIGTERM, handler)

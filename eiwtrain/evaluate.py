@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eiwtrain import data, device, models, storage
-from eiwtrain.checkpoint import DamagedCheckpoint
+from eiwtrain import data, storage
+from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
+from eiwtrain.exporting import models
 from eiwtrain.sampling import series
 from eiwtrain.scoring import yardsticks
 from eiwtrain.scoring.score_table import ScoreTable, score_images, to_parquet
 from eiwtrain.scoring.scores import mean
+from eiwtrain.train import device
 
 _FID_SAMPLES = 10_000
 _FIGURES = ("bits_per_dim", "standard_error")

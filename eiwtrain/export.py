@@ -9,114 +9,24 @@ takes it. Registering it is the business of `eiwtrain.exporting.registry`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eiwtrain import checkpoint, data, flow, models, pictures, storage
-from eiwtrain.checkpoint import Checkpoint
+from eiwtrain import data, flow, storage
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.checkpoints.checkpoint import Checkpoint
 from eiwtrain.data.manifest import Manifest
-from eiwtrain.exporting import model_card, onnx, registry
-from eiwtrain.exporting.package import MLMODEL, note_size, package
-from eiwtrain.models import Model
-from eiwtrain.redact import REFUSAL, holds_secret
+from eiwtrain.exporting import models, onnx, registry
+from eiwtrain.exporting.assemble import assembled, name_of, place, publish
+from eiwtrain.exporting.models import Model
 from eiwtrain.scoring.yardsticks import Yardsticks
-from eiwtrain.tracking import TrackedRun, TrackingError
-
-_SAMPLES, _TEMPERATURES, _SEED = 16, (0.7, 1.0), 0
-_EXAMPLES = 2
-
-
-def export(
-    model: flow.EIWFlow,
-    url: str,
-    metadata: Mapping[str, Any],
-    manifest: Manifest | None = None,
-    yardsticks: Yardsticks | None = None,
-) -> None:
-    """Publish the model at a folder or URL, in place of one that is there. Arguments as of `assembled`."""
-    with assembled(model, metadata, manifest, yardsticks) as folder:
-        publish(folder, url)
-
-
-@contextlib.contextmanager
-def assembled(
-    model: flow.EIWFlow,
-    metadata: Mapping[str, Any],
-    manifest: Manifest | None = None,
-    yardsticks: Yardsticks | None = None,
-    with_onnx: bool = False,
-) -> Iterator[Path]:
-    """The folder of an exported model, on this machine for the time of the context.
-
-    Args:
-        metadata: JSON data, as `models.metadata_of` gives it; it goes into config.json and the model card.
-        manifest: of the data set, if it can be read.
-        yardsticks: what lossless coders need for the first of the images of the held-out score.
-        with_onnx: whether the encoder is to be there as an ONNX graph too; raises ValueError where it cannot be had.
-    """
-    described = dict(metadata)
-    if manifest is not None and model.config.classes:
-        described["class_names"] = list(manifest.classes)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "model")
-        # examples of its own making: images of the data set are not everybody's to pass on
-        examples = _samples(model, _EXAMPLES, 1.0).permute(0, 2, 3, 1).contiguous().numpy()
-        package(folder, model, examples, described)
-        flow.save(model, folder, described)
-        panels = [(f"samples, temperature {t:g}", _samples(model, _SAMPLES, t)) for t in _TEMPERATURES]
-        pictures.grid(panels).save(folder / model_card.SAMPLES_FILE)
-        parameters = sum(p.numel() for p in model.parameters())
-        card = model_card.render(model.config, parameters, described, manifest, yardsticks)
-        (folder / model_card.CARD_FILE).write_text(card, encoding="utf-8")
-        if with_onnx:
-            onnx.write(model, folder / onnx.ONNX_FILE)
-        note_size(folder)
-        yield folder
-
-
-def publish(folder: Path, url: str) -> None:
-    """Copy an assembled folder to a folder or URL.
-
-    Weights come last but for the file that MLflow looks for, and those of another model that are there go first: what
-    is interrupted is no model, neither to `flow.load` nor to MLflow.
-    """
-    first, last = [flow.CONFIG_FILE], [flow.MODEL_FILE, MLMODEL]  # first: it tells whose files they are
-    names = first + [name for name, _ in storage.find(str(folder)) if name not in first + last]
-    for name in reversed(last):
-        storage.delete(storage.join(url, name))
-    for name in [*names, *last]:
-        storage.put_file(folder / name, storage.join(url, name))
-
-
-def place(root: str, saved: Checkpoint) -> str:
-    """Where the model of a checkpoint goes if nothing else is said: a folder of its own, below the run's root."""
-    return storage.join(root, "exported", _name(saved))
-
-
-def register(
-    folder: Path, name: str, root: str, saved: Checkpoint, tracked: TrackedRun, model: flow.EIWFlow
-) -> registry.Registered:
-    """Register the assembled model of a run's last checkpoint; for the end of a run, whose own folder of the model
-    is written again when it goes on, and is nothing for a version to refer to.
-
-    Raises:
-        TrackingError: MLflow cannot be used.
-        StorageError: the run's storage cannot be used.
-    """
-    url = root
-    if not storage.is_local(root):
-        url = place(root, saved)
-        publish(folder, url)
-    return registry.register(name, folder, url, tracked.uri, tracked.run_id, model, models.metadata_of(saved))
+from eiwtrain.terminal.redact import REFUSAL, holds_secret
+from eiwtrain.tracking import TrackingError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,10 +74,6 @@ def _root(run: str, under: str) -> str:
     return storage.join(under, run) if bare else run.rstrip("/")
 
 
-def _name(saved: Checkpoint) -> str:
-    return saved.url.rpartition("/")[2]
-
-
 def _refuse_another_model(output: str, saved: Checkpoint) -> None:
     """Raises ValueError where there is anything but an export of this checkpoint: a registered version may refer to
     another model, and other files are the user's."""
@@ -177,14 +83,8 @@ def _refuse_another_model(output: str, saved: Checkpoint) -> None:
         there = json.loads(storage.read_bytes(storage.join(output, flow.CONFIG_FILE)))["metadata"].get("checkpoint")
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--output: {output} is not empty; name another folder") from None
-    if there != _name(saved):
+    if there != name_of(saved):
         raise ValueError(f"--output: {output} holds another model; name another folder, or delete it first")
-
-
-def _samples(model: flow.EIWFlow, n: int, temperature: float) -> torch.Tensor:
-    """uint8 (n, C, H, W), the same each time."""
-    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(_SEED)
-    return model.to_images(model.sample(n, temperature, generator)).cpu()
 
 
 def _manifest(saved: Checkpoint) -> Manifest | None:

@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain import dry_run, launch, preflight, ray_session, storage
+from eiwtrain import storage
 from eiwtrain.config import Config, ConfigError, describe_fields
-from eiwtrain.config_file import load_config
-from eiwtrain.console import Console, duration
-from eiwtrain.lease import Lease, LeaseHeld
-from eiwtrain.signals import Stop, Stopped
-from eiwtrain.watcher import Watcher
+from eiwtrain.config.file import load_config
+from eiwtrain.driver import dry_run, launch, preflight
+from eiwtrain.driver.watcher import Watcher
+from eiwtrain.on_ray import session
+from eiwtrain.storage.lease import Lease, LeaseHeld
+from eiwtrain.terminal.console import Console, duration
+from eiwtrain.terminal.signals import Stop, Stopped
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             with storage.impatient():  # somebody may be waiting for the answer
                 # a plan needs nothing of what is looked for below
                 planned = dry_run.plan(config, console) if args.dry_run else None
-                preflight.check_gpus(config, ray_session.joins_cluster())
+                preflight.check_gpus(config, session.joins_cluster())
                 preflight.check_cluster()
                 manifest = planned or preflight.find_data(config)
                 if args.dry_run:
@@ -101,7 +103,7 @@ def _prepare(config: Config, console: Console) -> Manifest:
 
 def _parameters(config: Config, channels: int) -> int:
     """How many the model has."""
-    from eiwtrain.state import outline
+    from eiwtrain.train.state import outline
 
     return sum(p.numel() for p in outline(config, channels).parameters())
 
@@ -197,7 +199,7 @@ def _command(argv: list[str]) -> str:
     if given := os.environ.get("EIWTRAIN_COMMAND"):
         return given
     command = ["-m", "eiwtrain.run", *argv]
-    if ray_session.joins_cluster():
+    if session.joins_cluster():
         return "ray job submit --working-dir . -- " + shlex.join(["python", *command])
     on_path = str(Path(sys.executable).parent) in os.environ.get("PATH", "").split(":")
     return shlex.join(["python" if on_path else _shortest(sys.executable), *command])

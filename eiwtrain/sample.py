@@ -2,8 +2,8 @@
 
 python -m eiwtrain.sample runs/quickstart/model --n 64 --temperature 0.7 --seed 0 --output grid.png
 
-Not for which images there are to draw (`eiwtrain.sampling.series`), how pictures look (`eiwtrain.pictures`), or
-files of many images (`eiwtrain.sampling.image_sets`).
+Not for which images there are to draw (`eiwtrain.sampling.series`), how pictures look (`eiwtrain.sampling.pictures`),
+or files of many images (`eiwtrain.sampling.image_sets`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NoReturn
 
 import torch
@@ -20,42 +20,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eiwtrain import data, device, flow, models, pictures, storage
-from eiwtrain.checkpoint import DamagedCheckpoint
-from eiwtrain.sampling import image_sets
+from eiwtrain import data, storage
+from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
+from eiwtrain.exporting import models
+from eiwtrain.sampling import image_sets, pictures
 from eiwtrain.sampling.series import (
     BATCH,
     Series,
     between_images,
     between_samples,
-    decode,
-    encode,
     pairs_of,
     render,
     samples,
 )
+from eiwtrain.train import device
 
 _N, _ROWS = 64, 8  # of images; of interpolations, and of images of each class
-
-
-def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor:
-    """n images, uint8 (n, C, H, W), of a seed: the first ones are the same whatever n, and their latents the same on
-    every device. A model of classes gives them in turn."""
-    return torch.cat(list(render(model, samples(model, n, seed), temperature)))
-
-
-def reconstruct(model: flow.EIWFlow, batch: data.Batch) -> Tensor:
-    """The images of a batch through the flow and back, uint8 (n, C, H, W)."""
-    return decode(model, *encode(model, batch))
-
-
-def overview(model: flow.EIWFlow, batch: data.Batch, n: int, temperatures: Sequence[float], seed: int) -> Image.Image:
-    """One picture: n samples at each temperature, then held-out images and their reconstructions."""
-    panels = [(f"samples, temperature {t:g}", sample(model, n, t, seed)) for t in temperatures]
-    shift = 8 - model.config.n_bits
-    panels.append(("held-out images", (batch.images >> shift) << shift))
-    panels.append(("their reconstructions", reconstruct(model, batch)))
-    return pictures.grid(panels)
 
 
 def main(argv: list[str] | None = None) -> int:

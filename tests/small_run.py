@@ -9,9 +9,10 @@ from helpers import tiny_config
 from mlflow import MlflowClient
 from safetensors.torch import save
 
-from eiwtrain import checkpoint, flow, storage
+from eiwtrain import flow, storage
+from eiwtrain.checkpoints import checkpoint
 from eiwtrain.config import Config
-from eiwtrain.state import flow_config
+from eiwtrain.train.state import flow_config
 
 FINGERPRINT = "f" * 64
 

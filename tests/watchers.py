@@ -33,7 +33,7 @@ def watchers(environment: dict[str, str]) -> list[psutil.Process]:
     found = []
     for process in marked(environment):
         with contextlib.suppress(psutil.Error):
-            if "eiwtrain.watcher" in process.cmdline():
+            if "eiwtrain.driver.watcher" in process.cmdline():
                 found.append(process)
     return found
 

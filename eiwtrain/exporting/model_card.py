@@ -80,7 +80,7 @@ def render(
 
     Args:
         parameters: numbers in the weights.
-        metadata: as `eiwtrain.models.metadata_of` gives it; any of it may be missing.
+        metadata: as `eiwtrain.exporting.models.metadata_of` gives it; any of it may be missing.
         manifest: of the data set, if it can be read.
         yardsticks: what lossless coders need for the first of the images of the score.
     """

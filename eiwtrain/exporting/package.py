@@ -1,7 +1,7 @@
 """An exported model in the form that MLflow loads and serves: signature, input example, requirements, code.
 
-Nothing in it is pickled, and the weights are stored once: MLflow gives the loader (`eiwtrain.pyfunc`) the model's
-folder itself. The loader and the flow travel as a package that is named after its content, so that it needs no
+Nothing in it is pickled, and the weights are stored once: MLflow gives the loader (`eiwtrain.exporting.pyfunc`) the
+model's folder itself. The loader and the flow travel as a package that is named after its content, so that it needs no
 eiwtrain, hides none, and models of different versions load in one process. Not for the registry.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eiwtrain import flow, pyfunc
+from eiwtrain import flow
+from eiwtrain.exporting import pyfunc
 
 MLMODEL = "MLmodel"
 """The file without which a folder is no model for MLflow."""
@@ -50,7 +51,7 @@ def package(folder: Path, model: flow.EIWFlow, examples: npt.NDArray[np.uint8], 
         code = _code(Path(scratch))
         mlflow.pyfunc.save_model(
             folder,
-            loader_module=f"{code.name}.pyfunc",
+            loader_module=f"{code.name}.exporting.pyfunc",
             code_paths=[str(code)],
             signature=signature,
             input_example=example,
@@ -73,7 +74,9 @@ def _code(scratch: Path) -> Path:
     made = scratch / "code"
     home = Path(flow.__file__).parent
     shutil.copytree(home, made / home.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    shutil.copy(pyfunc.__file__, made)
+    (made / "exporting").mkdir()
+    (made / "exporting" / "__init__.py").touch()
+    shutil.copy(pyfunc.__file__, made / "exporting")
     (made / "__init__.py").write_text('"""The flow of this model, and how MLflow calls it. From eiwtrain."""\n')
     digest = hashlib.sha256()
     for file in sorted(made.rglob("*.py")):

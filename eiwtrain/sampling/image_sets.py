@@ -1,6 +1,6 @@
 """Sets of generated images as files that programs read: an npz array, or a folder of PNG files, at any fsspec URL.
 
-Not for pictures that people look at (`eiwtrain.pictures`), nor for data sets to train on (`data_prep`).
+Not for pictures that people look at (`eiwtrain.sampling.pictures`), nor for data sets to train on (`data_prep`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eiwtrain import storage
-from eiwtrain.pictures import png
+from eiwtrain.sampling.pictures import png
 
 _WRITERS = 8  # files written at a time: an object store answers slowly, and many at once
 

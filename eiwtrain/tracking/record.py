@@ -13,8 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from eiwtrain import lease, storage
+from eiwtrain import storage
 from eiwtrain.config import Config, flatten
+from eiwtrain.storage import lease
 from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
 from eiwtrain.tracking.store import TrackedRun, TrackingError, one_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
-from eiwtrain.redact import REFUSAL, holds_secret, redact
+from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 
 class TrackingError(RuntimeError):

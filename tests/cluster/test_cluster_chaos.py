@@ -5,9 +5,9 @@ The long one is `python -m benchmarks.chaos`, which also says what a trial is an
 """
 
 import pytest
+from chaos_harness.faults import FAULTS
 
 from benchmarks import chaos
-from benchmarks.chaos_faults import FAULTS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(1200)]
 

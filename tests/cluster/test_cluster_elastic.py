@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from test_cluster_main_job import Job
 
 from cluster.local import LocalCluster
-from eiwtrain import checkpoint
+from eiwtrain.checkpoints import checkpoint
 
 pytestmark = pytest.mark.cluster
 

@@ -13,16 +13,17 @@ import pytest
 from faults import FaultyProxy
 
 from cluster.s3 import S3Server
-from eiwtrain import lease, retry, storage
-from eiwtrain.lease import Lease, LeaseHeld
-from eiwtrain.swap import read, swap
+from eiwtrain import storage
+from eiwtrain.storage import lease, retry
+from eiwtrain.storage.lease import Lease, LeaseHeld
+from eiwtrain.storage.swap import read, swap
 
 pytestmark = pytest.mark.cluster
 
 PROCESSES = 3
 HOLDER = """
 import sys, time
-from eiwtrain import lease
+from eiwtrain.storage import lease
 lease._BEAT_SECONDS, lease._STALE_SECONDS, lease._LOOK_SECONDS, lease._POLL_SECONDS = 0.2, 4.0, 0.5, 0.1
 root, where = sys.argv[1:]
 if where == "elsewhere":

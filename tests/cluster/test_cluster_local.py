@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from cluster.local import LocalCluster, LocalError, status
-from cluster.state import read
+from cluster.local.state import read
 
 pytestmark = pytest.mark.cluster
 

@@ -14,7 +14,8 @@ import yaml
 from helpers import tiny_config, write_shards
 from mlflow import MlflowClient
 
-from eiwtrain import checkpoint, flow
+from eiwtrain import flow
+from eiwtrain.checkpoints import checkpoint
 
 pytestmark = pytest.mark.cluster
 

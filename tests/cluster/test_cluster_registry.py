@@ -21,8 +21,9 @@ from helpers import free_port
 from mlflow import MlflowClient
 from small_run import commit, small_flow
 
-from eiwtrain import export, models
-from eiwtrain.pyfunc import Scorer
+from eiwtrain import export
+from eiwtrain.exporting import models
+from eiwtrain.exporting.pyfunc import Scorer
 
 pytestmark = pytest.mark.cluster
 

@@ -14,9 +14,10 @@ from faults import FaultyProxy
 from helpers import free_port, write_images
 from s3fs import S3FileSystem
 
-from eiwtrain import retry, storage
+from eiwtrain import storage
 from eiwtrain.data import ShardReader
 from eiwtrain.data.manifest import DataError, load_manifest
+from eiwtrain.storage import retry
 
 pytestmark = pytest.mark.cluster
 

@@ -13,7 +13,8 @@ from test_cluster_main_job import Job
 
 import data_prep
 from cluster.s3 import S3Server
-from eiwtrain import checkpoint, storage
+from eiwtrain import storage
+from eiwtrain.checkpoints import checkpoint
 from eiwtrain.data.manifest import load_manifest
 
 pytestmark = pytest.mark.cluster

@@ -20,7 +20,7 @@ from helpers import free_port, tiny_config, write_images, write_shards
 from test_cluster_main_job import Job
 
 from cluster.local import LocalCluster
-from cluster.state import read
+from cluster.local.state import read
 
 pytestmark = pytest.mark.cluster
 

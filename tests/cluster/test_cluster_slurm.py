@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import tiny_config, write_shards
 
-from eiwtrain import checkpoint
+from eiwtrain.checkpoints import checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 NAMESPACES = ["--net", "--uts", "--mount", "--pid"]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import celeba as module
 from data_prep import prepare
-from data_prep.celeba import celeba
+from data_prep.sources import celeba as module
+from data_prep.sources.celeba import celeba
 from eiwtrain.data.manifest import DataError
 
 SPLITS = {"train": [1, 2, 5, 8], "val": [3, 7], "test": [4, 6, 9]}

@@ -18,8 +18,8 @@ from batches import python2_pickle
 from PIL import Image
 
 from data_prep import prepare
+from data_prep.formats.unpickle import load_batch
 from data_prep.sources import read_source
-from data_prep.unpickle import load_batch
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_sidecar
 from eiwtrain.storage import StorageError

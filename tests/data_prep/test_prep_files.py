@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.files import Entry, list_files, list_tar
+from data_prep.formats.files import Entry, list_files, list_tar
 from data_prep.items import RangeImage
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError

@@ -22,11 +22,12 @@ import scipy.io
 from batches import python2_pickle
 from PIL import Image
 
-from data_prep import imagenet as module
-from data_prep import prepare, rows
-from data_prep.imagenet import VARIANTS, describe, imagenet
+from data_prep import prepare
+from data_prep.formats import rows
 from data_prep.items import Source
+from data_prep.sources import imagenet as module
 from data_prep.sources import read_source
+from data_prep.sources.imagenet import VARIANTS, describe, imagenet
 from data_prep.splits import apply_rule
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar

@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import lsun as module
 from data_prep import prepare
-from data_prep.lmdb_values import LmdbFile, list_values
-from data_prep.lsun import lsun
+from data_prep.formats.lmdb_values import LmdbFile, list_values
+from data_prep.sources import lsun as module
+from data_prep.sources.lsun import lsun
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_sidecar
 

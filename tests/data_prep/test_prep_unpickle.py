@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from data_prep.unpickle import LARGE, StoredArray, load_batch
+from data_prep.formats.unpickle import LARGE, StoredArray, load_batch
 from eiwtrain.data.manifest import DataError
 
 PLAIN = st.recursive(

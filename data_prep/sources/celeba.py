@@ -1,0 +1,127 @@
+"""The `celeba` source: CelebA's aligned and cropped faces (img_align_celeba, 178x218 JPEG) and its official splits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable
+
+from PIL import Image
+
+from data_prep.formats.files import Entry, list_files
+from data_prep.items import Item, Source
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+CROPS = {"realnvp": (15, 40, 163, 188), "center": (15, 35, 163, 183)}
+SPLITS = ("train", "val", "test")
+IMAGES = 202_599  # 162,770 for training, 19,867 for validation, 19,962 for the test
+_SIZE = (178, 218)  # width and height, in pixels
+_SPLIT_FILES = ("list_eval_partition.txt", "list_eval_partition.csv")
+
+
+def celeba(path: str, crop: str = "realnvp") -> Source:
+    """The faces in the order of their names, without labels, a square of 148 pixels of each.
+
+    Two squares are in use, 5 pixels apart; bits/dim on one are not comparable with those on the other:
+
+    - `center`: left 15, top 35, as torchvision's CenterCrop(148) cuts (github.com/AntixK/PyTorch-VAE, dataset.py).
+    - `realnvp`: left 15, top 40, as in RealNVP (github.com/tensorflow/models,
+      research/real_nvp/real_nvp_multiscale_dataset.py), VAE/GAN (github.com/andersbll/autoencoding_beyond_pixels,
+      dataset/celeba.py) and NVAE (github.com/NVlabs/NVAE, datasets.py, CropCelebA64).
+
+    Args:
+        path: the folder, tar or zip of the images, at any URL: `img_align_celeba`, `img_align_celeba.zip`, or Kaggle's
+            archive. The official split file (0 train, 1 val, 2 test), `list_eval_partition.txt` or Kaggle's `.csv`, is
+            in it, or beside it, or as in the official folders under `Eval` next to `Img`.
+        crop: a key of `CROPS`.
+
+    Raises:
+        DataError: no images, or not the aligned ones; no split file, or one that names not all of the images (some of
+            the images it names can be absent: the protocol then says so).
+        StorageError: the path cannot be reached.
+    """
+    if crop not in CROPS:
+        raise DataError(f"crop must be one of {', '.join(CROPS)}, not '{crop}'")
+    path = storage.absolute(path)
+    entries = list_files(path, (".jpg", *_SPLIT_FILES))
+    images = _by_name(path, (entry for entry in entries if entry.parts[-1] not in _SPLIT_FILES))
+    split_of = _read_splits(*_split_file(path, (entry for entry in entries if entry.parts[-1] in _SPLIT_FILES)))
+    if strange := sorted(images.keys() - split_of.keys()):
+        raise DataError(
+            f"source {path}: {len(strange):,} images that the split file does not name, the first of them {strange[0]}"
+        )
+    _check_aligned(path, images)
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for name, entry in sorted(images.items()):
+        splits[split_of[name]].append(Item(-1, name, entry.size, entry.load))
+    left, top, *_ = CROPS[crop]
+    protocol = f"CelebA, 148 pixels from {left},{top} ({crop})"
+    if len(images) != IMAGES:
+        protocol += f", subset of {len(images):,} images"
+    absent = sorted(split_of.keys() - images.keys())
+    return Source(
+        "celeba",
+        {split: items for split, items in splits.items() if items},
+        protocol=protocol,
+        box=CROPS[crop],
+        remote=not storage.is_local(path),
+        params={"absent": len(absent), "first_absent": absent[0]} if absent else {},
+    )
+
+
+def _by_name(path: str, entries: Iterable[Entry]) -> dict[str, Entry]:
+    images: dict[str, Entry] = {}
+    for entry in entries:
+        same = images.setdefault(entry.parts[-1], entry)
+        if same is not entry:
+            both = f"{'/'.join(same.parts)} and {'/'.join(entry.parts)}"
+            raise DataError(f"source {path}: two images of one name, {both}; give the folder of the aligned ones")
+    if not images:
+        raise DataError(f"source {path}: no images in it (000001.jpg and so on)")
+    return images
+
+
+def _split_file(path: str, inside: Iterable[Entry]) -> tuple[str, bytes]:
+    """The name of the split file and what is in it."""
+    for entry in inside:
+        return "/".join(entry.parts), entry.load()
+    for folder in (path.rsplit("/", n)[0] for n in (1, 2)):
+        if storage.is_local(folder) != storage.is_local(path):
+            break  # above a bucket there is nothing
+        for name in _SPLIT_FILES:
+            for url in (storage.join(folder, name), storage.join(folder, "Eval", name)):
+                with contextlib.suppress(FileNotFoundError):
+                    return url, storage.read_bytes(url)
+    raise DataError(
+        f"source {path}: no {_SPLIT_FILES[0]} in it or beside it, which tells the splits; it is CelebA's own"
+    )
+
+
+def _read_splits(where: str, text: bytes) -> dict[str, str]:
+    """The split of every image that the file names."""
+    split_of = {}
+    for number, line in enumerate(text.decode("utf-8", "replace").replace(",", " ").splitlines(), 1):
+        match line.split():
+            case [name, ("0" | "1" | "2") as split]:
+                split_of[name] = SPLITS[int(split)]
+            case [] | ["image_id", "partition"]:
+                pass
+            case _:
+                raise DataError(f"{where}, line {number}: '{line:.60}' is not the name of an image and 0, 1 or 2")
+    return split_of
+
+
+def _check_aligned(path: str, images: dict[str, Entry]) -> None:
+    """By the first image: the crop would cut anything out of the photographs that the faces come from."""
+    name = min(images)
+    try:
+        with Image.open(io.BytesIO(images[name].load())) as image:
+            size = image.size
+    except OSError:  # no image: a reject
+        return
+    if size != _SIZE:
+        raise DataError(
+            f"source {path}: {name} is {size[0]}x{size[1]} pixels, not {_SIZE[0]}x{_SIZE[1]}: give img_align_celeba, "
+            "the aligned and cropped images"
+        )

@@ -1,0 +1,120 @@
+"""The `cifar10` source: the python or binary batches of CIFAR-10 (Krizhevsky 2009), as published or unpacked.
+
+A folder of JPEG or PNG files is the business of the `folder` source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from data_prep.formats.files import list_files, list_tar
+from data_prep.formats.rows import Batch, BatchItems, Part, gunzipped, part_of, pickled_batch
+from data_prep.formats.unpickle import load_batch
+from data_prep.items import Source
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+SIDE = 32  # pixels
+CLASSES = 10
+SPLITS = {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)}
+PYTHON, BINARY = "", ".bin"  # what the names of the batches end in
+META = {PYTHON: "batches.meta", BINARY: "batches.meta.txt"}
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+_ROW = 1 + 3 * SIDE**2  # bytes in a binary batch: the label, then the planes
+
+
+def cifar10(path: str) -> Source:
+    """CIFAR-10 with its splits, train (50,000 images) and test (10,000), its labels and its class names.
+
+    `path`, a path or any URL, is one of the archives as published or a folder with what is in it. A compressed
+    archive is unpacked once on each machine (about 180 MB, see `data_prep.formats.rows`). Pickles are only ever loaded
+    by `data_prep.formats.unpickle`. Batches of another size are taken as they are if all have it.
+
+    Raises:
+        DataError: nothing of that kind is there, a batch is missing or damaged, or labels or names do not fit.
+        StorageError: the path cannot be reached.
+    """
+    files = _files(path)
+    kinds = [k for k in (PYTHON, BINARY) if any(name + k in files for names in SPLITS.values() for name in names)]
+    if not kinds:
+        raise DataError(
+            f"source {path}: no batches of CIFAR-10 in it, neither data_batch_1 nor data_batch_1.bin; "
+            f"wanted is {' or '.join(ARCHIVES)}, or the folder that comes out of one"
+        )
+    kind = kinds[0]
+    needed = [name + kind for names in SPLITS.values() for name in names] + [META[kind]]
+    if missing := [name for name in needed if name not in files]:
+        raise DataError(f"source {path}: {missing[0]} is missing beside the other files of CIFAR-10")
+    classes = _class_names(files[META[kind]], kind)
+    make = _python_batch if kind == PYTHON else _binary_batch
+    batches = {split: [make(files[name + kind], name) for name in names] for split, names in SPLITS.items()}
+    _check_sizes(path, [batch for of_split in batches.values() for batch in of_split])
+    splits = {split: BatchItems(of_split) for split, of_split in batches.items()}
+    return Source("cifar10", splits, classes, remote=not storage.is_local(path))
+
+
+def _check_sizes(path: str, batches: list[Batch]) -> None:
+    """All batches of CIFAR-10 have 10,000 images, so all of another size have one size."""
+    sizes = {batch.name: len(batch.labels) for batch in batches}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        raise DataError(f"source {path}: the batches hold different numbers of images ({found}); is one cut off?")
+
+
+def _files(path: str) -> Mapping[str, Part]:
+    """All files by name, without their folders."""
+    url = storage.absolute(path)
+    if url.endswith((".tar.gz", ".tgz")):
+        try:
+            return _in_archive(Part(url, 0, storage.size(url)))
+        except FileNotFoundError:
+            raise DataError(f"source {path}: no such file") from None
+    files = {entry.parts[-1]: part_of(entry) for entry in list_files(url, ("",))}
+    for name in ARCHIVES:
+        if name in files and not any(batch + k in files for batch in SPLITS["test"] for k in (PYTHON, BINARY)):
+            return _in_archive(files[name])
+    return files
+
+
+def _in_archive(part: Part) -> Mapping[str, Part]:
+    tar = gunzipped(part)
+    return {e.parts[-1]: tar.within(part_of(e).offset, e.size) for e in list_tar(tar.path(), ("",))}
+
+
+def _class_names(part: Part, kind: str) -> tuple[str, ...]:
+    if kind == PYTHON:
+        names = load_batch(part.read(), part.name()).get("label_names")
+    else:
+        names = part.read().decode("utf-8", "replace").split()
+    if not isinstance(names, list) or len(names) != CLASSES or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{part.name()}: not the names of {CLASSES} classes")
+    return tuple(names)
+
+
+def _python_batch(part: Part, name: str) -> Batch:
+    batch = pickled_batch(part, name)
+    if batch.side != SIDE:
+        raise DataError(f"{part.name()}: images of {batch.side}x{batch.side} pixels, not {SIDE}x{SIDE}")
+    return _checked(batch, part)
+
+
+def _binary_batch(part: Part, name: str) -> Batch:
+    rows, rest = divmod(part.size, _ROW)
+    if rest or not rows:
+        raise DataError(
+            f"{part.name()}: {part.size} bytes are no whole number of images of {_ROW} bytes; is it cut off?"
+        )
+    labels = np.frombuffer(part.read(), np.uint8)[::_ROW].astype(np.int64)
+    return _checked(Batch(name, part.file, part.offset + 1, _ROW, SIDE, labels), part)
+
+
+def _checked(batch: Batch, part: Part) -> Batch:
+    if not len(batch.labels):
+        raise DataError(f"{part.name()}: no images in it")
+    if batch.labels.min() < 0 or batch.labels.max() >= CLASSES:
+        raise DataError(
+            f"{part.name()}: labels from {batch.labels.min()} to {batch.labels.max()}, not 0 to {CLASSES - 1}"
+        )
+    return batch

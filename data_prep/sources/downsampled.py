@@ -1,0 +1,70 @@
+"""ImageNet at 32x32 or 64x64 pixels as downsampled by Chrabaszcz et al. 2017 (arXiv 1707.08819): its batch files.
+
+Part of the `imagenet` source, which says what they are comparable with.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from data_prep.formats.files import Entry
+from data_prep.formats.rows import Batch, BatchItems, Part, npz_batch, part_of, pickled_batch, zip_members
+from eiwtrain.data.manifest import DataError
+
+CLASSES = 1000
+_BATCH = re.compile(r"(train_data_batch_(\d+)|val_data)(\.npz)?")
+_ZIP = re.compile(r"imagenet\d+_(train|val)(_part\d+)?(_npz)?\.zip", re.IGNORECASE)
+
+
+def read_downsampled(path: str, files: Sequence[Entry]) -> tuple[dict[str, BatchItems], int] | None:
+    """The splits `train` and `val`, and the side of the images in pixels; None where there are no such batches.
+
+    They are pickles or npz files called train_data_batch_1, ... and val_data, in any folder of `path` or in the zips as
+    published (Imagenet64_train_part1.zip, Imagenet32_val_npz.zip, ...). Batches that are compressed, as those in
+    zips are, are unpacked on each machine (4 GB at 32x32, 16 GB at 64x64; see `data_prep.formats.rows`); others are
+    read in place. Labels, 1 to 1000 there, are 0 to 999.
+
+    Raises:
+        DataError: a batch is missing, twice there or damaged, or they do not fit each other.
+        StorageError: they cannot be reached, or there is no room for what has to be unpacked.
+    """
+    parts: dict[str, Part] = {}
+    for name, part in _batch_files(files):
+        if (known := parts.setdefault(name, part)) is not part:
+            raise DataError(f"source {path}: {name} is there twice, in {known.name()} and in {part.name()}")
+    if not parts:
+        return None
+    numbers = sorted(int(name.rpartition("_")[2]) for name in parts if name != "val_data")
+    expected = [f"train_data_batch_{n}" for n in range(1, max(numbers, default=1) + 1)] + ["val_data"]
+    if missing := [name for name in expected if name not in parts]:
+        raise DataError(f"source {path}: {missing[0]} is missing beside {', '.join(parts)}")
+    batches = [_batch(parts[name], name) for name in expected]
+    first = batches[0]
+    if other := [batch for batch in batches if batch.side != first.side]:
+        raise DataError(
+            f"source {path}: {first.name} has images of {first.side} pixels a side, {other[0].name} of {other[0].side}"
+        )
+    return {"train": BatchItems(batches[:-1]), "val": BatchItems(batches[-1:])}, first.side
+
+
+def _batch_files(files: Sequence[Entry]) -> Iterator[tuple[str, Part]]:
+    """Names of batches, without suffix, and where they are."""
+    for entry in files:
+        name = entry.parts[-1]
+        if _BATCH.fullmatch(name):
+            yield name.removesuffix(".npz"), part_of(entry)
+        elif _ZIP.fullmatch(name):
+            for member, part in zip_members(part_of(entry)).items():
+                if _BATCH.fullmatch(base := member.rpartition("/")[2]):
+                    yield base.removesuffix(".npz"), part
+
+
+def _batch(part: Part, name: str) -> Batch:
+    with part.open() as file:
+        is_zip = file.read(2) == b"PK"
+    batch = npz_batch(part, name) if is_zip else pickled_batch(part, name)
+    if len(batch.labels) == 0 or batch.labels.min() < 1 or batch.labels.max() > CLASSES:
+        raise DataError(f"{part.name()}: its {len(batch.labels)} labels are not all from 1 to {CLASSES}")
+    return replace(batch, labels=batch.labels - 1)

@@ -1,0 +1,287 @@
+"""The `imagenet` source: ILSVRC 2012 as published, or downsampled by others; which of them is found out and recorded.
+
+What is done to the images is the business of `data_prep.pixels`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from data_prep.formats.files import Entry, list_files, list_tar
+from data_prep.formats.rows import gunzipped, part_of
+from data_prep.items import IMAGE_SUFFIXES, Item, Source
+from data_prep.sources.downsampled import CLASSES, read_downsampled
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+
+class Variant(NamedTuple):
+    """One of the data sets that are called ImageNet: what it is, how large, and what it must not be compared with."""
+
+    what: str
+    train: int
+    val: int
+    other: str
+
+
+VARIANTS = {
+    "original": Variant("ImageNet 2012, resized here", 1_281_167, 50_000, "the downsampled sets of others"),
+    "downsampled-2017": Variant(
+        "ImageNet {side}x{side} downsampled by Chrabaszcz et al. 2017", 1_281_167, 50_000, "van den Oord et al. 2016"
+    ),
+    "pixelrnn-2016": Variant(
+        "ImageNet {side}x{side} downsampled by van den Oord et al. 2016", 1_281_149, 49_999, "Chrabaszcz et al. 2017"
+    ),
+}
+LAYOUTS = (
+    "the original (train/n01440764/... or train/n01440764.tar or ILSVRC2012_img_train.tar, and val/... or "
+    "ILSVRC2012_img_val.tar, also below ILSVRC/Data/CLS-LOC); downsampled in 2017 (train_data_batch_1, ... and "
+    "val_data, pickled or .npz, also in Imagenet64_train_part1.zip, ...); downsampled in 2016 (train_64x64 and "
+    "valid_64x64, folders or .tar)"
+)
+TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
+GROUND_TRUTH, META, KAGGLE_LABELS = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
+_KAGGLE = ("ILSVRC", "Data", "CLS-LOC")
+_SYNSET = re.compile(r"n\d{8}")
+_SMALL = re.compile(r"(train|valid)_(32x32|64x64)(\.tar)?")
+_LISTING = 16  # tars of a remote source that are listed side by side
+
+Named = list[tuple[str, str, Entry]]  # synset or "", name, file
+
+
+def imagenet(path: str, val_labels: str | None = None) -> Source:
+    """ImageNet with the splits `train` and `val`, from the folder, tar or URL `path`, in one of these layouts:
+
+    - The original, to be resized here: class folders or tars, which are read in place. Labels follow the sorted
+      synsets, as with torchvision. Validation images that are in no class folders have the labels of `val_labels`, of
+      Kaggle's LOC_val_solution.csv, or of the development kit (its folder or archive); else -1.
+    - Downsampled by Chrabaszcz et al. 2017, see `data_prep.sources.downsampled`. Labels are in the order of that data
+    set;
+      class names are its numbers, 1 to 1000.
+    - Downsampled by van den Oord et al. 2016 (PixelRNN, arXiv 1601.06759), without labels.
+
+    Args:
+        path: a path or any URL.
+        val_labels: a file with a line for each validation image in the order of their names: its synset, or its class
+            as a number from 0 in the order of the sorted synsets; or a file like Kaggle's.
+
+    Returns:
+        A source whose `protocol` tells the variants apart and says when it is only a subset. Its params are the
+        variant, a key of `VARIANTS`, and the side in pixels where it was downsampled by others.
+
+    Raises:
+        DataError: there is none of these layouts, something is missing or damaged, or the number of validation images
+            is that of another variant than the layout.
+        StorageError: the path cannot be reached.
+    """
+    files = list_files(path, ("",))
+    remote = not storage.is_local(path)
+    side = None
+    splits: Mapping[str, Sequence[Item]]
+    classes: tuple[str, ...]
+    if (original := _original(path, files, val_labels, remote)) is not None:
+        variant, (splits, classes) = "original", original
+    elif val_labels is not None:
+        raise DataError(f"source {path}: val labels are only for the original ImageNet, which is not there")
+    elif (batches := read_downsampled(path, files)) is not None:
+        variant, (splits, side) = "downsampled-2017", batches
+        classes = tuple(str(n) for n in range(1, CLASSES + 1))
+    elif (images := _pixelrnn(path, files)) is not None:
+        variant, (splits, side), classes = "pixelrnn-2016", images, ()
+    else:
+        raise DataError(f"source {path}: no layout of ImageNet that is known; these are: {LAYOUTS}")
+    params = {"variant": variant} | ({} if side is None else {"side": side})
+    protocol = describe(variant, side, len(splits["train"]), len(splits["val"]))
+    return Source("imagenet", splits, classes, protocol, remote=remote, params=params)
+
+
+def describe(variant: str, side: int | None, train: int, val: int) -> str:
+    """What to say beside every figure on a data set of that variant with so many images.
+
+    Raises:
+        DataError: the number of validation images is that of another variant.
+    """
+    about = VARIANTS[variant]
+    what = about.what.format(side=side)
+    if val != about.val and any(val == other.val for other in VARIANTS.values()):
+        raise DataError(
+            f"the layout is that of {what}, which has {about.val:,} validation images, but there are {val:,}, as in "
+            f"another downsampling of ImageNet; figures on the two are not comparable"
+        )
+    count = f"{val:,} validation images"
+    if (train, val) != (about.train, about.val):
+        count = f"a subset: {train:,} training and {val:,} validation images"
+    return f"{what} ({count}; not comparable with {about.other})"
+
+
+def _original(
+    path: str, files: Sequence[Entry], val_labels: str | None, remote: bool
+) -> tuple[dict[str, list[Item]], tuple[str, ...]] | None:
+    """Splits and synsets."""
+    train = _images("train", TRAIN_TAR, files, remote)
+    if not any(synset for synset, _, _ in train):
+        return None
+    val = _images("val", VAL_TAR, files, remote)
+    if not val:
+        raise DataError(f"source {path}: the original ImageNet without validation images; wanted is val or {VAL_TAR}")
+    if strays := [name for synset, name, _ in train if not synset]:
+        raise DataError(f"source {path}: {len(strays)} training images are in no class folder; the first: {strays[0]}")
+    classes = tuple(sorted({synset for synset, _, _ in (*train, *val) if synset}))
+    number = {synset: i for i, synset in enumerate(classes)}
+    flat = sorted(name for synset, name, _ in val if not synset)
+    if flat and len(flat) < len(val):
+        raise DataError(f"source {path}: some validation images are in class folders and some are not, as {flat[0]}")
+    if val_labels is not None and not flat:
+        raise DataError(f"source {path}: val labels play no part, as the validation images are in class folders")
+    labels = _flat_labels(files, flat, val_labels, number) if flat else {}
+    ambiguous = len({name for _, name, _ in val}) < len(val)
+    splits = {
+        "train": [
+            Item(number[synset], f"{synset}/{name}", e.size, e.load) for synset, name, e in sorted(train, key=_place)
+        ],
+        "val": [
+            Item(number[synset] if synset else labels[name], f"{synset}/{name}" if ambiguous else name, e.size, e.load)
+            for synset, name, e in sorted(val, key=lambda image: _place(image)[::-1])
+        ],
+    }
+    return splits, classes
+
+
+def _place(image: tuple[str, str, Entry]) -> tuple[str, str]:
+    return image[:2]
+
+
+def _images(split: str, tar: str, files: Sequence[Entry], remote: bool) -> Named:
+    """The images of a split: those in class folders, those in the tars of other classes, or else those in `tar`."""
+    found: Named = []
+    tars: dict[str, Entry] = {}
+    for entry in files:
+        parts = entry.parts[len(_KAGGLE) :] if entry.parts[: len(_KAGGLE)] == _KAGGLE else entry.parts
+        if parts[0] != split or len(parts) not in (2, 3):
+            continue
+        if parts[-1].lower().endswith(IMAGE_SUFFIXES):
+            if len(parts) == 2 or _SYNSET.fullmatch(parts[1]):
+                found.append((parts[1] if len(parts) == 3 else "", parts[-1], entry))
+        elif len(parts) == 2 and _SYNSET.fullmatch(synset := parts[1].removesuffix(".tar")):
+            tars[synset] = entry
+    whole = [entry for entry in files if entry.parts[-1] == tar]
+    if not found and not tars and whole:
+        for entry in _in_tar(whole[0], (*IMAGE_SUFFIXES, ".tar")):
+            name = entry.parts[-1]
+            if not name.endswith(".tar"):
+                found.append(("", name, entry))
+            elif _SYNSET.fullmatch(synset := name.removesuffix(".tar")):
+                tars[synset] = entry
+    unpacked = {synset for synset, _, _ in found}
+    packed = [synset for synset in tars if synset not in unpacked]
+    with ThreadPoolExecutor(_LISTING if remote else 1) as pool:
+        for synset, entries in zip(packed, pool.map(_in_tar, [tars[synset] for synset in packed]), strict=True):
+            found.extend((synset, entry.parts[-1], entry) for entry in entries)
+    return found
+
+
+def _in_tar(entry: Entry, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Entry]:
+    """What lies in a tar, which may itself lie in a tar."""
+    part = part_of(entry)
+    return list_tar(part.path(), suffixes, part.offset, part.size)
+
+
+def _flat_labels(
+    files: Sequence[Entry], names: Sequence[str], val_labels: str | None, number: Mapping[str, int]
+) -> dict[str, int]:
+    """Labels of validation images outside class folders, by name; -1 where nothing tells them."""
+    about = {e.parts[-1]: e for e in files if e.parts[-1] in (KAGGLE_LABELS, GROUND_TRUTH, META, DEVKIT)}
+    if val_labels is not None:
+        try:
+            text = storage.read_bytes(storage.absolute(val_labels))
+        except OSError as e:
+            raise DataError(f"val labels {val_labels} cannot be read: {e.strerror or e}") from None
+        synsets = _parse_labels(text, names, sorted(number), val_labels)
+    elif KAGGLE_LABELS in about:
+        synsets = _parse_labels(about[KAGGLE_LABELS].load(), names, sorted(number), KAGGLE_LABELS)
+    else:
+        if DEVKIT in about and GROUND_TRUTH not in about:
+            kit = gunzipped(part_of(about[DEVKIT]))
+            about |= {e.parts[-1]: e for e in list_tar(kit.path(), (GROUND_TRUTH.lower(), META))}
+        if GROUND_TRUTH not in about or META not in about:
+            return dict.fromkeys(names, -1)
+        synsets = _from_devkit(about[GROUND_TRUTH].load(), about[META].load())
+        _check_number(synsets, names, GROUND_TRUTH)
+    if unknown := sorted(set(synsets) - set(number)):
+        raise DataError(f"a validation label is {unknown[0]}, but there are no training images of that class")
+    return {name: number[synset] for name, synset in zip(names, synsets, strict=True)}
+
+
+def _parse_labels(content: bytes, names: Sequence[str], classes: Sequence[str], what: str) -> list[str]:
+    """The synset of each image: by name from a file like Kaggle's, by order from one of synsets or classes."""
+    lines = [line for line in content.decode("utf-8", "replace").split("\n") if line.strip()]
+    if lines and lines[0].startswith("ImageId"):
+        of = {line.split(",")[0]: line.partition(",")[2].split(" ")[0].strip() for line in lines[1:]}
+        if missing := [name for name in names if name.rpartition(".")[0] not in of]:
+            raise DataError(f"val labels {what}: no line for {missing[0]}")
+        return [of[name.rpartition(".")[0]] for name in names]
+    words = [line.strip() for line in lines]
+    _check_number(words, names, what)
+    if all(_SYNSET.fullmatch(word) for word in words):
+        return words
+    if not all(word.isdecimal() for word in words) or max(map(int, words)) >= len(classes):
+        raise DataError(
+            f"val labels {what}: wanted is a synset a line, or a class a line as a number from 0 to {len(classes) - 1} "
+            f"in the order of the sorted synsets, not the numbers from 1 of the development kit"
+        )
+    return [classes[int(word)] for word in words]
+
+
+def _check_number(labels: Sequence[str], names: Sequence[str], what: str) -> None:
+    if len(labels) != len(names):
+        raise DataError(f"val labels {what}: {len(labels):,} lines for {len(names):,} validation images")
+
+
+def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
+    """Synsets by the development kit, which numbers them in an order of its own."""
+    import scipy.io
+
+    try:
+        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True, struct_as_record=True)["synsets"]
+        of = {
+            int(number): str(synset) for number, synset in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
+        }
+        return [of[int(word)] for word in ground_truth.split()]
+    except Exception as e:  # scipy raises whatever it stumbles over
+        raise DataError(
+            f"the development kit is damaged ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        ) from None
+
+
+def _pixelrnn(path: str, files: Sequence[Entry]) -> tuple[dict[str, list[Item]], int] | None:
+    """Splits, and the side of the images in pixels."""
+    images: dict[tuple[str, int], list[Entry]] = {}
+    tars: dict[tuple[str, int], Entry] = {}
+    for entry in files:
+        if (match := _SMALL.fullmatch(entry.parts[0])) is None:
+            continue
+        key = {"train": "train", "valid": "val"}[match[1]], int(match[2].partition("x")[0])
+        if match[3] and len(entry.parts) == 1:
+            tars[key] = entry
+        elif not match[3] and entry.parts[-1].lower().endswith(IMAGE_SUFFIXES):
+            images.setdefault(key, []).append(entry)
+    images |= {key: _in_tar(entry) for key, entry in tars.items() if key not in images}
+    if not images:
+        return None
+    sides = {side for _, side in images}
+    if len(sides) > 1:
+        raise DataError(f"source {path}: ImageNet at 32x32 and at 64x64 pixels side by side; move one of them away")
+    side = sides.pop()
+    splits = {}
+    for split, name in (("train", "train"), ("val", "valid")):
+        found = images.get((split, side))
+        if not found:
+            raise DataError(f"source {path}: {name}_{side}x{side}, a folder or a .tar with images, is missing")
+        splits[split] = [
+            Item(-1, e.parts[-1], e.size, e.load) for e in sorted(found, key=lambda e: (e.parts[-1], e.parts))
+        ]
+    return splits, side

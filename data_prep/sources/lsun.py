@@ -1,0 +1,173 @@
+"""The `lsun` source: scene categories of LSUN (arXiv 1506.03365), each an LMDB whose values are JPEG or WebP files.
+
+Nothing is copied or mapped: the tree of each LMDB is read once, and each image by its offset, on a disk or in a bucket.
+Of the 3 million bedrooms (tens of GB) that is 180 MB to read and 190 MB to keep, in about ten seconds from a disk.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
+
+from data_prep.formats.files import Entry, list_files
+from data_prep.formats.lmdb_values import LmdbFile, Values, list_values
+from data_prep.items import FileImage, Item, RangeImage, Source
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+# Images for training, as downloaded (github.com/openai/glow, data_loaders/generate_tfr/lsun.py); 300 more in each val.
+TRAIN_IMAGES = {
+    "bedroom": 3_033_042,
+    "bridge": 818_687,
+    "church_outdoor": 126_227,
+    "classroom": 168_103,
+    "conference_room": 229_069,
+    "dining_room": 657_571,
+    "kitchen": 2_212_277,
+    "living_room": 1_315_802,
+    "restaurant": 626_331,
+    "tower": 708_264,
+}
+SPLITS = ("train", "val")
+_DATA = "data.mdb"
+_NAME = re.compile(r"(.+)_(train|val)(_lmdb)?")
+
+
+def lsun(path: str, categories: Sequence[str] = ()) -> Source:
+    """The images of one or several categories, in the order of their keys.
+
+    The splits are `train` and `val`, the labels the categories in the order of their names.
+
+    Args:
+        path: an LMDB (a folder such as `bedroom_train_lmdb`, or the `data.mdb` in it), or a folder or tar of several,
+            at any URL. What they are is in their names, CATEGORY_train_lmdb and CATEGORY_val_lmdb; those with other
+            names, as `test_lmdb`, which mixes all categories, are left alone.
+        categories: those to take; all where empty.
+
+    Raises:
+        DataError: no LMDB, or not the categories asked for, both splits or neither of each; one is still in its zip,
+            damaged, cut off or cannot be read.
+        StorageError: the path cannot be reached.
+    """
+    found = _find(storage.absolute(path))
+    there = sorted({category for category, _ in found})
+    for category in categories:
+        if category not in there:
+            raise DataError(f"source {path}: no category '{category}'; there are {', '.join(there)}")
+    classes = tuple(category for category in there if not categories or category in categories)
+    splits = {}
+    for split in SPLITS:
+        has = [category for category in classes if (category, split) in found]
+        if missing := [category for category in classes if category not in has]:
+            if has:
+                raise DataError(
+                    f"source {path}: {has[0]} has a {split} LMDB and {missing[0]} has none; choose categories"
+                )
+            continue
+        splits[split] = Images.of([Part(f"{c}_{split}", i, _unpacked(found[c, split])) for i, c in enumerate(classes)])
+    return Source("lsun", splits, classes, _protocol(classes, splits), remote=not storage.is_local(path))
+
+
+class Part(NamedTuple):
+    """An LMDB: what stands before its keys in the names of its images, its label, its file."""
+
+    name: str
+    label: int
+    file: LmdbFile
+
+
+@dataclass(frozen=True)
+class Images(Sequence[Item]):
+    """The images of several LMDBs one after another; items are made when they are asked for.
+
+    Attributes:
+        parts: the LMDBs.
+        values: of each.
+        ends: number of the first image after each.
+        rows: which of all their images are in this sequence.
+    """
+
+    parts: tuple[Part, ...]
+    values: tuple[Values, ...]
+    ends: tuple[int, ...]
+    rows: range
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Images:
+        """All images of these LMDBs."""
+        values = tuple(list_values(part.file) for part in parts)
+        ends = tuple(sum(len(v) for v in values[: i + 1]) for i in range(len(values)))
+        return cls(tuple(parts), values, ends, range(ends[-1]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: int | slice) -> Item | Images:
+        if isinstance(index, slice):
+            return replace(self, rows=self.rows[index])
+        row = self.rows[index]
+        which = bisect_right(self.ends, row)
+        row -= self.ends[which - 1] if which else 0
+        part, values = self.parts[which], self.values[which]
+        key, size = values.key(row).decode("ascii", "backslashreplace"), values.sizes[row]
+        return Item(part.label, f"{part.name}/{key}", size, RangeImage(part.file.url, values.starts[row], size))
+
+
+def _find(path: str) -> dict[tuple[str, str], Entry]:
+    """The data file, or else the zip, of each (category, split)."""
+    top = path.rsplit("/", 1)[-1]
+    if top.endswith(".mdb"):
+        try:
+            entries = [Entry((top,), storage.size(path), FileImage(path))]
+        except FileNotFoundError:
+            raise DataError(f"source {path}: no such file") from None
+        top = path.split("/")[-2] if top == _DATA else top
+    else:
+        entries = list_files(path, (_DATA, ".zip"))
+    found: dict[tuple[str, str], Entry] = {}
+    for entry in sorted(entries, key=_is_zip):  # a zip counts where it has not been unpacked
+        *folders, last = entry.parts
+        name = last if _is_zip(entry) else folders[-1] if folders else top
+        if match := _NAME.fullmatch(re.sub(r"\.(zip|tar|mdb)$", "", name)):
+            same = found.setdefault((match[1], match[2]), entry)
+            if same is not entry and not _is_zip(entry):
+                raise DataError(
+                    f"source {path}: {name} is there twice: {'/'.join(same.parts)} and {'/'.join(entry.parts)}"
+                )
+    if not found:
+        raise DataError(
+            f"source {path}: no LMDB of LSUN in it: folders that are called CATEGORY_train_lmdb and CATEGORY_val_lmdb, "
+            f"with a {_DATA} in each"
+        )
+    return found
+
+
+def _is_zip(entry: Entry) -> bool:
+    return entry.parts[-1] != _DATA and entry.parts[-1].endswith(".zip")
+
+
+def _unpacked(entry: Entry) -> LmdbFile:
+    load = entry.load
+    if isinstance(load, FileImage) and not _is_zip(entry):
+        return LmdbFile(load.url, 0, entry.size)
+    if isinstance(load, RangeImage):
+        return LmdbFile(load.url, load.offset, entry.size)
+    archive = getattr(load, "url", "/".join(entry.parts))
+    raise DataError(f"source {archive}: an LMDB cannot be read in its zip; unpack it first: unzip {archive}")
+
+
+def _protocol(classes: Sequence[str], splits: dict[str, Images]) -> str:
+    """The categories, and whether it is not all of their images that there are to train on."""
+    protocol = f"LSUN {', '.join(classes)}"
+    train = len(splits.get("train", ()))
+    if train and all(category in TRAIN_IMAGES for category in classes):
+        of = sum(TRAIN_IMAGES[category] for category in classes)
+        protocol += f", {train:,} of {of:,} images for training" if train != of else ""
+    return protocol

@@ -1,0 +1,310 @@
+"""The one typed config: its sections and fields, what each means and which values it takes.
+
+Not for reading it from a file, nor for what fields must satisfy together: that is `eiwtrain.config.file`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from eiwtrain.config.interval import parse
+
+MAX_ERROR_LINES = 4
+
+
+class ConfigError(ValueError):
+    """The config cannot be used; the message is at most `MAX_ERROR_LINES` lines, each naming a field and the remedy."""
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown fields are refused, the docstring under a field is its meaning."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a number or a word is wanted here, not true or false")
+        return value
+
+
+class Run(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder under `storage`, its MLflow run; the same name goes on where it stopped."""
+    storage: Text = "runs"
+    """Folder or fsspec URL (s3://...) under which checkpoints, samples and the exported model of each run live."""
+    max_failures: NonNegativeInt = 3
+    """How often in a row workers that crash may be started again, without a new checkpoint between, before the run
+    counts as failed."""
+
+
+class Data(Section):
+    path: Text
+    """Folder or fsspec URL that holds the data set's manifest.json (written by `python -m data_prep`)."""
+    resolution: PositiveInt
+    """Side of the square images, pixels; must be the data set's."""
+    prepare: Literal["photos"] | None = None
+    """Source that `data_prep` writes to `path` first when no data set is there; null: the data set must exist."""
+    train_split: Text = "train"
+    """Name of the split to train on."""
+    eval_split: Text = "test"
+    """Name of the held-out split."""
+    flip: bool = True
+    """Mirror each training image left-right with probability 1/2."""
+    lanes: PositiveInt = 64
+    """Slices of an epoch that are read side by side; part of the sample order, so fixed for a run."""
+    shuffle_block: PositiveInt = 1024
+    """Samples that are shuffled together inside a lane; part of the sample order, so fixed for a run."""
+    cache_dir: Text | None = None
+    """Local folder for shards fetched from remote storage; null: a folder of the system's temporary directory."""
+    cache_bytes: PositiveInt = 64 << 30
+    """Upper bound of that cache on each node, bytes."""
+    loader_workers: NonNegativeInt = 0
+    """Processes per training worker that read and decode; 0: in the training process itself."""
+
+
+class Conditioner(Section):
+    kind: Literal["conv", "residual", "transformer"] = "conv"
+    """The network inside each coupling: conv (Glow's), residual (gated blocks), transformer (on patches, as Jet's)."""
+    hidden: PositiveInt = 128
+    """Its channels."""
+    depth: NonNegativeInt = 1
+    """conv: 1x1 convolutions between its first and its last 3x3 convolution; otherwise: blocks."""
+    activation: Literal["relu", "gelu", "silu"] = "silu"
+    """Between convolutions; a transformer has gelu."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of activations set to zero while training."""
+    heads: PositiveInt = 4
+    """Of a transformer's attention; must divide `hidden`."""
+    patch: PositiveInt = 2
+    """Side of a transformer's patches, in places of a level's grid (each level halves the image's side)."""
+
+
+class Model(Section):
+    preset: Literal["glow", "eiw", "jet"] | None = None
+    """A published size (`eiwtrain/flow/presets.py`) in place of the defaults here; what is set beside it counts."""
+    levels: PositiveInt = 3
+    """Scales: each halves the side of the image and, but for the last, factors out half of the channels."""
+    steps: PositiveInt = 8
+    """Flow steps (actnorm, invertible 1x1 convolution, coupling) on each level."""
+    conditioner: Conditioner = Conditioner()
+    """The network inside each coupling and each split's prior."""
+    coupling: Literal["affine", "spline"] = "affine"
+    """What a coupling does: an affine map, or one followed by a rational-quadratic spline."""
+    bins: int = Field(default=8, ge=2, le=16)
+    """Of each spline; more are steeper, and cost precision in float32."""
+    shuffle: Literal["none", "fixed", "hard", "soft"] = "soft"
+    """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
+    shuffle_block: NonNegativeInt = 4
+    """Side of blocks, in places of a level's grid, that the soft shuffle turns each by itself; 0: whole images."""
+    dequantization: Literal["uniform", "variational"] = "uniform"
+    """Noise under the pixels: uniform, or from a small flow that is trained along."""
+    classes: NonNegativeInt = 0
+    """Of a class-conditional model, as many as the data set has; 0: labels play no part."""
+    backprop: Literal["stored", "checkpointed", "invertible", "auto"] = "invertible"
+    """How backward gets activations: keep them, recompute each step, invert the flow (memory constant in depth), or
+    keep as many as fit and invert the rest."""
+    memory_budget: NonNegativeInt | None = None
+    """With `backprop: auto`, bytes of activations that a worker may keep; null: what is free when it starts."""
+    trunk_dtype: Literal["float32", "float64"] = "float32"
+    """Precision of what flows between couplings and of log-determinants."""
+    anchor_every: NonNegativeInt = 0
+    """Where backward inverts, keep a true activation every n steps, which bounds drift; 0: only one a level."""
+    n_bits: int = Field(default=8, ge=1, le=8)
+    """Bits per channel that are modelled; 5 is usual for LSUN and CelebA-HQ."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if not isinstance(name, str) or not isinstance(values.get("conditioner", {}), dict):
+            return values
+        from eiwtrain.flow.presets import PRESETS, preset  # not above: it imports torch, which takes seconds
+
+        return preset(name, values) if name in PRESETS else values
+
+
+class Train(Section):
+    global_batch: PositiveInt = 64
+    """Images per optimizer step over all workers; the samples of a step do not depend on the number of workers."""
+    micro_batch: PositiveInt = 32
+    """Images per forward pass of one worker; gradients accumulate until `global_batch` is reached."""
+    max_steps: PositiveInt = 1000
+    """Optimizer steps after which the run is finished."""
+    max_hours: PositiveFloat | None = None
+    """Wall time of the job, hours, after which it checkpoints and stops, to go on later; null: no limit."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or half a cosine down to zero at `max_steps`."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of AdamW."""
+    clip: NonNegativeFloat = 50.0
+    """Gradient norm (loss in bits/dim) above which gradients are scaled down; 0: never."""
+    shuffle_penalty: NonNegativeFloat = 1e-3
+    """Weight of the shuffle's regulariser (mean squared log-weight) in the loss, bits/dim per unit."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay per step of the averaged weights that are evaluated and exported; 0: the weights themselves."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the conditioners; the trunk has its own (`model.trunk_dtype`), parameters stay float32."""
+    max_skipped: NonNegativeInt = 3
+    """Steps in a row whose loss or gradient is not finite that are skipped and counted; one more ends the run."""
+    rollbacks: NonNegativeInt = 0
+    """How often, where it would end so, the weights go back to the last good checkpoint instead, while the sample
+    stream goes on behind the bad steps."""
+    compile: bool = False
+    """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also gradients, 3 also weights."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of initial weights, sample order, dequantisation noise and flips."""
+    log_every_seconds: PositiveFloat = 5.0
+    """Time between two training lines, seconds."""
+
+
+class Workers(Section):
+    min: PositiveInt = 1
+    """Workers needed to start, and to go on when a node is lost."""
+    max: PositiveInt | None = None
+    """Workers to use when the cluster has room; null: as `min`."""
+    grow_seconds: PositiveFloat = 60.0
+    """How long there must be room for more workers, up to `max`, before all are started again to use it, seconds."""
+    hang_seconds: PositiveFloat = 1200.0
+    """Time without progress (up to the first step at least 300) after which a worker tells its stacks and all are
+    started again, seconds; longer than a compilation and than three times EIWTRAIN_RETRY_SECONDS."""
+    gpus: Literal[0, 1] = 0
+    """GPUs per worker; 0: CPU and gloo."""
+    cpus: PositiveInt = 1
+    """CPU cores per worker."""
+
+
+class Checkpoint(Section):
+    every: int | str = 500
+    """Between two checkpoints: steps, a time (90s, 10m, 1.5h), or auto, from what one costs and how often the run
+    fails; one is also written after each evaluation, on a stop and at the end."""
+    mtbf_hours: PositiveFloat = 6.0
+    """With auto, the mean time between failures that is assumed until the run has seen its own, hours."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints to keep; the best by held-out bits/dim is kept besides."""
+    keep_every: NonNegativeInt = 0
+    """Keep also the first checkpoint in each so many steps, for ever; 0: none."""
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _an_interval(cls, value: Any) -> Any:
+        parse(value)
+        return value
+
+
+class Tracking(Section):
+    uri: Text | None = None
+    """MLflow tracking URI; null: what the environment variable MLFLOW_TRACKING_URI says where the job starts, or sqlite
+    in a local `run.storage`."""
+    experiment: Text = "eiwtrain"
+    """MLflow experiment of the run."""
+    log_every: PositiveInt = 10
+    """Steps between two points of the training curves."""
+    registered_model: Annotated[str, Field(pattern=r"^[\w.-][\w. -]*$")] | None = None
+    """Name in MLflow's Model Registry of which the finished run's model becomes a version; null: that is left to
+    `eiwtrain.export`."""
+
+
+class Eval(Section):
+    every: PositiveInt = 1000
+    """Steps between two evaluations on the held-out split; one is also made at the end."""
+    images: PositiveInt = 2048
+    """Held-out images scored (the first of the split; all when it has fewer)."""
+    samples: PositiveInt = 16
+    """Images drawn at each temperature, and reconstructions, in the sample grid."""
+    temperatures: tuple[PositiveFloat, PositiveFloat] = (0.7, 1.0)
+    """The two scales of the latents that the sample grid shows."""
+    drift_warning: PositiveFloat = 3e-3
+    """Drift (relative error of held-out images through the flow and back) above which a warning names the remedy."""
+
+
+class Config(Section):
+    """Everything a run needs to know. Fields that shape samples or weights are fixed for a run (docs/training.md)."""
+
+    run: Run
+    data: Data
+    model: Model = Model()
+    train: Train = Train()
+    workers: Workers = Workers()
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    eval: Eval = Eval()
+
+    @property
+    def root(self) -> str:
+        """URL of this run's folder."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers the run may use."""
+        return self.workers.max or self.workers.min
+
+
+def batching(train: Train, world_size: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step) of each rank.
+
+    As few micro-batches as `train.micro_batch` allows, and no more rows than they need: what does not divide is padded.
+    """
+    accumulation = math.ceil(train.global_batch / (train.micro_batch * world_size))
+    return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def describe_fields() -> str:
+    """One line a field: name, default, meaning."""
+    lines = []
+    for name, default, meaning in leaf_fields(Config):
+        lines.append(f"{name} = {default}\n    {meaning}")
+    return "\n".join(lines)
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, default as YAML, meaning) of every leaf field below `model`."""
+    rows: list[tuple[str, str, str]] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        # to Python 3.10 a tuple[...] is a type, but none to ask for its base classes
+        if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
+            rows += leaf_fields(kind, f"{prefix}{name}.")
+            continue
+        default = "(required)" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
+        choices = [arg for part in (kind, *get_args(kind)) for arg in get_args(part)]  # of a Literal, or one or None
+        if words := [str(c) for c in choices if isinstance(c, str | int)]:
+            default += f"  # {' | '.join(words)}"
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows

@@ -1,0 +1,290 @@
+"""What a config costs, counted before anything runs: parameters, FLOPs, bytes. Not for measuring a run: that is
+`eiwtrain.train.report`, nor for printing this: that is `eiwtrain.driver.dry_run`.
+
+Counted means that a training step (forward and backward) is run on tensors that have shapes and no data (torch's
+FakeTensorMode), which takes seconds and no memory whatever the size. The steps of a level are alike, so flows of few
+steps are counted, and what a step adds is taken as often as the config has steps: the sum is exact, as is what a
+further image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or
+what the host needs to start the operations at an assumed rate, `LAUNCH`, whichever is longer.
+
+Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses to rounding, CUDA's own memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from eiwtrain import flow
+from eiwtrain.config import Config, Train, batching
+from eiwtrain.flow.memory import SLACK, STATE_BYTES
+from eiwtrain.train.engine import MOST_IN_BUCKET
+from eiwtrain.train.state import flow_config, outline
+
+MODES = ("stored", "checkpointed", "invertible")
+
+MFU = 0.25
+"""The share of a GPU's peak at which training is assumed to compute: assumed, not measured. It is model FLOPs
+utilisation where activations are stored; where some are recomputed, that is less by as much (PaLM, arXiv 2204.02311,
+appendix B, calls this one hardware FLOPs utilisation)."""
+
+LAUNCH = 7e-6
+"""Seconds in which PyTorch starts an operation, from Python or its autograd: assumed, not measured. The host starts one
+after the other, so a micro-batch takes at least that for each of its operations, however small it is."""
+
+FREE = 0.2
+"""The share of a GPU's memory that is left to what is not counted here."""
+
+_FLOAT = 4  # bytes of a parameter, its gradient, its average and each of its moments
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU."""
+
+    name: str
+    flops_per_second: float
+    """Its peak in dense bfloat16 matrix products, as published."""
+    bytes: float
+    """Its memory."""
+
+
+GPUS = (
+    # NVIDIA L4 Tensor Core GPU data sheet: 242 TFLOPS with sparsity, which doubles the dense figure
+    Gpu("L4", 121e12, 24e9),
+    # NVIDIA L40S data sheet: 733 TFLOPS with sparsity
+    Gpu("L40S", 362e12, 48e9),
+    # NVIDIA A100 Tensor Core GPU data sheet
+    Gpu("A100 80 GB", 312e12, 80e9),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
+    Gpu("H100 SXM", 989e12, 80e9),
+    # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS with sparsity
+    Gpu("H200", 989e12, 141e9),
+)
+REFERENCE = GPUS[2]
+"""The GPU that the configs are planned for."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a config; dicts are by backpropagation mode, one of `MODES`."""
+
+    parameters: int
+    flops_per_image: dict[str, float]
+    """Of a training step, forward and backward with what it recomputes, at the config's micro-batch. A multiplication
+    and an addition are two; convolutions and matrix products count, as torch's `FlopCounterMode` counts them."""
+    operations: dict[str, int]
+    """That a training step starts for each micro-batch, forward and backward; views are none."""
+    activation_bytes: dict[str, int]
+    """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
+    fixed_bytes: dict[str, int]
+    """Kept besides, whatever the number of images: bfloat16 copies of weights, matrices of 1x1 convolutions."""
+    workspace_bytes: int
+    """By each image, while it is gone through backward: what one step of the first level keeps, the most that
+    checkpointed and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
+    checkpoint_bytes: int
+    """Of all its tensors: weights, their average and AdamW's two moments."""
+    train: Train
+    backprop: str
+    memory_budget: int | None
+    """The config's own."""
+
+    @property
+    def gradient_bytes(self) -> int:
+        """All-reduced in an optimizer step, of each worker: float32."""
+        return _FLOAT * self.parameters
+
+    @property
+    def mode(self) -> str:
+        """That of `mode_in` on `REFERENCE`."""
+        return self.mode_in(REFERENCE.bytes)
+
+    def mode_in(self, memory: float) -> str:
+        """The config's backpropagation mode on a GPU of so many bytes. For auto: stored, if that fits its budget, or
+        else invertible, which bounds time from above and memory from below; without a budget of its own, it has what
+        would be free there."""
+        if self.backprop != "auto":
+            return self.backprop
+        budget = self.memory_budget
+        if budget is None:
+            free = memory - 2 * _FLOAT * self.parameters  # weights and their average are there already
+            two = 2 * max(2, self.train.micro_batch) * self.workspace_bytes
+            budget = int(SLACK * free) - STATE_BYTES * self.parameters - two
+        return "stored" if self.kept_bytes("stored", self.train.micro_batch) <= budget else "invertible"
+
+    def kept_bytes(self, mode: str, images: int) -> int:
+        """Kept for the backward pass of a micro-batch of so many images."""
+        return self.fixed_bytes[mode] + images * self.activation_bytes[mode]
+
+    def state_bytes(self, workers: int) -> int:
+        """Held by one of so many workers between steps and through them, besides activations."""
+        return sum(self.state(workers).values())
+
+    def state(self, workers: int) -> dict[str, int]:
+        """`state_bytes` by what it is. All is float32; the average is whole on every worker at any ZeRO stage."""
+        whole = _FLOAT * self.parameters
+        share = -(-whole // workers)
+        zero = self.train.zero_stage
+        return {
+            "weights": share if zero == 3 else whole,
+            "average": whole,
+            # at stage 3 DeepSpeed keeps what it accumulates in, and flattens another for the update
+            "gradients": (whole, whole, share, 2 * share)[zero],
+            "moments": 2 * (share if zero else whole),
+            # DeepSpeed's, of the weights that it updates, in float32 also where they are float32 already
+            "master weights": share if zero else 0,
+            "reduction buffer": _FLOAT * min(MOST_IN_BUCKET, self.parameters) if zero else 0,
+        }
+
+    def worker_bytes(self, mode: str, workers: int) -> int:
+        """Of one of so many workers in a training step: state, and what a full micro-batch keeps and recomputes."""
+        images = self.train.micro_batch
+        recomputed = 0 if mode == "stored" else images * self.workspace_bytes
+        return self.state_bytes(workers) + self.kept_bytes(mode, images) + recomputed
+
+    def fits(self, gpu: Gpu, workers: int) -> bool:
+        """Whether a training step does, of one of so many workers, with `FREE` to spare; auto makes itself room by
+        inverting."""
+        least = "invertible" if self.backprop == "auto" else self.backprop
+        return self.worker_bytes(least, workers) <= (1 - FREE) * gpu.bytes
+
+    def step_seconds(self, gpu: Gpu, workers: int) -> float:
+        """Of an optimizer step on so many such GPUs, in the mode that the config has there: its micro-batches one
+        after the other, each of the images that are one worker's. Nothing that workers tell each other is in it."""
+        rows, accumulation = batching(self.train, workers)
+        mode = self.mode_in(gpu.bytes)
+        computed = rows * self.flops_per_image[mode] / (gpu.flops_per_second * MFU)
+        return accumulation * max(computed, self.operations[mode] * LAUNCH)
+
+
+def of(config: Config, channels: int = 3) -> Costs:
+    """The costs of a config for images of `channels` channels."""
+    shape = flow_config(config, channels)
+    shape = replace(shape, conditioner=replace(shape.conditioner, dropout=0.0))  # which wants numbers
+    model = outline(config, channels)
+    parameters = sum(p.numel() for p in model.parameters())
+    state = sum(t.nbytes for t in model.state_dict().values())
+    images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
+    flops, operations, each, fixed = {}, {}, {}, {}
+    for mode in MODES:
+        step = _of_all_steps(replace(shape, backprop=mode), images)
+        more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
+        flops[mode], operations[mode] = step.flops / images, step.operations
+        each[mode] = more.kept - step.kept
+        fixed[mode] = step.kept - images * each[mode]
+    return Costs(
+        parameters,
+        flops,
+        operations,
+        each,
+        fixed,
+        _of_a_step(shape),
+        checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
+        train=config.train,
+        backprop=config.model.backprop,
+        memory_budget=config.model.memory_budget,
+    )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one training step keeps for its backward pass, bytes, its FLOPs, and the operations that it starts."""
+
+    kept: int
+    flops: int
+    operations: int
+
+    def plus(self, times: int, more: Counted) -> Counted:
+        """This, and so many times what `more` is above it."""
+        mine, theirs = astuple(self), astuple(more)
+        return Counted(*(a + times * (b - a) for a, b in zip(mine, theirs, strict=True)))
+
+
+def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
+    """As `count`, from flows of one step and of two: each adds the same. With anchors, so many do together."""
+    period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
+    few = 1 + (shape.steps - 1) % period
+    times = (shape.steps - few) // period
+    less = count(replace(shape, steps=few), images, backward)
+    if not times:
+        return less
+    return less.plus(times, count(replace(shape, steps=few + period), images, backward))
+
+
+def _of_a_step(shape: flow.FlowConfig) -> int:
+    """Bytes that one step of the first level keeps for an image if it keeps its activations."""
+    level = replace(shape, levels=1, shuffle="none", dequantization="uniform", classes=0, backprop="stored")
+    of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))
+    return (of_three[1] - of_three[0]) - (of_two[1] - of_two[0])
+
+
+def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
+    """Of one training step of a flow, run for this purpose.
+
+    Args:
+        backward: run it, or else count the FLOPs and operations of the forward pass alone.
+        fake: on tensors without data; or on real ones, which gives the same.
+    """
+    started = _Started()
+    with FakeTensorMode() if fake else nullcontext():
+        model = flow.EIWFlow(shape)
+        pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
+        noise = torch.full(pixels.shape, 0.5)
+        labels = torch.zeros(images, dtype=torch.int64) if shape.classes else None
+        with started:
+            kept, loss = _kept(
+                lambda: model(pixels, noise, labels).log_prob.sum(), [*model.parameters(), *model.buffers()]
+            )
+            if backward:
+                loss.backward()
+    return Counted(kept, started.flops, started.operations)
+
+
+def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:
+    """Bytes that autograd saves for the backward pass of `function()`, each storage once, and what that returned.
+
+    As `flow.memory.bytes_saved` does, but for tensors that have no address.
+    """
+    mine = {id(t.untyped_storage()) for t in own}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no identity is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if id(storage) not in mine:
+            kept[id(storage)] = storage
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return sum(storage.nbytes() for storage in kept.values()), result
+
+
+_VIEWS = {  # operations that start nothing on a device
+    *("view", "_unsafe_view", "alias", "detach", "as_strided", "lift_fresh", "t", "transpose", "permute"),
+    *("slice", "select", "split", "split_with_sizes", "unbind", "expand", "unsqueeze", "squeeze"),
+}
+
+
+class _Started(TorchDispatchMode):
+    """Counts operations, and sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every
+    operation apart, half as fast, and cannot follow modules that are run in a backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        namespace, _, name = func._schema.name.partition("::")
+        self.operations += namespace == "aten" and name not in _VIEWS
+        return out

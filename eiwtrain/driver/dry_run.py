@@ -1,0 +1,152 @@
+"""What `--dry-run` prints: the resolved config, what it will cost, and what the world says to it.
+
+Not for the arithmetic, which is `eiwtrain.driver.costs`, nor for the checks, which are `eiwtrain.driver.preflight`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from eiwtrain.config import Config, ConfigError, batching
+from eiwtrain.driver import preflight
+from eiwtrain.terminal.console import Console
+
+if TYPE_CHECKING:
+    from eiwtrain.data import Manifest
+    from eiwtrain.driver.costs import Costs
+
+
+def plan(config: Config, console: Console) -> Manifest | None:
+    """Print the config and its plan: parameters, FLOPs, memory, time. Nothing has to be there for it; what the data set
+    adds, its epochs and channels, is left out where there is none. Returns the data set if there is one."""
+    import yaml
+
+    console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+    from eiwtrain.driver import costs  # seconds, in which there is something to read
+
+    try:
+        manifest = preflight.find_data(config)
+    except ConfigError:
+        manifest = None  # which is an error later, after what can be said without it
+    found = costs.of(config, manifest.channels if manifest else 3)
+    for line in lines(config, found, manifest):
+        console.note(line)
+    return manifest
+
+
+def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
+    """The plan; see `docs/numbers.md` for how its figures are made."""
+    t, most, least = config.train, config.max_workers, config.workers.min
+    images = t.max_steps * t.global_batch
+    held = ", ".join(f"{what} {_gb(n)}" for what, n in found.state(most).items() if n)
+    seen = f"; {images / manifest.splits[config.data.train_split].samples:,.1f} epochs" if manifest else ""
+    said = [
+        f"model     {found.parameters:,} parameters, {_gb(4 * found.parameters)} in float32",
+        f"steps     {t.max_steps:,} of {t.global_batch:,} images: {images:,} images{seen}",
+        f"rate      {_rate(config)}",
+        *_by_mode(config, found),
+        f"state     {_gb(found.state_bytes(most))} a worker at {most}: {held}",
+        f"network   {_gb(found.gradient_bytes)} of gradients are summed over the workers in a step",
+        f"resume    reads a checkpoint of {_gb(found.checkpoint_bytes)}",
+    ]
+    total = images * found.flops_per_image[found.mode]
+    if not config.workers.gpus:
+        return [*said, f"time      {total:.2e} FLOPs in all; no speed is assumed for CPUs"]
+    if t.precision != "bf16":
+        return [*said, f"time      {total:.2e} FLOPs in all; a speed is assumed for train.precision=bf16 alone"]
+    return [*said, *_by_gpu(found, sorted({most, least}, reverse=True))]
+
+
+def _rate(config: Config) -> str:
+    """The learning rate's way over the run."""
+    t = config.train
+    if t.warmup_steps > t.max_steps:
+        return f"rises over {t.warmup_steps:,} steps (train.warmup_steps), so train.lr = {t.lr:g} is not reached"
+    rises = f"rises to {t.lr:g} in {t.warmup_steps:,} steps, then " if t.warmup_steps else f"{t.lr:g}, "
+    return rises + ("falls to 0 by half a cosine" if t.schedule == "cosine" else "stays")
+
+
+def _by_mode(config: Config, found: Costs) -> list[str]:
+    """Arithmetic and memory of each mode, the config's own marked."""
+    from eiwtrain.driver import costs
+
+    most, images = config.max_workers, config.train.micro_batch
+    said = [
+        f"memory    of one of {most} workers at micro_batch {images}, and FLOPs, by model.backprop",
+        "            mode           GFLOP/image   kept/image        kept  recomputed       state       total",
+    ]
+    for mode in costs.MODES:
+        kept, total = found.kept_bytes(mode, images), found.worker_bytes(mode, most)
+        state = found.state_bytes(most)
+        cells = (found.activation_bytes[mode], kept, total - state - kept, state, total)
+        said.append(
+            f"          {'*' if mode == found.mode else ' '} {mode:13}{found.flops_per_image[mode] / 1e9:13,.2f} "
+            + "".join(f"{_gb(n):>12}" for n in cells)
+        )
+    if config.model.backprop == "auto":
+        budget = config.model.memory_budget
+        room = f"{_gb(budget)} (model.memory_budget)" if budget is not None else f"an {costs.REFERENCE.name}"
+        which = "keeps all in" if found.mode == "stored" else "keeps what fits and inverts the rest in"
+        said.append(f"          * auto {which} {room}")
+    return said
+
+
+def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
+    """Speed and time on each kind of GPU, for each of these numbers of workers, the greatest first."""
+    from eiwtrain.driver import costs
+
+    t, most = found.train, workers[0]
+    said = [
+        f"time      assumed: a GPU computes at {costs.MFU:.0%} of its published bfloat16 peak, all the time,",
+        f"          or waits for its host, which starts an operation in {costs.LAUNCH * 1e6:g} us",
+    ]
+    enough = math.ceil(t.global_batch / t.micro_batch)  # for a step of one micro-batch each
+    if most > enough:
+        rows, _ = batching(t, most)
+        said.append(
+            f"          {enough} can have a step of one micro-batch each; {most} get {rows} images each, "
+            "in no less time where they wait for the host"
+        )
+    heads = "".join(f"{f'hours on {n}':>13}  GPU-hours" for n in workers)
+    said.append(f"            GPU           images/s each{heads}")
+    for gpu in costs.GPUS:
+        if not found.fits(gpu, workers[-1]):
+            said.append(f"            {gpu.name:13}{'does not fit':>14}")
+            continue
+        each = t.global_batch / found.step_seconds(gpu, most) / most
+        hours = [(n, t.max_steps * found.step_seconds(gpu, n) / 3600) for n in workers]
+        said.append(f"            {gpu.name:13}{each:14,.0f}" + "".join(f"{h:13,.1f}{n * h:11,.0f}" for n, h in hours))
+    return said
+
+
+def look(config: Config, manifest: Manifest | None, console: Console) -> int:
+    """Print what the world says: data, checkpoint, storage, MLflow; returns the exit code.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    from eiwtrain import tracking
+
+    if manifest is None:
+        console.note(f"data      none at {config.data.path}; the run writes {config.data.prepare} there first")
+    else:
+        counts = ", ".join(f"{s.samples:,} {name}" for name, s in manifest.splits.items())
+        console.note(f"data      {config.data.path}: {counts} images, fingerprint {manifest.fingerprint[:12]}")
+        if manifest.protocol:
+            console.note(f"          {manifest.protocol}")
+    found = preflight.find_checkpoint(config, manifest)
+    console.note(f"start     {'a new run' if found is None else f'step {found.step:,}, {found.url}'}")
+    preflight.check_storage(config)
+    console.note(f"storage   {config.root}: can be written")
+    try:
+        tracking.check(config)
+    except tracking.TrackingError as e:
+        raise ConfigError(str(e)) from None
+    console.note(f"tracking  {tracking.tracking_uri(config)}: answers; experiment '{config.tracking.experiment}'")
+    return 0
+
+
+def _gb(n: float) -> str:
+    """Bytes as a text, in MB below a GB."""
+    return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -1,0 +1,119 @@
+"""Looks at the world before anything starts: GPUs, data, storage, the checkpoint to go on from.
+
+Every problem is a `ConfigError`, a line each, that names the field. Nothing here starts Ray or imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import runpy
+from pathlib import Path
+from typing import Any
+
+from eiwtrain import storage
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.config import Config, ConfigError
+from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
+from eiwtrain.on_ray import session
+
+
+def check_gpus(config: Config, joins_cluster: bool) -> None:
+    """On this machine (not on a cluster, whose GPUs may be elsewhere) there must be a GPU for each worker, and a torch
+    that can use it."""
+    needed = config.workers.min * config.workers.gpus
+    if not needed or joins_cluster:
+        return
+    if (found := gpus_here()) < needed:
+        raise ConfigError(
+            f"workers.gpus: {config.workers.gpus} for each of {config.workers.min} workers, but this machine has "
+            f"{found}; use workers.gpus=0 for CPU, fewer workers, or submit to a cluster with GPUs"
+        )
+    build = torch_build()
+    if build.get("cuda") is None:
+        raise ConfigError(
+            f"workers.gpus: {config.workers.gpus}, but the torch that is installed, {build.get('__version__')}, is "
+            "built without CUDA; `pip uninstall torch` and then installing eiwtrain again brings one with it, or use "
+            "workers.gpus=0 for CPU"
+        )
+
+
+def gpus_here() -> int:
+    """NVIDIA GPUs that CUDA would show to this process (CUDA_VISIBLE_DEVICES counts)."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def torch_build() -> dict[str, Any]:
+    """What `torch.version` says of how torch was built, without the second that importing torch takes."""
+    torch = importlib.util.find_spec("torch")
+    return runpy.run_path(str(Path(torch.origin).with_name("version.py"))) if torch and torch.origin else {}
+
+
+def check_cluster() -> None:
+    """If `RAY_ADDRESS` names a cluster, something must answer there."""
+    try:
+        session.check_address()
+    except session.RayError as e:
+        raise ConfigError(str(e)) from None
+
+
+def check_storage(config: Config) -> None:
+    """`run.storage` takes a file and gives it back."""
+    try:
+        storage.check_writable(config.root)
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
+
+
+def find_data(config: Config) -> Manifest | None:
+    """The data set at `data.path`; None when it is absent but `data.prepare` says how to make it."""
+    d = config.data
+    try:
+        if d.prepare and not storage.exists(storage.join(d.path, MANIFEST_NAME)):
+            return None
+        manifest = load_manifest(d.path)
+    except (DataError, storage.StorageError) as e:
+        raise ConfigError(f"data.path: {e}; write one with `python -m data_prep`") from None
+    if manifest.resolution != d.resolution:
+        raise ConfigError(
+            f"data.resolution: {d.resolution}, but the images at {d.path} are {manifest.resolution} pixels wide; "
+            f"use data.resolution={manifest.resolution} or another data.path"
+        )
+    if config.model.classes and config.model.classes != len(manifest.classes):
+        found = len(manifest.classes)
+        raise ConfigError(
+            f"model.classes: {config.model.classes}, but the images at {d.path} are of {found or 'no'} classes; "
+            f"use model.classes={found}"
+        )
+    for field, split in (("train_split", d.train_split), ("eval_split", d.eval_split)):
+        if split not in manifest.splits:
+            raise ConfigError(f"data.{field}: {split!r} is no split of {d.path}; it has {', '.join(manifest.splits)}")
+        if not manifest.splits[split].samples:
+            raise ConfigError(f"data.{field}: {split!r} of {d.path} has no images; write the data set again")
+    return manifest
+
+
+def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
+    try:
+        found, unreadable = checkpoint.survey(config.root)
+    except storage.StorageError as e:
+        raise ConfigError(f"run.storage: {e}") from None
+    if unreadable and not found:
+        raise ConfigError(
+            f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoint.folder(config.root)} to "
+            "begin anew"
+        )
+    if not found:
+        return None
+    problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)
+    if problems:
+        raise ConfigError("\n".join(problems[:4]))
+    return found[0]

@@ -1,0 +1,117 @@
+"""The folder of an exported model: assembled on this machine, then published in an order that leaves no half model."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eiwtrain import flow, storage
+from eiwtrain.checkpoints.checkpoint import Checkpoint
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.exporting import model_card, models, onnx, registry
+from eiwtrain.exporting.package import MLMODEL, note_size, package
+from eiwtrain.sampling import pictures
+from eiwtrain.scoring.yardsticks import Yardsticks
+from eiwtrain.tracking import TrackedRun
+
+_SAMPLES, _TEMPERATURES, _SEED = 16, (0.7, 1.0), 0
+_EXAMPLES = 2
+
+
+def export(
+    model: flow.EIWFlow,
+    url: str,
+    metadata: Mapping[str, Any],
+    manifest: Manifest | None = None,
+    yardsticks: Yardsticks | None = None,
+) -> None:
+    """Publish the model at a folder or URL, in place of one that is there. Arguments as of `assembled`."""
+    with assembled(model, metadata, manifest, yardsticks) as folder:
+        publish(folder, url)
+
+
+@contextlib.contextmanager
+def assembled(
+    model: flow.EIWFlow,
+    metadata: Mapping[str, Any],
+    manifest: Manifest | None = None,
+    yardsticks: Yardsticks | None = None,
+    with_onnx: bool = False,
+) -> Iterator[Path]:
+    """The folder of an exported model, on this machine for the time of the context.
+
+    Args:
+        metadata: JSON data, as `models.metadata_of` gives it; it goes into config.json and the model card.
+        manifest: of the data set, if it can be read.
+        yardsticks: what lossless coders need for the first of the images of the held-out score.
+        with_onnx: whether the encoder is to be there as an ONNX graph too; raises ValueError where it cannot be had.
+    """
+    described = dict(metadata)
+    if manifest is not None and model.config.classes:
+        described["class_names"] = list(manifest.classes)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "model")
+        # examples of its own making: images of the data set are not everybody's to pass on
+        examples = _samples(model, _EXAMPLES, 1.0).permute(0, 2, 3, 1).contiguous().numpy()
+        package(folder, model, examples, described)
+        flow.save(model, folder, described)
+        panels = [(f"samples, temperature {t:g}", _samples(model, _SAMPLES, t)) for t in _TEMPERATURES]
+        pictures.grid(panels).save(folder / model_card.SAMPLES_FILE)
+        parameters = sum(p.numel() for p in model.parameters())
+        card = model_card.render(model.config, parameters, described, manifest, yardsticks)
+        (folder / model_card.CARD_FILE).write_text(card, encoding="utf-8")
+        if with_onnx:
+            onnx.write(model, folder / onnx.ONNX_FILE)
+        note_size(folder)
+        yield folder
+
+
+def publish(folder: Path, url: str) -> None:
+    """Copy an assembled folder to a folder or URL.
+
+    Weights come last but for the file that MLflow looks for, and those of another model that are there go first: what
+    is interrupted is no model, neither to `flow.load` nor to MLflow.
+    """
+    first, last = [flow.CONFIG_FILE], [flow.MODEL_FILE, MLMODEL]  # first: it tells whose files they are
+    names = first + [name for name, _ in storage.find(str(folder)) if name not in first + last]
+    for name in reversed(last):
+        storage.delete(storage.join(url, name))
+    for name in [*names, *last]:
+        storage.put_file(folder / name, storage.join(url, name))
+
+
+def place(root: str, saved: Checkpoint) -> str:
+    """Where the model of a checkpoint goes if nothing else is said: a folder of its own, below the run's root."""
+    return storage.join(root, "exported", name_of(saved))
+
+
+def register(
+    folder: Path, name: str, root: str, saved: Checkpoint, tracked: TrackedRun, model: flow.EIWFlow
+) -> registry.Registered:
+    """Register the assembled model of a run's last checkpoint; for the end of a run, whose own folder of the model
+    is written again when it goes on, and is nothing for a version to refer to.
+
+    Raises:
+        TrackingError: MLflow cannot be used.
+        StorageError: the run's storage cannot be used.
+    """
+    url = root
+    if not storage.is_local(root):
+        url = place(root, saved)
+        publish(folder, url)
+    return registry.register(name, folder, url, tracked.uri, tracked.run_id, model, models.metadata_of(saved))
+
+
+def name_of(saved: Checkpoint) -> str:
+    return saved.url.rpartition("/")[2]
+
+
+def _samples(model: flow.EIWFlow, n: int, temperature: float) -> torch.Tensor:
+    """uint8 (n, C, H, W), the same each time."""
+    generator = torch.Generator(device=next(model.parameters()).device).manual_seed(_SEED)
+    return model.to_images(model.sample(n, temperature, generator)).cpu()

@@ -1,0 +1,178 @@
+"""A trained flow from whatever a user has of it: an exported model, a checkpoint, a run, or a registered model.
+
+For the commands. Not for resuming training, nor for programs without the rest of eiwtrain: those call `flow.load`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eiwtrain import __version__, data, flow, storage
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.checkpoints.checkpoint import Checkpoint
+
+_REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+
+_TRAINING = ("global_batch", "lr", "schedule", "warmup_steps", "weight_decay", "clip", "ema", "precision", "seed")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A flow, in eval mode on the CPU, and what is known of it.
+
+    Attributes:
+        source: where it was found: the URL of the exported model or of the checkpoint.
+        metadata: `step`, `samples_seen`, `data` (title), `data_fingerprint`, `eval_bits_per_dim` and so on; a model
+            that was exported by a program of somebody else may lack any of them.
+    """
+
+    flow: flow.EIWFlow
+    source: str
+    metadata: dict[str, Any]
+
+
+def open_model(name: str) -> Model:
+    """The flow at `name`: an exported model's folder or URL, a checkpoint's, a run's (its best checkpoint, the newest
+    if none was evaluated), or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of the MLflow Model Registry that
+    MLFLOW_TRACKING_URI names.
+
+    Raises:
+        ValueError: there is no such model.
+        storage.StorageError: it cannot be read.
+        checkpoint.DamagedCheckpoint: it is not as it was written.
+    """
+    if _REGISTERED.match(name):
+        return _registered(name)
+    if storage.exists(storage.join(name, flow.MODEL_FILE)):
+        return _exported(name)
+    if (saved := checkpoint.at(name)) is not None:
+        return of_checkpoint(saved)
+    found = checkpoint.committed(name)
+    if not found:
+        raise ValueError(f"{name}: neither an exported model nor a checkpoint nor a run that has one")
+    return of_checkpoint(checkpoint.best(found) or found[0])
+
+
+def open_split(model: Model, url: str, split: str, option: str = "data") -> data.ShardReader:
+    """A split of the data set at `url`, of images and classes that the model takes.
+
+    Args:
+        option: which named it, for errors.
+
+    Raises:
+        ValueError: there is no such split, or it is not for this model.
+    """
+    try:
+        reader = data.ShardReader(url, data.load_manifest(url), split)
+    except (ValueError, storage.StorageError) as e:
+        raise ValueError(f"--{option}: {e}") from None
+    config, classes = model.flow.config, reader.manifest.classes
+    if reader.image_shape != config.image_shape:
+        has, takes = ("x".join(map(str, shape)) for shape in (reader.image_shape, config.image_shape))
+        channels, height, width = config.image_shape
+        mend = (
+            f"; python -m data_prep ... --resolution {height} writes such" if (channels, height) == (3, width) else ""
+        )
+        raise ValueError(f"--{option}: images of {reader.manifest.title} are {has}, and the model takes {takes}{mend}")
+    if config.classes and config.classes != len(classes):
+        raise ValueError(f"--{option}: {len(classes)} classes, and the model has {config.classes}")
+    named = model.metadata.get("class_names")
+    if config.classes and named and list(named) != list(classes):
+        known = ", ".join(named[:5])
+        raise ValueError(f"--{option}: its classes are not the model's, or in another order; the model's: {known}, ...")
+    return reader
+
+
+def choose(which: str, root: str) -> Checkpoint:
+    """The newest checkpoint of a run (`last`), the best by held-out bits/dim (`best`), or that of a step.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = checkpoint.committed(root)
+    if which == "best":
+        found = [b] if (b := checkpoint.best(found)) else []
+    elif which != "last":
+        found = [c for c in found if str(c.step) == which]
+    if not found:
+        there, unreadable = checkpoint.survey(root)
+        bad = "; ".join(u.why for u in unreadable)
+        raise ValueError(
+            f"{root}: no checkpoint {which!r}; committed: {[c.step for c in there]}" + (bad and f"; {bad}")
+        )
+    return found[0]
+
+
+def of_checkpoint(saved: Checkpoint) -> Model:
+    """The averaged weights of a checkpoint."""
+    model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
+    model.load_state_dict(checkpoint.section(checkpoint.load(saved), "ema"))
+    return Model(model.eval(), saved.url, metadata_of(saved))
+
+
+def metadata_of(saved: Checkpoint) -> dict[str, Any]:
+    """What an exported model says of its origin: no path, address or name of a machine, as models get published."""
+    state, config = saved.state, saved.state["config"]
+    score, train = state.get("score") or {}, config["train"]
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    return {
+        "run": config["run"]["name"],
+        "checkpoint": saved.url.rpartition("/")[2],
+        "step": saved.step,
+        "updates": state.get("updates"),
+        "samples_seen": saved.samples_seen,
+        "data": state.get("data"),
+        "data_fingerprint": state.get("data_fingerprint"),
+        "class_names": state.get("class_names"),
+        "eval_bits_per_dim": finite(state.get("eval_bits_per_dim")),
+        "eval_standard_error": finite(score.get("standard_error")),
+        "eval_images": score.get("images"),
+        "eval_split": config["data"]["eval_split"],
+        "train_split": config["data"]["train_split"],
+        "training": {name: train[name] for name in _TRAINING if name in train},
+        "workers": state.get("world_size"),
+        "wall_seconds": state.get("clock", {}).get("wall"),
+        "eiwtrain": __version__,
+    }
+
+
+def _exported(url: str) -> Model:
+    # the header of the weights holds all that config.json does: no other file is fetched
+    if storage.is_local(url):
+        return _loaded(Path(storage.absolute(url), flow.MODEL_FILE), url)
+    with tempfile.TemporaryDirectory() as copy:
+        storage.get_file(storage.join(url, flow.MODEL_FILE), Path(copy, flow.MODEL_FILE))
+        return _loaded(Path(copy, flow.MODEL_FILE), url)
+
+
+def _loaded(file: Path, source: str) -> Model:
+    return Model(flow.load(file), source, flow.metadata(file))
+
+
+def _registered(name: str) -> Model:
+    import mlflow
+
+    from eiwtrain.tracking.store import TrackingError, client
+
+    uri = mlflow.get_tracking_uri()
+    if "MLFLOW_TRACKING_URI" not in os.environ and uri.startswith("sqlite:///") and not Path(uri[10:]).exists():
+        raise ValueError(f"{name}: set MLFLOW_TRACKING_URI to the MLflow that has it, e.g. sqlite:///runs/mlflow.db")
+    try:
+        client(uri)  # which quiets MLflow
+    except TrackingError as e:
+        raise ValueError(f"{name}: {e}") from None
+    with tempfile.TemporaryDirectory() as copy:
+        try:
+            file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)
+        except Exception as e:
+            raise ValueError(f"{name}: {' '.join(str(e).split())[:200]}") from None
+        return _loaded(Path(file), name)

@@ -1,0 +1,74 @@
+"""Has the workers' torch talk where Ray does: gloo by the interface of the node's address, all of it on loopback alone
+where the node is there.
+
+Not for Ray's own servers (`eiwtrain.on_ray.session`, `cluster.local.ray_nodes`), and no protection on a node that has
+an address in a network: there workers are to be reached, and a firewall or network policy says by whom.
+"""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import os
+import socket
+from typing import Any
+
+from ray.train.torch import TorchConfig
+
+_WAITING = 2048  # connections that the kernel keeps until they are accepted, as torch's own
+
+
+class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # it has no public name
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(stay_with_ray)
+        super().on_start(worker_group, backend_config)
+
+
+class NodeTorchConfig(TorchConfig):
+    """Ray Train's process group of torch, but for this."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _Backend
+
+
+def stay_with_ray() -> None:
+    """Before there is a process group: have gloo use the interface of this node's address, and where that is on
+    loopback have torch's key-value store and NCCL stay there, too. What the environment says already counts."""
+    import ray
+
+    host = ray.util.get_node_ip_address()
+    interface = interface_of(host)
+    if interface is not None:  # else gloo takes what the host's name resolves to: on Debian 127.0.1.1
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if not ipaddress.ip_address(host).is_loopback:
+        return
+    if interface is not None:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # else it passes loopback over; not tried
+    module: Any = importlib.import_module("torch.distributed.rendezvous")  # the name is also a function's
+    module.TCPStore = store
+
+
+def interface_of(host: str) -> str | None:
+    """The name of this machine's network interface that has the IP address `host`; None where none has it, as where
+    addresses are translated on the way."""
+    import psutil
+
+    wanted = ipaddress.ip_address(host)
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            is_ip = address.family in (socket.AF_INET, socket.AF_INET6)
+            if is_ip and ipaddress.ip_address(address.address.partition("%")[0]) == wanted:
+                return name
+    return None
+
+
+def store(host_name: str, port: int, world_size: int, is_master: bool, **options: Any) -> Any:
+    """`torch.distributed.TCPStore`, which as the master listens on `host_name` alone and not on all interfaces."""
+    from torch.distributed import TCPStore
+
+    if is_master:
+        family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
+        listener = socket.create_server((host_name, port), family=family, backlog=_WAITING)
+        options["master_listen_fd"] = listener.detach()  # the store closes it
+    return TCPStore(host_name, port, world_size, is_master, **options)

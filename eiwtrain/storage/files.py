@@ -1,0 +1,410 @@
+"""Bytes at any fsspec URL: read, publish atomically, retry what is transient, checksum.
+
+Not for formats: what the bytes mean is the business of `eiwtrain.data.manifest` and `eiwtrain.checkpoints.checkpoint`.
+A URL without a scheme is a local path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import fsspec.asyn
+
+from eiwtrain.storage.retry import StorageError, retrying
+from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
+
+_CHUNK = 1 << 20  # bytes a read while hashing or copying
+_LARGE = 100 << 20  # bytes from which s3fs uploads in parts
+_PART_TRIES = 5  # of each such part, by the client: one that fails shall not cost the others
+
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # else a child waits for its parent's thread for ever
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path of this machine's file system."""
+    return "://" not in url or url.startswith("file://")
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute; any other URL as it is, without a trailing slash."""
+    if is_local(url):
+        return str(Path(url.removeprefix("file://")).expanduser().absolute())
+    return url.rstrip("/")
+
+
+def anchored(url: str) -> str:
+    """A local path made absolute, for workers have working directories of their own; any other URL as it is.
+
+    In a submitted job, whose working directory is a copy that goes when it ends, relative paths are in `~/eiwtrain`.
+    """
+    if not is_local(url):
+        return url
+    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
+    return str((Path.home() / "eiwtrain" if job else Path.cwd()) / Path(url.removeprefix("file://")).expanduser())
+
+
+def join(url: str, *parts: str) -> str:
+    """`url/part/part`, with single slashes."""
+    return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
+    """The fsspec file system of `url` and the path inside it. Listings are not cached: others write too.
+
+    Call it where it is used, not once for all: in a forked process fsspec refuses a file system made before the fork,
+    and gives a new one.
+
+    Args:
+        url: a path or any fsspec URL.
+        tries: of each request, by an S3 client itself. One by default, as `retrying` does the rest: on its own
+            s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a server that says nothing.
+
+    Raises:
+        StorageError: the scheme is unknown or its package is not installed, or the URL holds a password.
+    """
+    if is_local(url):
+        return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
+    if holds_secret(url):
+        raise StorageError(f"{redact(url)}: {REFUSAL}")
+    s3 = _is_s3(url)
+    options: dict[str, Any] = {}
+    if s3:
+        config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        retries = {"mode": "standard", "total_max_attempts": tries}
+        options = {"use_listings_cache": False, "config_kwargs": {"retries": retries} | config}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except (ValueError, ImportError) as e:
+        raise StorageError(f"{url}: {e}") from None
+    if s3:
+        fs.retries = 1
+    else:
+        fs.invalidate_cache()
+    return fs, path
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is at `url`."""
+    fs, path = filesystem(url)
+    if is_local(url):
+        return bool(fs.exists(path))
+    try:
+        retrying(url, lambda: fs.info(path))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def listdir(url: str) -> list[str]:
+    """Names directly under `url`, sorted; empty where there is nothing."""
+    fs, path = filesystem(url)
+    try:
+        entries = retrying(url, lambda: fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    names = {e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path.rstrip("/")}
+    return sorted(names)
+
+
+def size(url: str) -> int:
+    """Bytes of the file at `url`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    fs, path = filesystem(url)
+    return int(retrying(url, lambda: fs.size(path)))
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file at `url`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StorageError: it cannot be read.
+    """
+    if is_local(url):
+        return retrying(url, Path(absolute(url)).read_bytes)
+    fs, path = filesystem(url)
+
+    def read() -> bytes:
+        size = fs.size(path)
+        data: bytes = fs.cat_file(path)
+        _check_length(len(data), size)
+        return data
+
+    return retrying(url, read)
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """Exactly `length` bytes of the file at `url`, from byte `start` on.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StorageError: it cannot be read, or ends before `start + length`.
+    """
+    if length == 0:  # HTTP ranges cannot say so
+        return b""
+    fs, path = filesystem(url)
+
+    def read() -> bytes:
+        data: bytes
+        if is_local(url):
+            with open(path, "rb") as f:
+                f.seek(start)
+                data = f.read(length)
+        else:
+            data = fs.cat_file(path, start=start, end=start + length)
+        if len(data) != length and (size := fs.size(path)) < start + length:
+            raise StorageError(f"{url}: it has {size} bytes, and bytes {start} to {start + length - 1} were asked for")
+        _check_length(len(data), length)
+        return data
+
+    return retrying(url, read)
+
+
+def find(url: str) -> list[tuple[str, int]]:
+    """(path relative to `url`, bytes) of every file in the folder `url` and those below it, sorted by path; empty
+    where there is nothing. Links are followed; links to nothing are left out.
+
+    Raises:
+        StorageError: a folder cannot be read.
+    """
+    fs, path = filesystem(url)
+    if is_local(url):
+        return sorted(_walk(Path(path)))
+    try:
+        found = retrying(url, lambda: fs.find(path, detail=True))
+    except FileNotFoundError:
+        return []
+    top = path.rstrip("/") + "/"
+    # a name that ends in a slash is a store's placeholder for a folder
+    return sorted((n.removeprefix(top), int(f["size"])) for n, f in found.items() if n.startswith(top) and n[-1] != "/")
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Publish `data` at `url`: a reader sees the old bytes, or none, or all of the new ones, never a part."""
+    fs, path = filesystem(url, _PART_TRIES if len(data) >= _LARGE else 1)
+    if is_local(url):
+        _replace(Path(path), lambda temp: temp.write_bytes(data))
+    else:  # an object store's put is atomic by itself
+        _put(url, lambda: fs.pipe_file(path, data))
+
+
+def write_pieces(url: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
+    """As `write_bytes`, of bytes that come one piece after the other; `pieces` is called anew at each try.
+
+    On a local file system and on S3 they are never all copied into one.
+    """
+    if is_local(url):
+        _replace(Path(absolute(url)), lambda temp: _write(temp, pieces()))
+        return
+
+    def put() -> None:
+        data = _Joined(list(pieces()))
+        in_parts = len(data) >= _LARGE
+        fs, path = filesystem(url, _PART_TRIES if in_parts else 1)
+        fs.pipe_file(path, data if in_parts and _is_s3(url) else data[:])
+
+    _put(url, put)
+
+
+def put_file(local: str | os.PathLike[str], url: str) -> None:
+    """Publish the local file at `url`, atomically as `write_bytes`."""
+    fs, path = filesystem(url, _PART_TRIES if Path(local).stat().st_size >= _LARGE else 1)
+    if is_local(url):
+        _replace(Path(path), lambda temp: _copy(Path(local), temp))
+    else:
+        _put(url, lambda: fs.put_file(str(local), path))
+
+
+def get_file(url: str, local: str | os.PathLike[str]) -> None:
+    """Copy the file at `url` to the local path, which appears whole or not at all.
+
+    Raises:
+        FileNotFoundError: nothing is at `url`.
+        StorageError: it cannot be read.
+    """
+    fs, path = filesystem(url)
+
+    def get(temp: Path) -> None:
+        size = fs.size(path)
+        fs.get_file(path, str(temp))
+        _check_length(temp.stat().st_size, size)
+
+    _replace(Path(local), lambda temp: retrying(url, lambda: get(temp)))
+
+
+def delete(url: str) -> None:
+    """Remove the file or the folder with all in it; absent is fine."""
+    fs, path = filesystem(url)
+    try:
+        retrying(url, lambda: fs.rm(path, recursive=True))
+    except FileNotFoundError:
+        return
+
+
+def abandon_uploads(url: str) -> None:
+    """Give up the uploads below the folder `url` that were begun in parts and never ended, as those of killed
+    processes: S3 keeps their parts, and no listing shows them. Other stores have none.
+
+    Raises:
+        StorageError: the store does not say which there are, or does not allow it.
+    """
+    if not _is_s3(url):
+        return
+    fs, path = filesystem(url)
+    bucket, prefix, _ = fs.split_path(path)
+    asked = {"Bucket": bucket, "Prefix": prefix.rstrip("/") + "/"}
+    while True:
+        answer = retrying(url, functools.partial(fs.call_s3, "list_multipart_uploads", **asked))
+        for upload in answer.get("Uploads", []):
+            retrying(url, functools.partial(_abort_upload, fs, bucket, upload))
+        if not answer.get("IsTruncated"):
+            return
+        asked |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+
+def check_writable(url: str) -> None:
+    """Write, read back and delete a small file under `url`; a local folder that was not there is not left.
+
+    Raises:
+        StorageError: one of the three failed, with the cause in one line.
+    """
+    folder = Path(filesystem(url)[1])
+    made = [p for p in (folder, *folder.parents) if is_local(url) and not p.exists()]
+    probe = join(url, f".probe-{uuid.uuid4().hex}")
+    try:
+        write_bytes(probe, b"eiwtrain")
+        if read_bytes(probe) != b"eiwtrain":
+            raise StorageError(f"{url}: what was written could not be read back")
+        delete(probe)
+    except StorageError as e:
+        raise StorageError(str(e).replace(probe, url)) from None
+    with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
+        for path in made:
+            path.rmdir()
+
+
+def check_file_writable(url: str) -> None:
+    """`check_writable` for the file that is to be at `url`, which no folder may be in the way of.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if not is_local(url):
+        scheme, _, path = url.partition("://")
+        check_writable(f"{scheme}://{path.rpartition('/')[0]}")
+        return
+    file = Path(absolute(url))
+    if file.is_dir():
+        raise StorageError(f"{url}: this is a folder; give the name of a file")
+    check_writable(str(file.parent))
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a local file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Joined:
+    """Pieces as if they were one, for a client that asks for the length and for slices."""
+
+    def __init__(self, pieces: list[bytes | memoryview]) -> None:
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self._pieces)
+
+    def __getitem__(self, where: slice) -> bytes:
+        start, stop, _ = where.indices(len(self))
+        cut, begin = [], 0
+        for piece in self._pieces:
+            cut.append(piece[max(0, start - begin) : max(0, stop - begin)])
+            begin += len(piece)
+        return b"".join(cut)
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    with open(path, "wb") as f:
+        for piece in pieces:
+            f.write(piece)
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def _abort_upload(fs: Any, bucket: str, upload: dict[str, str]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # which `retrying` would take for a server's mood
+        fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+
+def _check_length(came: int, expected: int) -> None:
+    if came != expected:
+        raise ConnectionError(f"{came} bytes came where there should be {expected}")
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    def fail(e: OSError) -> None:
+        if not isinstance(e, (FileNotFoundError, NotADirectoryError)):
+            raise StorageError(f"{e.filename}: {type(e).__name__}: {e.strerror}") from e
+
+    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        for name in names:
+            file = Path(folder, name)
+            with contextlib.suppress(FileNotFoundError):
+                about = file.stat()
+                if stat.S_ISREG(about.st_mode):
+                    yield file.relative_to(root).as_posix(), about.st_size
+
+
+def _put(url: str, call: Callable[[], Any]) -> None:
+    try:
+        retrying(url, call)
+    except FileNotFoundError as e:  # no such bucket, where the store does not say so
+        raise StorageError(f"{url}: {' '.join(str(e).split())}") from e
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as src, open(target, "wb") as dst:
+        while chunk := src.read(_CHUNK):
+            dst.write(chunk)
+
+
+def _replace(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write a sibling temporary file, flush it to disk and rename it onto `target`."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
+    temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temp)
+        with open(temp, "rb+") as f:
+            os.fsync(f.fileno())
+        temp.replace(target)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
+    finally:
+        temp.unlink(missing_ok=True)

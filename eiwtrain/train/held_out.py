@@ -1,0 +1,127 @@
+"""The held-out split during training: the score of the averaged weights, and pictures of what they make of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from PIL.Image import Image
+from torch import Tensor
+
+from eiwtrain import data, flow
+from eiwtrain.config import Config
+from eiwtrain.sampling import drawing, pictures, plots
+from eiwtrain.scoring import yardsticks
+from eiwtrain.scoring.scores import Score, score
+from eiwtrain.tracking import Tracker
+from eiwtrain.train import report
+from eiwtrain.train.state import TrainState
+
+_SEED = 0  # of noise and of samples: the same for every run, so that runs compare
+_ENTROPY_IMAGES = 64
+_YARDSTICK_PIXELS = 512 * 32 * 32  # which take WebP about 12 s of one core
+
+
+class HeldOut:
+    """What is measured and drawn on one rank. Only `score` is collective.
+
+    Args:
+        reader: of the held-out split.
+        micro_batch: rows of a batch.
+    """
+
+    def __init__(
+        self, config: Config, state: TrainState, reader: data.ShardReader, device: torch.device, micro_batch: int
+    ) -> None:
+        self.config, self.state, self.reader, self.device = config, state, reader, device
+        self.micro_batch = micro_batch
+
+    def score(self, stopped: Callable[[], bool]) -> Score | None:
+        """Bits/dim at this step; None if stopped meanwhile. Collective."""
+        batches = data.eval_batches(
+            self.reader,
+            images=self.config.eval.images,
+            seed=_SEED,
+            micro_batch=self.micro_batch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+        )
+        return score(self.state.averaged, batches, stopped)
+
+    def show(
+        self,
+        score: Score,
+        tracker: Tracker,
+        note: Callable[[str], None],
+        may_go_on: Callable[[str], bool],
+    ) -> None:
+        """Log an evaluation, with the yardsticks each time, as lines to compare with; then draw.
+
+        Args:
+            note: says something to the user.
+            may_go_on: asked before each picture, and told what comes next.
+        """
+        state = self.state
+        values = {"eval/bits_per_dim": score.bits_per_dim, "eval/standard_error": score.standard_error}
+        values |= {f"eval/{coder}_bits_per_dim": bits for coder, bits in self.yardsticks.items()}
+        values |= {"flow/drift": self.drift()}
+        tracker.metrics(state.step, {curve: value for curve, value in values.items() if math.isfinite(value)})
+        if warning := report.drift_warning(values["flow/drift"], self.config):
+            note(warning)
+        undrawn = self.pictures()
+        while may_go_on(f"drawing at step {state.step}"):
+            if (drawn := next(undrawn, None)) is None:
+                return
+            tracker.image(state.step, *drawn)
+        note(f"step {state.step:,}: not all of its pictures are drawn, as the job ends")
+
+    def drift(self) -> float:
+        """Relative error of images through the flow and back."""
+        images, noise, labels = self._inputs(self.config.eval.samples)
+        x = flow.dequantize(images, noise, self.config.model.n_bits)
+        return self.state.averaged.drift(x, labels)
+
+    def entropy(self) -> Tensor:
+        """(levels, 2), nats per dimension: the entropy proxy of what leaves at a level and of what stays there, NaN
+        where nothing stays; of the first 64 images, so that the steps of a run compare."""
+        with torch.no_grad():
+            return self.state.averaged(*self._inputs(_ENTROPY_IMAGES)).entropy.cpu()
+
+    def pictures(self) -> Iterator[tuple[str, Image]]:
+        """(name, image), drawn one by one as they are asked for, from the averaged weights: samples at both
+        temperatures; images above, their reconstructions below; the entropies by level."""
+        e, model, title = self.config.eval, self.state.averaged, f"step {self.state.step:,}"
+        panels = [(f"samples, temperature {t:g}", drawing.sample(model, e.samples, t, _SEED)) for t in e.temperatures]
+        yield "samples", pictures.grid(panels)
+        batch, shift = self._first(e.samples), 8 - model.config.n_bits
+        panels = [("held-out images", (batch.images >> shift) << shift)]
+        yield "reconstructions", pictures.grid([*panels, ("their reconstructions", drawing.reconstruct(model, batch))])
+        title = f"entropy of what leaves and what stays, held-out images, {title}"
+        yield "entropy_by_level", plots.entropy_by_level(self.entropy(), title)
+
+    def overview(self) -> Image:
+        """Samples, and images with their reconstructions."""
+        e = self.config.eval
+        return drawing.overview(self.state.averaged, self._first(e.samples), e.samples, e.temperatures, _SEED)
+
+    @property
+    def yardstick_images(self) -> int:
+        """How many of the images that are scored the yardsticks are of: as many of the first ones as have 2^19 pixels
+        together (512 of 32x32), as training waits for it."""
+        most = max(1, _YARDSTICK_PIXELS // self.config.data.resolution**2)
+        return min(len(self.reader), self.config.eval.images, most)
+
+    @cached_property
+    def yardsticks(self) -> dict[str, float]:
+        """What lossless coders need for the first `yardstick_images`, bits/dim."""
+        images = (self.reader[i] for i in range(self.yardstick_images))
+        return yardsticks.bits_per_dim(images, self.config.model.n_bits)
+
+    def _inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        return data.flow_inputs(self._first(images), self.config.model.classes, self.device)
+
+    def _first(self, images: int) -> data.Batch:
+        return data.first_batch(self.reader, images, _SEED)

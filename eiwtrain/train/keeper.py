@@ -1,0 +1,138 @@
+"""When checkpoints are begun, with what in them, and what is said when they are written or could not be.
+
+Between the loop (`eiwtrain.train.loop`), which asks at every step, and what writes them (`eiwtrain.checkpoints.saver`).
+Every rank has one; rank 0's decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from eiwtrain.checkpoints.saver import Outcome, RanksApartError, Saver
+from eiwtrain.config import Config
+from eiwtrain.storage.lease import Guard, LeaseLost
+from eiwtrain.tracking import Tracker
+from eiwtrain.train.goodput import Clock
+from eiwtrain.train.pace import Pace
+from eiwtrain.train.state import TrainState, sum_over_ranks
+
+_PATIENCE = 20.0  # seconds for which a checkpoint waits until the one before it is written
+_AGAIN_SECONDS = 30.0  # at least, until what could not be written is tried again: each try costs training a copy
+_LEASE_SECONDS = 300.0  # for which a checkpoint waits until the lease is seen to be ours; other ranks wait along
+_NOTHING = (-1, False)
+
+
+class Keeper:
+    """Keeps the checkpoints of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        clock: Clock,
+        guard: Guard,
+        tracker: Tracker | None,
+        failures: int,
+        note: Callable[[str], None],
+        run_id: str,
+    ) -> None:
+        """Collective.
+
+        Args:
+            tracker: rank 0's.
+            failures: attempts of the run that have failed so far.
+            note: says something to the user.
+            run_id: the run's in MLflow.
+        """
+        self._state, self._clock, self._tracker, self._failures, self._note = state, clock, tracker, failures, note
+        self._run_id = run_id
+        # long enough for storage to answer or be given up, and the watchdog does not bite meanwhile
+        self._scored_patience = max(_PATIENCE, config.workers.hang_seconds / 2)
+        c = config.checkpoint
+        self._guard = guard
+        self._saver = Saver(config.root, c.keep_last, c.keep_every, self._may_write)
+        self._pace = Pace(c.every, c.mtbf_hours, state.step, time.monotonic())
+        self._overdue, self._not_before = False, 0.0
+        self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
+        """(step, whether with its score) of the last checkpoint that was begun or restored."""
+
+    def due(self) -> bool:
+        """Whether a checkpoint should be begun now; asked on rank 0. One is written at a time."""
+        now = time.monotonic()
+        self._overdue = self._overdue or self._pace.due(self._state.step, now)
+        return self._overdue and not self._saver.busy and now >= self._not_before
+
+    def save(self, wait: bool = False) -> None:
+        """Begin a checkpoint of this step, unless there is one that knows as much. Collective.
+
+        Args:
+            wait: until it is written. If not, and another is still being written for long, this one is put off. One
+                with a score waits for longer: a later one does not have it.
+
+        Raises:
+            LeaseLost: the run is another's by now.
+            RanksApartError: no checkpoint can be written any more by these workers.
+        """
+        state = self._state
+        patience = _PATIENCE if state.score is None else self._scored_patience
+        with self._clock.spending("checkpoint"):
+            self._heard(self._saver.wait(None if wait else patience))
+        known = (state.step, state.score is not None)
+        more, busy = sum_over_ranks([known > self._known, self._saver.busy], state.device)
+        if not more:
+            return
+        if busy:
+            self._overdue = True
+            if state.score is not None:
+                self._note(
+                    f"the checkpoint of step {state.step:,} with its score is left out, as the one before it is not "
+                    f"written after {patience:g} s: this step cannot be the best that is kept"
+                )
+            return
+        self._known, self._overdue = known, False
+        with self._clock.spending("checkpoint"):
+            about = state.to_json() | {
+                "mlflow_run_id": self._run_id,
+                "unlogged": self._tracker.pending() if self._tracker is not None else {},
+                "clock": self._clock.to_json(),
+            }
+            self._heard(self._saver.begin(state.step, state.samples_seen, state.tensors(), about))
+            if wait:
+                self._heard(self._saver.wait())
+
+    def hear(self) -> None:
+        """See what became of the last checkpoint, if it is written and that is not yet known. Raises as `save`."""
+        self._heard(self._saver.poll())
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is being written. Raises as `save`."""
+        self._heard(self._saver.wait())
+
+    def _may_write(self) -> None:
+        end = time.monotonic() + _LEASE_SECONDS
+        self._guard.check(give_up=lambda: time.monotonic() > end)
+
+    def _heard(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        if isinstance(outcome.exception, (LeaseLost, RanksApartError)):
+            raise outcome.exception
+        if outcome.checkpoint is None:
+            self._note(f"a checkpoint could not be written: {outcome.error}; training goes on, and tries again")
+            self._known, self._overdue = _NOTHING, True
+            self._not_before = time.monotonic() + max(_AGAIN_SECONDS, outcome.seconds)
+            return
+        saved = self._state.newest = outcome.checkpoint
+        wall, failures = self._clock.wall, self._failures
+        self._pace.committed(saved.step, time.monotonic(), outcome.stall, outcome.seconds, wall, failures)
+        self._note(
+            f"checkpoint at step {saved.step:,}: {saved.url} ({outcome.bytes / 1e6:,.1f} MB; training waited "
+            f"{outcome.stall:.2f} s, written in {outcome.seconds:.1f} s)"
+        )
+        if outcome.error is not None:
+            self._note(f"old checkpoints could not be deleted: {outcome.error}")
+        if self._tracker is not None:
+            self._tracker.tags({"checkpoint": saved.url, "step": str(saved.step)})
+            seconds = {"time/checkpoint_stall_seconds": outcome.stall, "time/checkpoint_seconds": outcome.seconds}
+            self._tracker.metrics(saved.step, seconds)

@@ -1,0 +1,135 @@
+"""What rank 0 measures while it trains, as a line for people and as curves for MLflow."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from torch import Tensor
+
+from eiwtrain.config import Config
+
+
+def drift_warning(drift: float, config: Config) -> str | None:
+    """What to tell a user whose flow has drifted too far for gradients to come of its inversion; None if it has not.
+
+    Args:
+        drift: relative error of images through the flow and back (`EIWFlow.drift`).
+    """
+    m, limit = config.model, config.eval.drift_warning
+    if m.backprop not in ("invertible", "auto") or drift <= limit:  # a NaN is above any limit
+        return None
+    if m.anchor_every and drift < 1:
+        return None  # drift is measured without anchors, and they bound it where gradients come from
+    remedies = [] if m.anchor_every or not drift < 1 else ["model.anchor_every=8"]  # which alone need not do beyond
+    remedies += [] if m.trunk_dtype == "float64" else ["model.trunk_dtype=float64"]
+    remedies += ["model.backprop=checkpointed"]
+    return (
+        f"warning: drift {drift:.1e} is above eval.drift_warning = {limit:g}: inverted activations, and gradients with "
+        f"them, lose precision. {' or '.join(remedies)} mends it (docs/precision.md)"
+    )
+
+
+def out_of_memory(error: Exception, config: Config) -> str:
+    """What to tell a user whose worker has run out of GPU memory: one line, with what lowers the need."""
+    m, rows = config.model, config.train.micro_batch
+    remedies = [f"a train.micro_batch below {rows}"] if rows > 1 else []
+    if m.backprop == "auto":
+        remedies.append("a lower model.memory_budget" if m.memory_budget else "a model.memory_budget (bytes)")
+    remedies += [] if m.backprop == "invertible" else ["model.backprop=invertible"]
+    what = ". ".join(" ".join(str(error).split()).split(". ")[:3])[:120].rstrip(".")  # the rest is of the allocator
+    return (
+        f"out of GPU memory: {what}; use {' or '.join(remedies or ['a smaller model'])}, or, if it was an evaluation, "
+        "fewer eval.samples"
+    )
+
+
+class Meter:
+    """Means over the steps since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._finite = self._images = self.faults = 0
+        self._bits = self._waited = self._worked = 0.0
+
+    def add(self, images: int, bits_per_dim: float, waited: float, worked: float, faults: int = 0) -> None:
+        """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds, while so many
+        failures of storage were ridden out."""
+        self._images += images
+        if math.isfinite(bits_per_dim):  # else the step was skipped
+            self._bits += bits_per_dim
+            self._finite += 1
+        self._waited += waited
+        self._worked += worked
+        self.faults += faults
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since this meter was made."""
+        return time.perf_counter() - self._began
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the steps that were not skipped."""
+        return self._bits / max(1, self._finite)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks, in the time of the steps: what lies between them, evaluation say, does not count."""
+        return max(1, self._images) / max(1e-9, self._waited + self._worked)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time of the steps that was spent waiting for data, 0..1."""
+        return self._waited / max(1e-9, self._waited + self._worked)
+
+
+def curves(
+    meter: Meter,
+    bits_per_dim: float,
+    penalty: float,
+    norm: float,
+    lr: float,
+    entropy: Tensor,
+    faults: int,
+    epoch: float,
+) -> dict[str, float]:
+    """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
+
+    All but the times and the faults are of the step itself, so a step that is made again after a resume gives the same
+    point.
+
+    Args:
+        entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
+        faults: failures of storage that all workers have ridden out since they were started.
+        epoch: how often each training image has been seen.
+    """
+    values = {
+        "train/bits_per_dim": bits_per_dim,
+        "train/grad_norm": norm,
+        "train/lr": lr,
+        "train/epoch": epoch,
+        "flow/shuffle_penalty": penalty,
+        "time/images_per_second": meter.images_per_second,
+        "time/data_wait": meter.data_wait,
+        "time/storage_faults": float(faults),
+    }
+    for level, (leaves, stays) in enumerate(entropy.tolist()):
+        values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}
+    return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
+
+
+def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> dict[str, Any]:
+    """What `eiwtrain.terminal.console.training_line` prints."""
+    return {
+        "step": step,
+        "max_steps": max_steps,
+        "images": step * global_batch,
+        "bits_per_dim": meter.bits_per_dim,
+        "images_per_second": meter.images_per_second,
+        "data_wait": meter.data_wait,
+        "faults": meter.faults,
+        "goodput": goodput,
+        "eta": (max_steps - step) * global_batch / meter.images_per_second,
+    }

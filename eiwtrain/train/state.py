@@ -1,0 +1,220 @@
+"""What training changes, and nothing that it does not: weights, their average, the optimizer, the step, the clock.
+
+Made anew or from a checkpoint; knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoints.checkpoint`
+knows how they are stored). Every rank holds one; methods that are collective say so.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eiwtrain import flow
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.config import Config
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.scoring.scores import Score
+from eiwtrain.train.engine import Engine
+
+
+def flow_config(config: Config, channels: int) -> flow.FlowConfig:
+    """The model that a config asks for, on square images of `channels` channels."""
+    m = config.model
+    return flow.FlowConfig(
+        image_shape=(channels, config.data.resolution, config.data.resolution),
+        levels=m.levels,
+        steps=m.steps,
+        conditioner=flow.ConditionerConfig(**m.conditioner.model_dump()),
+        coupling=m.coupling,
+        bins=m.bins,
+        shuffle=m.shuffle,
+        shuffle_block=m.shuffle_block,
+        dequantization=m.dequantization,
+        classes=m.classes,
+        backprop=m.backprop,
+        memory_budget=m.memory_budget,
+        conditioner_dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+        trunk_dtype=m.trunk_dtype,
+        anchor_every=m.anchor_every,
+        n_bits=m.n_bits,
+    )
+
+
+def outline(config: Config, channels: int) -> flow.EIWFlow:
+    """That model without its numbers (on torch's `meta` device): what its tensors are called, and their shapes."""
+    with torch.device("meta"):
+        return flow.EIWFlow(flow_config(config, channels))
+
+
+class TrainState:
+    """The state of training on one rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        device: torch.device,
+        batching: tuple[int, int],
+        first: Callable[[], tuple[Tensor, Tensor, Tensor | None]],
+        note: Callable[[str], None],
+        skip_to: int | None = None,
+    ) -> None:
+        """Restore the newest intact checkpoint, or begin anew. Collective.
+
+        Args:
+            manifest: of the data set.
+            batching: rows of a micro-batch, micro-batches of a step.
+            first: training images, uint8 (n, C, H, W), noise and labels, the same on every rank: they initialise
+                actnorm and give a restored optimizer its first, empty step.
+            note: says something to the user.
+            skip_to: step to go on with, from the newest weights that no skipped step came after; None: where the
+                newest checkpoint stands.
+        """
+        self.config, self.manifest, self.device = config, manifest, device
+        torch.manual_seed(config.train.seed)
+        self.flow = flow.EIWFlow(flow_config(config, manifest.channels)).to(device)
+        saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
+        if saved is None:
+            images, noise, _ = first()
+            self.flow.initialize(flow.dequantize(images, noise, self.flow.config.n_bits))
+        else:
+            self.flow.load_state_dict(checkpoint.section(tensors, "weights"))
+        self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
+        if config.train.compile:
+            self.flow.compile_conditioners()
+        self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
+        self.step = self.updates = 0
+        """Steps made so far, and those of them that changed the weights."""
+        self.skipped = self.skipped_in_row = 0
+        """Steps that did not, as loss or gradient were not finite, in all and just before this step."""
+        self.rollbacks = 0
+        """How often the weights went back to those of an earlier step."""
+        self.score: Score | None = None
+        """What the evaluation at this very step gave; None if there was none."""
+        self.newest = saved
+        """The last checkpoint that was committed, as far as this rank knows, or restored."""
+        if saved is not None:
+            self.step, self.updates = saved.step, saved.state["updates"]
+            self.skipped, self.skipped_in_row = saved.state["skipped"], saved.state["skipped_in_row"]
+            self.rollbacks = saved.state["rollbacks"]
+            self.score = Score(**saved.state["score"]) if saved.state["score"] else None
+            self.averaged.load_state_dict(checkpoint.section(tensors, "ema"))
+            batch = [t if t is None else t[: batching[0]] for t in first()]
+            self.engine.load_moments(
+                checkpoint.section(tensors, "moments"), self.updates, lambda module: module(*batch).log_prob.sum()
+            )
+        if skip_to is not None and skip_to > self.step:
+            note(f"step {skip_to:,} follows, with the weights of step {self.step:,}")
+            self.skipped += skip_to - self.step
+            self.step, self.score, self.rollbacks = skip_to, None, self.rollbacks + 1
+            self.skipped_in_row = 0
+
+    @property
+    def samples_seen(self) -> int:
+        """Position in the sample stream."""
+        return self.step * self.config.train.global_batch
+
+    def advance(self, losses: list[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
+        """One optimizer step and the average after it; returns the gradient norm, and whether the step was made or,
+        as loss or gradient are not finite, skipped. Collective."""
+        norm, applied = self.engine.step(losses, lr)
+        self.step += 1
+        self.score = None
+        if not applied:
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            return norm, False
+        self.skipped_in_row = 0
+        # a horizon that grows with the steps made, so that the average forgets the initial weights
+        decay = min(self.config.train.ema, (1 + self.updates) / (10 + self.updates)) if self.config.train.ema else 0.0
+        averaged = dict(self.averaged.named_parameters())
+        for weights in self.engine.weights():
+            torch._foreach_lerp_([averaged[name] for name in weights], list(weights.values()), 1.0 - decay)
+        self.updates += 1
+        return norm, True
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides tensors."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "flow": self.flow.config.to_dict(),
+            "data": self.manifest.title,
+            "data_fingerprint": self.manifest.fingerprint,
+            "class_names": list(self.manifest.classes) if self.config.model.classes else None,
+            "updates": self.updates,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "rollbacks": self.rollbacks,
+            "score": asdict(self.score) if self.score else None,
+            "eval_bits_per_dim": self.score.bits_per_dim if self.score else None,
+            "world_size": dist.get_world_size(),
+            "saved_at": time.time(),
+        }
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of all that a checkpoint keeps, in the same order on every rank. Collective."""
+        for weights in self.engine.weights():
+            yield from ((f"weights/{name}", t) for name, t in weights.items())
+        parameters = dict(self.flow.named_parameters())
+        yield from ((f"weights/{name}", t) for name, t in self.flow.state_dict().items() if name not in parameters)
+        yield from ((f"ema/{name}", t) for name, t in self.averaged.state_dict().items())
+        yield from ((f"moments/{name}", t) for name, t in self.engine.moments())
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank. Collective."""
+    return sum_over_ranks([float(flag)], device)[0] > 0
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over ranks, in float64. Collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return [float(v) for v in tensor.tolist()]
+
+
+def _newest_intact(
+    root: str, device: torch.device, note: Callable[[str], None], good: bool
+) -> tuple[checkpoint.Checkpoint | None, dict[str, Tensor]]:
+    """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
+
+    Args:
+        good: pass over those that were saved while steps were skipped, if there are others.
+
+    Raises:
+        checkpoint.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
+    """
+    found: list[Any] = [checkpoint.survey(root) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    committed, unreadable = found[0]
+    for bad in unreadable:
+        note(f"checkpoint passed over: {bad.why}")
+    if good:
+        committed = [c for c in committed if not c.state["skipped_in_row"]] or committed
+    damaged: list[checkpoint.Checkpoint] = []
+    for saved in committed:
+        try:
+            tensors, damage = checkpoint.load(saved), None
+        except checkpoint.DamagedCheckpoint as e:
+            tensors, damage = {}, str(e)
+        if not any_rank(damage is not None, device):
+            note(f"going on from step {saved.step:,}: {saved.url}")
+            if dist.get_rank() == 0:
+                for one in damaged:  # or they would count as the newest, and sweep would keep them before good ones
+                    checkpoint.condemn(one)
+            return saved, tensors
+        note(f"damaged checkpoint passed over: {damage or saved.url}")
+        damaged.append(saved)
+    if damaged or unreadable:
+        last = max([*damaged, *unreadable], key=lambda c: c.step)
+        raise checkpoint.DamagedCheckpoint(
+            f"{checkpoint.folder(root)}: no checkpoint is intact, the last is {last.url}; "
+            "delete the folder to begin anew"
+        )
+    return None, {}

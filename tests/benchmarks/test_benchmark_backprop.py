@@ -1,0 +1,107 @@
+"""The benchmark of backpropagation: it runs, its rows hold what it promises, and what is counted is what is claimed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.backprop import _allocated
+from benchmarks.peers import PEERS, installed
+
+pytestmark = pytest.mark.cluster  # a benchmark that takes its time
+
+KEYS = {
+    *("mode", "depth", "budget", "budget_bytes", "allocator", "device", "note"),
+    *("seconds", "to_stored", "rss_bytes", "peak_bytes", "gradient_bytes", "saved_bytes"),
+    *("flops", "conditioner_forwards", "gradient_error"),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("backprop")
+    sizes = ["--depths", "2", "4", "--hidden", "8", "--batch", "2", "--resolution", "8"]
+    out = ["--json", str(folder / "rows.json"), "--plot", str(folder / "plot.png")]
+    command = [sys.executable, "-m", "benchmarks.backprop", "--quick", *sizes, *out]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "plot.png").stat().st_size > 10_000
+    return json.loads((folder / "rows.json").read_text())
+
+
+def one(rows: list[dict[str, Any]], mode: str, depth: int = 4, budget: float | None = None) -> dict[str, Any]:
+    (row,) = (r for r in rows if (r["mode"], r["depth"], r["budget"]) == (mode, depth, budget))
+    return row
+
+
+def test_each_row_has_the_promised_keys(rows: list[dict[str, Any]]) -> None:
+    assert {frozenset(r) for r in rows} == {frozenset(KEYS)}
+    by_mode = {m: sum(r["mode"] == m for r in rows) for m in ("stored", "checkpointed", "invertible", "auto", *PEERS)}
+    assert by_mode == {"stored": 2, "checkpointed": 2, "invertible": 2, "auto": 6, "memcnn": 2, "FrEIA": 2}
+    assert all(r["seconds"] > 0 for r in rows if not r["note"])
+
+
+def test_conditioners_run_once_or_twice_a_step(rows: list[dict[str, Any]]) -> None:
+    assert [one(rows, m)["conditioner_forwards"] for m in ("stored", "checkpointed", "invertible")] == [1, 2, 2]
+    by_budget = [one(rows, "auto", budget=b)["conditioner_forwards"] for b in (0, 0.25, 0.5, 0.75, 1)]
+    assert by_budget[0] == 2
+    assert by_budget[-1] == 1
+    assert by_budget == sorted(by_budget, reverse=True)
+
+
+@pytest.mark.parametrize("mode", ["checkpointed", "invertible"])
+def test_recomputing_costs_a_third_more_arithmetic(rows: list[dict[str, Any]], mode: str) -> None:
+    for depth in (2, 4):
+        assert 1.3 <= one(rows, mode, depth)["flops"] / one(rows, "stored", depth)["flops"] <= 1.34
+
+
+def test_only_invertible_keeps_the_same_at_any_depth(rows: list[dict[str, Any]]) -> None:
+    kept = {
+        (mode, depth): one(rows, mode, depth)["saved_bytes"] for mode in ("stored", "invertible") for depth in (2, 4)
+    }
+    assert kept["invertible", 2] == kept["invertible", 4]
+    assert kept["stored", 4] > 1.8 * kept["stored", 2] > 3 * kept["invertible", 2]
+    for row in rows:
+        assert row["note"] or row["peak_bytes"] > row["saved_bytes"]
+
+
+def test_auto_keeps_no_more_than_its_budget_beyond_invertible(rows: list[dict[str, Any]]) -> None:
+    least = one(rows, "invertible")["saved_bytes"]
+    for budget in (0, 0.25, 0.5, 0.75, 1):
+        row = one(rows, "auto", budget=budget)
+        assert row["budget_bytes"] == round(budget * one(rows, "stored")["saved_bytes"])
+        assert row["saved_bytes"] <= least + row["budget_bytes"]
+
+
+def test_all_have_the_gradients_of_stored(rows: list[dict[str, Any]]) -> None:
+    assert all(r["gradient_error"] < 1e-3 for r in rows if not r["note"])
+
+
+@pytest.mark.parametrize(("peer", "forwards", "flops"), [("memcnn", 3, 5 / 3), ("FrEIA", 1, 1)])
+def test_a_peer_is_measured_where_it_is_installed(
+    rows: list[dict[str, Any]], peer: str, forwards: int, flops: float
+) -> None:
+    row = one(rows, peer)
+    if installed(peer):
+        assert row["conditioner_forwards"] == forwards
+        assert row["flops"] / one(rows, "stored")["flops"] == pytest.approx(flops, rel=0.1)
+    else:
+        assert row["note"] == "not installed"
+        assert row["seconds"] is None
+
+
+def test_allocations_are_counted_to_the_byte() -> None:
+    def work() -> torch.Tensor:
+        first, second = torch.empty(1000), torch.empty(500)
+        del first
+        torch.empty(200)
+        return second
+
+    assert _allocated(work, torch.device("cpu")) == (2000, 6000)

@@ -1,0 +1,368 @@
+"""One trial: a real run of the main job, broken once at a chosen moment, started again until it finishes, then judged.
+
+Not for what the faults are (`chaos_harness.faults`), nor for what must hold afterwards (`chaos_harness.verify`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from chaos_harness import verify
+from eiwtrain import storage
+from eiwtrain.checkpoints import checkpoint
+
+if TYPE_CHECKING:
+    from cluster.local import LocalCluster
+    from cluster.s3 import S3Server
+
+REPOSITORY = Path(__file__).parents[2]
+SAMPLES, BATCH, EPOCHS = 80, 8, 8
+STEPS = SAMPLES * EPOCHS // BATCH
+CHECKPOINT_EVERY, EVAL_EVERY = 9, 32
+TOLERANCE = 1e-6
+"""Largest `chaos_verify.distance`, and relative difference of the loss, after another number of workers on the way. One
+worker adds up the gradients of two micro-batches where two workers add up those of one each, so it is 0 as a rule."""
+
+_POLL_SECONDS = 0.05
+_ASK_SECONDS = 0.5  # between two questions to Ray's job server
+_ATTEMPT_SECONDS = 300.0  # after which an attempt hangs
+_ATTEMPTS = 30  # refusals by a lease that is not stale yet count too
+_AGAIN_SECONDS = 2.0  # between a refused attempt and the next
+_GONE_SECONDS = 30.0  # for processes of a run that has ended
+_OF_RAY = ("ray::IDLE", "ray::_AutoscalingCoordinatorActor")  # a process that waits for work, a detached actor
+_START_SECONDS = 15.0  # about what a run takes to its first step
+
+
+def with_repository(path: str | None) -> str:
+    """A PYTHONPATH by which this very code is found, whatever else is installed."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), path]))
+
+
+class Moment(NamedTuple):
+    """When a fault strikes."""
+
+    step: int
+    """After this step was made (the first is 0); -1: at any time from the start on."""
+    delay: float
+    """Seconds after that."""
+
+    def __str__(self) -> str:
+        return f"{self.delay:.2f} s after " + ("the start" if self.step < 0 else f"step {self.step}")
+
+
+def draw_moment(rng: random.Random, earliest: int = -1) -> Moment:
+    """In start-up, between steps, in an evaluation or at the end; not before step `earliest`."""
+    where = rng.choices(("start", "step", "evaluation", "end"), (2, 6, 1, 1))[0]
+    if where == "start" and earliest < 0:
+        return Moment(-1, rng.uniform(0, _START_SECONDS))
+    if where == "evaluation":
+        step = rng.choice([s for s in range(EVAL_EVERY - 1, STEPS, EVAL_EVERY) if s >= earliest])
+        return Moment(step, rng.uniform(0, 0.5))
+    if where == "end":
+        return Moment(STEPS - 1, rng.uniform(0, 2))
+    return Moment(rng.randrange(max(0, earliest), STEPS - 1), rng.uniform(0, 0.1))
+
+
+@dataclass
+class Place:
+    """Where runs live: their data, storage and tracking, and what of it can be broken."""
+
+    data: str
+    storage: str
+    tracking: str | None
+    environment: dict[str, str]
+    """For those who run there, and for this process to look at what they left."""
+    s3: S3Server | None = None
+    cluster: LocalCluster | None = None
+
+    @property
+    def offers(self) -> set[str]:
+        """What a fault may need: s3, cluster."""
+        return {name for name in ("s3", "cluster") if getattr(self, name) is not None}
+
+
+class Driver:
+    """`python -m eiwtrain.run` as a process of this machine."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self.began = time.time()
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True
+            )
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        """A signal."""
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill it if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Submitted:
+    """The same command by `ray job submit`; the driver is then a process of the cluster's."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path, address: str, mark: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self.began = time.time()
+        self.log, self._mark = log, mark
+        self._code: int | None = None
+        self._asked = 0.0
+        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()  # Ray looks for it when it is imported, once
+        self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+        own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
+        env_vars = own | {"PYTHONPATH": environment["PYTHONPATH"]}
+        self._id = self._client.submit_job(entrypoint=" ".join(["exec", *command]), runtime_env={"env_vars": env_vars})
+
+    def poll(self) -> int | None:
+        """0 for a job that succeeded, 1 for one that did not, None while it runs."""
+        if self._code is None and time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked = time.monotonic()
+            info = self._client.get_job_info(self._id)
+            if info.status.is_terminal():
+                self._code = 0 if info.status == "SUCCEEDED" else info.driver_exit_code or 1
+                with contextlib.suppress(RuntimeError):
+                    self.log.write_text(self._client.get_job_logs(self._id) + f"\n{info.message}\n")
+        return self._code
+
+    def send(self, number: int) -> None:
+        """A signal, to the driver."""
+        for process in verify.processes(self._mark):
+            if "-m eiwtrain.run" in process.command:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    def end(self) -> None:
+        """Kill it if it still runs."""
+        if self.poll() is None:
+            self._client.stop_job(self._id)
+            self.send(signal.SIGKILL)
+
+
+@dataclass
+class Struck:
+    """A fault that has taken effect."""
+
+    time: float
+    what: str
+    """For people: the victim."""
+
+
+@dataclass
+class Trial:
+    """A run under one fault."""
+
+    place: Place
+    name: str
+    """Of the run."""
+    folder: Path
+    """Of its config, logs and audit."""
+    rng: random.Random
+    config: dict[str, Any] = field(default_factory=dict)
+    """Sections that override those of every trial."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """That of every trial aside."""
+    submitted: bool = False
+    """Whether by `ray job submit`."""
+    job: Driver | Submitted | None = None
+    codes: list[int] = field(default_factory=list)
+    """Exit codes of the attempts that have ended."""
+
+    @property
+    def root(self) -> str:
+        """URL of the run's folder."""
+        return storage.join(self.place.storage, self.name)
+
+    @property
+    def audit(self) -> Path:
+        """Folder in which the workers tell what they trained on."""
+        return self.folder / "audit"
+
+    @property
+    def step(self) -> int:
+        """The furthest step that was made, -1 for none."""
+        return max((line.get("step", -1) for line in verify.read_audit(self.audit)), default=-1)
+
+    @property
+    def runs(self) -> bool:
+        """Whether an attempt is under way."""
+        return self.job is not None and self.job.poll() is None
+
+    def start(self) -> None:
+        """The command, once more."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self._config(), sort_keys=False))
+        environment = os.environ | self.place.environment | self.environment
+        environment |= {verify.MARK: self.name, "EIWTRAIN_AUDIT": str(self.audit), "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = with_repository(environment.get("PYTHONPATH"))
+        command = [sys.executable, "-m", "eiwtrain.run", str(path)]
+        log = self.folder / f"attempt-{len(self.codes) + 1}.log"
+        if self.submitted:
+            assert self.place.cluster is not None
+            self.job = Submitted(command, environment, log, self.place.cluster.job_address, self.name)
+            return
+        if self.place.cluster is not None:  # whose nodes start this driver's workers: they shall bear the mark too
+            environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(
+                {"runtime_env": {"env_vars": {verify.MARK: self.name}}}
+            )
+        self.job = Driver(command, environment, log)
+
+    def wait_for(self, moment: Moment) -> bool:
+        """Wait for a moment of the first attempt; False if it ended before."""
+        assert self.job is not None
+        end = time.time() + _ATTEMPT_SECONDS
+        while self.step < moment.step:
+            if not self.runs or time.time() > end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        time.sleep(moment.delay)
+        return self.runs
+
+    def wait_end(self) -> int | None:
+        """The exit code of this attempt; None if it hangs and was killed."""
+        assert self.job is not None
+        end = self.job.began + _ATTEMPT_SECONDS
+        while (code := self.job.poll()) is None:
+            if time.time() > end:
+                self.job.end()
+                return None
+            time.sleep(_POLL_SECONDS)
+        return code
+
+    def finish(self) -> str:
+        """The same command again and again until the run finishes; says why where it does not."""
+        while True:
+            code = self.wait_end()
+            if code is None:
+                return f"attempt {len(self.codes) + 1} hung for {_ATTEMPT_SECONDS:g} s"
+            self.codes.append(code)
+            if code == 0:
+                return ""
+            if len(self.codes) >= _ATTEMPTS:
+                return f"{_ATTEMPTS} attempts ended by {self.codes}"
+            if code == 2:  # refused: of what may mend itself this is the lease of a job that was killed
+                time.sleep(_AGAIN_SECONDS)
+            self.start()
+
+    def processes(self) -> list[verify.Process]:
+        """Those of the run, without what Ray keeps for the next job."""
+        return [p for p in verify.processes(self.name) if not p.command.startswith(_OF_RAY)]
+
+    def ranks(self) -> list[verify.Process]:
+        """The training workers."""
+        return [p for p in self.processes() if p.command.startswith("ray::RayTrainWorker")]
+
+    def kill_all(self) -> list[str]:
+        """Wait until all processes of the run are gone; kill those that stay, and say which."""
+        end = time.time() + _GONE_SECONDS
+        while left := self.processes():
+            if time.time() > end:
+                break
+            time.sleep(0.2)
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        return [f"process {p.pid} {p.command[:80]}" for p in left]
+
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "run": {"name": self.name, "storage": self.place.storage},
+            "data": {"path": self.place.data, "resolution": 8, "lanes": 4, "shuffle_block": 16},
+            "model": {"levels": 2, "steps": 2, "conditioner": {"hidden": 8}},
+            "train": {"global_batch": BATCH, "micro_batch": 4, "max_steps": STEPS, "warmup_steps": 8},
+            "workers": {"min": 2, "hang_seconds": 30.0},
+            "checkpoint": {"every": CHECKPOINT_EVERY},
+            "tracking": {"uri": self.place.tracking, "log_every": 1},
+            "eval": {"every": EVAL_EVERY, "images": 8, "samples": 2},
+        }
+        for section, fields in self.config.items():
+            config[section] = config[section] | fields
+        return config
+
+
+def judge(trial: Trial, failure: str, reference: verify.Reference | None) -> verify.Verdict:
+    """What holds of a trial that has ended.
+
+    Args:
+        failure: why it did not finish; empty if it did.
+        reference: None: there is none to compare with, as this is to become it.
+    """
+    left = trial.kill_all()  # before its files are looked at: they would still be changed
+    verdict = verify.Verdict(finished=not failure, orphans=left)
+    if failure:
+        verdict.problems.append(failure)
+    else:
+        tensors, curves = outcome(trial, verdict)
+        made = [line["world_size"] for line in verify.read_audit(trial.audit) if "step" in line]
+        fixed = len(set(made)) == 1
+        if reference is None:
+            verdict.weights_equal = True
+        else:
+            verdict.distance = verify.distance(tensors, reference.tensors)
+            same = not verify.differing(tensors, reference.tensors)
+            verdict.weights_equal = same if fixed else verdict.distance <= TOLERANCE
+            verdict.curve_problems = verify.check_curves(curves, reference.curves, 0.0 if fixed else TOLERANCE)
+        if not fixed and trial.config.get("workers", {}).get("min", 2) == 2:
+            verdict.problems.append(f"the number of workers changed: {sorted(set(made))}")
+        verdict.problems += verify.lease_problems(trial.root)
+        made_steps = verify.lineage(verify.read_audit(trial.audit))
+        verdict.samples_lost, verdict.samples_repeated = verify.count_samples(made_steps, STEPS, BATCH, SAMPLES)
+        # what a run that has not finished leaves is no orphan: the next attempt may need or delete it
+        verdict.orphans += verify.stray_files(trial.root) + verify.unfinished_uploads(trial.root)
+    return verdict
+
+
+def outcome(trial: Trial, verdict: verify.Verdict) -> tuple[dict[str, Any], verify.Curves]:
+    """The last checkpoint's tensors and the curves of a run that has finished; tells the verdict what else is wrong."""
+    from mlflow import MlflowClient
+
+    newest = checkpoint.newest(trial.root)
+    if newest is None or newest.step != STEPS:
+        verdict.problems.append(f"the last checkpoint is {newest.url if newest else 'none'}")
+    uri = trial.place.tracking or f"sqlite:///{trial.place.storage}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("eiwtrain")
+    runs = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{trial.name}'")
+    if len(runs) != 1:
+        verdict.problems.append(f"MLflow has {len(runs)} runs of this name")
+    if runs and runs[0].info.status != "FINISHED":
+        verdict.problems.append(f"MLflow says that the run is {runs[0].info.status}")
+    tensors = checkpoint.load(newest) if newest else {}
+    return tensors, verify.read_curves(uri, runs[0].info.run_id) if runs else {}
+
+
+def recovery_seconds(audit: Path, at: float) -> float | None:
+    """From a fault to the first training step beyond those that were made before training started again, or, where it
+    did not have to, before the fault; None if none was left to make."""
+    lines = verify.read_audit(audit)
+    again = min((line["time"] for line in lines if "restored" in line and line["time"] > at), default=at)
+    made = [line for line in lines if "step" in line]
+    before = max((line["step"] for line in made if line["time"] <= again), default=-1)
+    return next((line["time"] - at for line in made if line["time"] > again and line["step"] > before), None)
+
+
+Strike = Callable[[Trial], "Struck | None"]
+"""Breaks something of a trial that runs; None if there was nothing to break, as it came too late."""

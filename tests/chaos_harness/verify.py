@@ -1,0 +1,264 @@
+"""What must hold of a run that has finished, whatever happened on the way; each check says what does not hold.
+
+The checks compare with an uninterrupted run of the same config (`Reference`) and with the samples that there were to
+train on. Nothing here starts, stops or breaks anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eiwtrain import storage
+from eiwtrain.checkpoints import checkpoint
+
+COMPARED = ("train/bits_per_dim", "train/grad_norm", "eval/bits_per_dim")
+"""Curves that depend on the weights and samples alone, and so are the uninterrupted run's."""
+MARK = "EIWTRAIN_TRIAL"
+"""In the environment of each process of a trial: its name."""
+
+Curves = dict[str, list[tuple[int, float]]]
+"""Of each metric the points (step, value) in the order in which they were logged."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an uninterrupted run gave."""
+
+    tensors: dict[str, Tensor]
+    curves: Curves
+
+
+@dataclass
+class Verdict:
+    """What was found of one trial."""
+
+    finished: bool = False
+    samples_lost: int = 0
+    samples_repeated: int = 0
+    weights_equal: bool = False
+    distance: float = 0.0
+    """Of the tensors from the uninterrupted run's; see `distance`."""
+    curve_problems: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Whatever else is wrong, a line each."""
+
+    @property
+    def survived(self) -> bool:
+        """Whether nothing is wrong."""
+        counted = self.samples_lost + self.samples_repeated
+        wrong = counted or self.curve_problems or self.orphans or self.problems
+        return self.finished and self.weights_equal and not wrong
+
+    def lines(self) -> list[str]:
+        """What is wrong, a line each."""
+        lines = list(self.problems)
+        if not self.finished:
+            lines.append("did not finish")
+        if self.samples_lost or self.samples_repeated:
+            lines.append(f"{self.samples_lost} samples lost, {self.samples_repeated} repeated")
+        if self.finished and not self.weights_equal:
+            lines.append(f"weights differ from the uninterrupted run's: distance {self.distance:.2g}")
+        return lines + self.curve_problems + [f"orphan: {o}" for o in self.orphans]
+
+
+# Samples
+
+
+def read_audit(folder: Path) -> list[dict[str, Any]]:
+    """The lines that all workers of a run have written, in order of time; a last line cut short by a kill is none."""
+    lines = []
+    for file in folder.glob("*.jsonl"):
+        text = file.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a writer's last line may be half written
+        lines += [json.loads(line) for line in whole.splitlines()]
+    return sorted(lines, key=lambda line: line["time"])
+
+
+def lineage(lines: Iterable[Mapping[str, Any]]) -> dict[int, Counter[int]]:
+    """Of each step that led to the final weights how often each sample was counted in it.
+
+    A start from step s takes back what was made of s and beyond.
+    """
+    made: dict[int, Counter[int]] = defaultdict(Counter)
+    for line in lines:
+        if "restored" in line:
+            for step in [s for s in made if s >= line["restored"]]:
+                del made[step]
+        else:
+            made[line["step"]].update(line["indices"])
+    return dict(made)
+
+
+def count_samples(made: Mapping[int, Counter[int]], steps: int, batch: int, samples: int) -> tuple[int, int]:
+    """How many samples of how many epochs are lost, and how often samples are counted once too often.
+
+    Args:
+        made: of each step the samples counted in it.
+        steps: of the whole run; whole epochs.
+        batch: samples of a step; divides `samples`.
+        samples: of the split that is trained on.
+    """
+    if samples % batch or (steps * batch) % samples:
+        raise ValueError(f"{steps} steps of {batch} are no whole epochs of {samples} samples in whole steps")
+    epochs: dict[int, Counter[int]] = {e: Counter() for e in range(steps * batch // samples)}
+    beyond = 0
+    for step, counted in made.items():
+        if 0 <= step < steps:
+            epochs[step * batch // samples].update(counted)
+        else:
+            beyond += counted.total()
+    known = range(samples)
+    lost = sum(epoch[i] == 0 for epoch in epochs.values() for i in known)
+    repeated = sum(n - 1 if i in known else n for epoch in epochs.values() for i, n in epoch.items() if n)
+    return lost, repeated + beyond
+
+
+# Weights
+
+
+def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that only one has, or that are not the same to the bit."""
+    both = ours.keys() & theirs.keys()
+    return sorted((ours.keys() ^ theirs.keys()) | {name for name in both if not _same_bits(ours[name], theirs[name])})
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The largest over sections (weights, ema, moments) of ||ours - theirs|| / ||theirs||, Euclidean over all tensors
+    of the section as one vector; infinite where names or shapes differ or a number is not finite."""
+    if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in theirs):
+        return float("inf")
+    sections: dict[str, list[str]] = defaultdict(list)
+    for name in theirs:
+        sections[name.split("/", 1)[0]].append(name)
+    largest = 0.0
+    for names in sections.values():
+        gap = sum(float((ours[n].double() - theirs[n].double()).square().sum()) for n in names) ** 0.5
+        size = sum(float(theirs[n].double().square().sum()) for n in names) ** 0.5
+        relative = gap / size if size else float(gap > 0)
+        if relative != relative:
+            return float("inf")
+        largest = max(largest, relative)
+    return largest
+
+
+# Curves
+
+
+def read_curves(uri: str, run_id: str) -> Curves:
+    """Every metric that a run has in MLflow; those of the system's monitor, which have no steps of ours, left out."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    keys = [key for key in client.get_run(run_id).data.metrics if not key.startswith("system/")]
+    return {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys}
+
+
+def check_curves(ours: Curves, theirs: Curves, tolerance: float = 0.0) -> list[str]:
+    """What is wrong with the curves: a step that was logged twice, or not, or with another value.
+
+    Args:
+        theirs: of the uninterrupted run.
+        tolerance: relative, of the values of `COMPARED`; 0: the same to the bit.
+    """
+    problems = []
+    for key, points in ours.items():
+        twice = [step for step, n in Counter(step for step, _ in points).items() if n > 1]
+        if twice:
+            problems.append(f"curve {key}: logged more than once: steps {_some(twice)}")
+    every = {key for key, points in theirs.items() if len(points) == max(len(p) for p in theirs.values())}
+    for key in sorted(every | (set(COMPARED) & theirs.keys())):
+        here, there = dict(ours.get(key, [])), dict(theirs[key])
+        if missing := sorted(there.keys() - here.keys()):
+            problems.append(f"curve {key}: not logged: steps {_some(missing)}")
+        if extra := sorted(here.keys() - there.keys()):
+            problems.append(f"curve {key}: logged though the uninterrupted run did not: steps {_some(extra)}")
+        if key in COMPARED:
+            both = sorted(here.keys() & there.keys())
+            other = [s for s in both if not abs(here[s] - there[s]) <= tolerance * abs(there[s])]
+            if other:
+                problems.append(f"curve {key}: other values than the uninterrupted run's: steps {_some(other)}")
+    return problems
+
+
+def _some(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:5])) + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
+
+
+# What is left behind
+
+_TEMPORARY = re.compile(r"\.tmp$|(^|/)\.probe-|\.part$|(^|/)tmp")
+
+
+def stray_files(root: str) -> list[str]:
+    """Files below a finished run's folder that belong to nothing: temporary ones, probes, and in its checkpoints all
+    that no manifest names."""
+    names = [name for name, _ in storage.find(root)]
+    stray = {name for name in names if _TEMPORARY.search(name)}
+    top = checkpoint.folder(root).removeprefix(root).strip("/") + "/"
+    manifests = {f"{c.url.rsplit('/', 1)[-1]}": {p.name for p in c.parts} for c in checkpoint.committed(root)}
+    for name in names:
+        if name.startswith(top):
+            folder, _, file = name.removeprefix(top).partition("/")
+            if file not in manifests.get(folder, set()) | ({checkpoint.MANIFEST} if folder in manifests else set()):
+                stray.add(name)
+    return sorted(stray)
+
+
+def lease_problems(root: str) -> list[str]:
+    """What is wrong with the lease of a run that has finished: it must have been given back."""
+    try:
+        attempt = json.loads(storage.read_bytes(storage.join(root, "lease.json")))["attempt"]
+    except FileNotFoundError:
+        return ["there is no lease.json"]
+    return [] if attempt["outcome"] == "finished" else [f"the lease was not given back: {attempt['outcome']}"]
+
+
+def unfinished_uploads(root: str) -> list[str]:
+    """Multipart uploads below an s3:// URL that were begun and neither completed nor aborted; other URLs have none."""
+    if not root.startswith("s3://"):
+        return []
+    import botocore.session
+
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    client = botocore.session.Session().create_client("s3")
+    answer = client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+    return [f"upload of {u['Key']} ({u['UploadId']})" for u in answer.get("Uploads", [])]
+
+
+class Process(NamedTuple):
+    """A process of a trial."""
+
+    pid: int
+    command: str
+
+
+def processes(trial: str) -> list[Process]:
+    """The living processes whose environment bears the mark of a trial. Of a zombie there is none to read."""
+    found, wanted = [], f"{MARK}={trial}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                found.append(Process(int(entry.name), command))
+        except OSError:  # it has ended, or is not ours
+            continue
+    return sorted(found)

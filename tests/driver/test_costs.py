@@ -1,0 +1,170 @@
+"""What costs says without data, against the same on tensors with data, and against DeepSpeed's own memory."""
+
+import copy
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from eiwtrain import flow
+from eiwtrain.config import Config, Train
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.driver import costs
+from eiwtrain.flow.memory import bytes_saved
+from eiwtrain.train.engine import Engine
+from eiwtrain.train.state import TrainState, flow_config
+
+SMALL = flow.FlowConfig(
+    image_shape=(3, 8, 8), levels=2, steps=4, conditioner=flow.ConditionerConfig(hidden=8), conditioner_dtype="bfloat16"
+)
+KINDS = {
+    "plain": SMALL,
+    "float32 without shuffle": replace(SMALL, conditioner_dtype="float32", shuffle="none"),
+    "spline, classes, sort": replace(SMALL, coupling="spline", classes=3, shuffle="hard"),
+    "variational, transformer": replace(
+        SMALL,
+        dequantization="variational",
+        conditioner=flow.ConditionerConfig(kind="transformer", hidden=8, patch=1),
+    ),
+    "anchors": replace(SMALL, anchor_every=2),
+}
+
+
+def config(**sections) -> Config:
+    raw = tiny_config(Path("/x"))
+    for section, fields in sections.items():
+        raw[section] = raw[section] | fields
+    return Config.model_validate(raw)
+
+
+def one_step(shape: flow.FlowConfig, images: int) -> tuple[flow.EIWFlow, torch.Tensor, torch.Tensor]:
+    model = flow.EIWFlow(shape)
+    return model, torch.zeros(images, *shape.image_shape, dtype=torch.uint8), torch.rand(images, *shape.image_shape)
+
+
+@pytest.mark.parametrize("mode", costs.MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_data_and_from_few_steps_the_count_is_that_of_a_real_step(kind, mode):
+    shape = replace(KINDS[kind], backprop=mode)
+    assert costs._of_all_steps(shape, 2) == costs.count(shape, 2, fake=False)
+
+
+def test_what_is_kept_is_what_the_flow_s_own_count_finds():
+    found = costs.of(config(train={"micro_batch": 3}))
+    for images in (2, 5):
+        for mode in costs.MODES:
+            shape = replace(flow_config(config(model={"backprop": mode}), 3))
+            model, pixels, noise = one_step(shape, images)
+            own = [*model.parameters(), *model.buffers()]
+            kept, _ = bytes_saved(lambda m=model, p=pixels, n=noise: m(p, n).log_prob.sum(), own)
+            assert found.kept_bytes(mode, images) == kept, (mode, images)
+
+
+def test_flops_are_those_of_torch_s_counter():
+    found = costs.of(config(train={"micro_batch": 4}))
+    model, pixels, noise = one_step(flow_config(config(model={"backprop": "stored"}), 3), 4)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(pixels, noise).log_prob.sum().backward()
+    assert found.flops_per_image["stored"] * 4 == counter.get_total_flops()
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_recomputing_is_a_third_more_arithmetic_and_a_fraction_of_the_memory():
+    found = costs.of(config(model={"conditioner": {"hidden": 32}, "steps": 16}))
+    stored, inverted = (found.flops_per_image[mode] for mode in ("stored", "invertible"))
+    assert 1.3 < inverted / stored < 1.36
+    assert found.kept_bytes("invertible", 4) < found.kept_bytes("checkpointed", 4) < found.kept_bytes("stored", 4) / 10
+    deeper = costs.of(config(model={"conditioner": {"hidden": 32}, "steps": 32}))
+    assert deeper.activation_bytes["invertible"] == found.activation_bytes["invertible"]
+    assert deeper.workspace_bytes == found.workspace_bytes
+
+
+def a_checkpoint_has_the_bytes_that_the_state_gives(folder):
+    c = config(run={"storage": folder})
+    data = Manifest("noise", 8, 3, {"name": "none", "version": 1, "params": {}}, {}, fingerprint="f" * 64)
+    images = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
+    first = (images, torch.rand(images.shape), None)
+    state = TrainState(c, data, torch.device("cpu"), (4, 2), first=lambda: first, note=print)
+    assert costs.of(c).checkpoint_bytes == sum(t.nbytes for _, t in state.tensors())
+
+
+@pytest.mark.cluster
+def test_a_checkpoint_has_the_bytes_that_the_state_gives(tmp_path):
+    run_ranks(a_checkpoint_has_the_bytes_that_the_state_gives, 1, str(tmp_path))
+
+
+@pytest.mark.parametrize(("budget", "mode"), [(0, "invertible"), (10**9, "stored"), (None, "stored")])
+def test_auto_is_planned_as_what_its_budget_makes_of_it(budget, mode):
+    assert costs.of(config(model={"backprop": "auto", "memory_budget": budget})).mode == mode
+
+
+def test_a_step_takes_the_flops_of_its_images_or_the_operations_of_its_micro_batches():
+    found = costs.of(config(model={"backprop": "checkpointed"}, train={"global_batch": 12, "micro_batch": 4}))
+    slow = costs.Gpu("slow", 1e8, 80e9)
+    fast = replace(slow, flops_per_second=1e18)
+    an_image, a_start = found.flops_per_image["checkpointed"] / (1e8 * costs.MFU), costs.LAUNCH
+    for workers, rows, accumulation in ((1, 4, 3), (2, 3, 2), (3, 4, 1), (5, 3, 1), (6, 2, 1), (12, 1, 1)):
+        assert found.step_seconds(slow, workers) == pytest.approx(accumulation * rows * an_image)
+        started = accumulation * found.operations["checkpointed"] * a_start
+        assert found.step_seconds(fast, workers) == pytest.approx(started)
+
+
+def test_auto_is_settled_on_each_gpu_by_itself():
+    found = costs.of(config(model={"backprop": "auto"}))
+    assert found.mode_in(80e9) == "stored"
+    assert found.mode_in(1e5) == "invertible"
+    small = costs.Gpu("small", 1e12, found.worker_bytes("stored", 1) / (1 - costs.FREE))
+    kept = replace(found, backprop="stored")
+    assert kept.fits(replace(small, bytes=1.01 * small.bytes), 1)
+    less = replace(small, bytes=0.99 * small.bytes)
+    assert not kept.fits(less, 1)
+    assert found.fits(less, 1)  # it can invert
+    assert not found.fits(replace(small, bytes=found.worker_bytes("invertible", 1)), 1)
+
+
+def live_bytes() -> int:
+    """Of all tensors that there are."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, torch.nn.Parameter):
+            for t in (found, found.grad):
+                if t is not None:
+                    storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def held_by_deepspeed(some: costs.Costs) -> None:
+    shape = replace(SMALL, conditioner=flow.ConditionerConfig(hidden=128), backprop="invertible")
+    world = dist.get_world_size()
+    for stage in (0, 1, 2, 3):
+        before = live_bytes()
+        model = flow.EIWFlow(shape)
+        parameters = sum(p.numel() for p in model.parameters())
+        averaged = copy.deepcopy(model).requires_grad_(False)
+        engine = Engine(model, Train(zero_stage=stage), 2, 1, world)
+        x = torch.rand(2, 3, 8, 8) - 0.5
+        seen = []
+        for _ in range(2):
+            inner = engine._engine.optimizer if stage == 0 else engine._engine.optimizer.optimizer
+            hook = inner.register_step_pre_hook(lambda *_, b=before, s=seen: s.append(live_bytes() - b))
+            engine.step([lambda module, x=x: -module(x).log_prob.sum()], 1e-3)
+            hook.remove()
+        state = replace(some, parameters=parameters, train=Train(zero_stage=stage)).state(world)
+        expected = sum(state.values())
+        if stage in (1, 2):  # by then the buffer is gone, and of gradients the own share is left
+            expected -= state["reduction buffer"] + state["gradients"] - 4 * parameters // world
+        assert seen[-1] == pytest.approx(expected, rel=0.02), (stage, world)
+        del model, averaged, engine, inner
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_state_of_a_worker_is_what_deepspeed_holds_in_an_update(world_size):
+    run_ranks(held_by_deepspeed, world_size, costs.of(config()))

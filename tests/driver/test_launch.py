@@ -1,0 +1,64 @@
+from types import SimpleNamespace
+
+from helpers import tiny_config
+from small_run import commit
+
+from eiwtrain import storage
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.config import Config
+from eiwtrain.driver import launch
+from eiwtrain.on_ray import session
+from eiwtrain.terminal.console import Console
+from eiwtrain.terminal.signals import Stop
+
+
+def test_a_job_whose_own_node_is_drained_while_it_waits_for_workers_stops_and_goes_on_later(tmp_path, monkeypatch):
+    config = Config.model_validate(tiny_config(tmp_path))
+    monkeypatch.setattr(session, "room", lambda config: 0)
+    drains = iter([False, True])
+    monkeypatch.setattr(session, "own_node_drains", lambda: next(drains))
+    renewed = []
+    stop, lease = Stop(Console()), SimpleNamespace(lost=None)
+    node_request = SimpleNamespace(renew=lambda: renewed.append(True))
+    assert launch._wait_for_room(config, node_request, lease, Console(), stop) == 0
+    assert renewed
+    assert launch._stopped(config, stop) == {
+        "stopped": "the drain of this job's own node",
+        "step": 0,
+        "checkpoint": "none yet",
+    }
+
+
+class Guard:
+    """Of a lease that is ours; meanwhile, those of an attempt before may still write."""
+
+    def __init__(self, meanwhile):
+        self.meanwhile, self.waits = meanwhile, 0
+
+    def check(self, give_up):
+        assert not give_up()
+
+    def outwait(self, give_up):
+        assert not give_up()
+        self.waits += 1
+        self.meanwhile()
+
+
+def test_what_a_cut_off_worker_commits_at_the_last_moment_stays_whole_and_what_it_does_not_goes(tmp_path):
+    config = Config.model_validate(tiny_config(tmp_path))
+    commit(config.root, 3, None)
+    commit(config.root, 6, None)
+    last, first = checkpoint.committed(config.root)
+    manifest = storage.join(last.url, checkpoint.MANIFEST)
+    content = storage.read_bytes(manifest)
+    storage.delete(manifest)
+    dead = storage.join(checkpoint.folder(config.root), "step-00000005-deadbeef")
+    storage.write_bytes(storage.join(dead, "part"), b"half")
+
+    guard = Guard(meanwhile=lambda: storage.write_bytes(manifest, content))
+    for _ in range(2):  # then there is nothing to wait for
+        launch._clean(config, SimpleNamespace(guard=lambda: guard), Stop(Console()))
+        assert guard.waits == 1
+        assert checkpoint.survey(config.root) == ([last, first], [])
+        assert checkpoint.load(last)
+        assert not storage.exists(dead)

@@ -1,0 +1,149 @@
+"""The driver's decisions, without Ray: `tests/cluster` has the whole."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import tiny_config, write_shards
+from mlflow import MlflowClient
+
+from eiwtrain import run, tracking
+from eiwtrain.data import load_manifest
+from eiwtrain.driver import launch
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_shards(tmp_path / "data")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Whatever a job does with signals, this process gets its own back."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def status(path: Path) -> str:
+    (found,) = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db").search_runs(["1"])
+    return found.info.status
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "state"),
+    [
+        ({"stopped": "its time limit", "step": 3, "checkpoint": "x"}, 75, "KILLED"),
+        ({"failed": "why"}, 1, "FAILED"),
+    ],
+)
+def test_how_it_ended_is_the_exit_code_and_the_status(path, monkeypatch, capsys, outcome, code, state):
+    monkeypatch.setattr(launch, "train", lambda *args: outcome)
+    assert run.main([str(path)]) == code
+    assert status(path) == state
+
+
+def test_a_stop_while_the_run_is_begun_ends_it_as_killed(path, monkeypatch, capsys):
+    real = tracking.begin
+
+    def slow(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(tracking, "begin", slow)
+    monkeypatch.setattr(launch, "train", lambda *args: pytest.fail("training began after the stop"))
+    assert run.main([str(path)]) == 143
+    assert status(path) == "KILLED"
+    assert "stopped by SIGTERM before training began" in capsys.readouterr().out
+
+
+def test_an_exception_that_nobody_foresaw_leaves_no_run_running(path, monkeypatch):
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(launch, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        run.main([str(path)])
+    assert status(path) == "FAILED"
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert run._command(["a.yaml", "run.name=x y"]).endswith("-m eiwtrain.run a.yaml 'run.name=x y'")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert run._command(["a.yaml"]) == "ray job submit --working-dir . -- python -m eiwtrain.run a.yaml"
+
+
+class Watched:
+    """What a watcher was told."""
+
+    told: list[tuple[str, ...]]
+
+    def __init__(self, tracked, root, owner):
+        Watched.told = [("watches", tracked.run_id, root, owner)]
+
+    def will_end(self, status, detail):
+        Watched.told.append(("will end", status, detail))
+
+    def dismiss(self):
+        Watched.told.append(("dismissed",))
+
+
+STOPPED = {"stopped": "SIGTERM", "step": 3, "checkpoint": "x"}
+WILL_END = ("will end", "KILLED", "stopped by SIGTERM; goes on with the same command")
+
+
+def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch):
+    def train(config, data_fingerprint, tracked, lease, *rest):
+        assert data_fingerprint == load_manifest(config.data.path).fingerprint
+        assert Watched.told == [("watches", tracked.run_id, config.root, lease.owner)]
+        return STOPPED
+
+    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(run, "Watcher", Watched)
+    assert run.main([str(path)]) == 75
+    assert Watched.told[1:] == [WILL_END, ("dismissed",)]
+
+
+def test_the_watcher_stays_when_mlflow_could_not_be_told(path, monkeypatch):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(run, "Watcher", Watched)
+    monkeypatch.setattr(tracking, "end", lambda *args: False)
+    run.main([str(path)])
+    assert Watched.told[1:] == [WILL_END]
+
+
+def test_a_run_that_is_anothers_by_now_is_not_ended_nor_watched(path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "train", lambda *args: {"lost": "taken over"})
+    monkeypatch.setattr(run, "Watcher", Watched)
+    assert run.main([str(path)]) == 1
+    assert Watched.told[-1] == ("dismissed",)
+    assert status(path) == "RUNNING"
+
+
+def test_the_page_of_a_run_tells_what_it_trains_on_with_what_and_how_it_goes_on(path, monkeypatch):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    run.main([str(path)])
+    client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")
+    (found,) = client.search_runs(["1"])
+    assert [i.tags[0].value for i in found.inputs.dataset_inputs] == ["training", "evaluation"]
+    command = run._command([str(path)])
+    assert found.data.tags["eiwtrain.command"] == command
+    assert f"`{command}`" in found.data.tags["mlflow.note.content"]
+    assert "2 levels of 2 steps" in found.data.tags["mlflow.note.content"]
+    assert {a.path for a in client.list_artifacts(found.info.run_id)} >= {"config.yaml", "environment.json"}
+
+
+def test_a_start_says_which_runs_nobody_trains(path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(tracking, "end", lambda *args: False)
+    monkeypatch.setattr(run, "Watcher", Watched)  # a real one might be faster
+    run.main([str(path), "run.name=other"])  # its lease says that it was stopped
+    run.main([str(path)])
+    assert "MLflow had 'other' as RUNNING, and nobody trains it: now KILLED" in capsys.readouterr().out

@@ -1,0 +1,23 @@
+"""What the driver asks reaches the workers, a stop above all."""
+
+from eiwtrain.on_ray.mailbox import Mailbox, Request
+
+STOP, AGAIN = Request("stop", "SIGTERM"), Request("again", "a node goes")
+
+
+def test_messages_are_taken_once_and_in_order():
+    box = Mailbox()
+    box.put("note", "a")
+    box.put("note", "b")
+    assert box.take() == [("note", "a"), ("note", "b")]
+    assert box.take() == []
+
+
+def test_a_stop_takes_the_place_of_a_wish_for_other_workers_and_is_not_taken_back():
+    box = Mailbox()
+    assert box.asked() is None
+    box.ask(AGAIN)
+    assert box.asked() == AGAIN
+    box.ask(STOP)
+    box.ask(AGAIN)
+    assert box.asked() == STOP

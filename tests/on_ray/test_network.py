@@ -1,0 +1,98 @@
+"""By which interface workers talk to one another."""
+
+import importlib
+import ipaddress
+import os
+import socket
+import threading
+from datetime import timedelta
+
+import psutil
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+
+from eiwtrain.on_ray import network, session
+
+SETTINGS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")
+ADDRESSES = {  # of this machine, by interface
+    name: [a.address for a in found if a.family in (socket.AF_INET, socket.AF_INET6)]
+    for name, found in psutil.net_if_addrs().items()
+}
+LOOPBACK = next(name for name, found in ADDRESSES.items() if "127.0.0.1" in found)
+OUTER = next((a for found in ADDRESSES.values() for a in found if "." in a and not a.startswith("127.")), None)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A worker on the node that Ray knows by that address; what it changes is taken back."""
+    monkeypatch.setattr(RENDEZVOUS, "TCPStore", dist.TCPStore)
+    for name in SETTINGS:
+        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.delenv(name)
+
+    def worker(host):
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: host)
+        network.stay_with_ray()
+        return [os.environ.get(name) for name in SETTINGS]
+
+    return worker
+
+
+def test_the_interface_of_an_address_is_found_and_none_for_an_address_that_is_not_of_this_machine():
+    for name, found in ADDRESSES.items():
+        for address in found:
+            plain = address.partition("%")[0]
+            assert address in ADDRESSES[network.interface_of(plain)] or plain.startswith("fe80:"), name
+            assert network.interface_of(ipaddress.ip_address(plain).exploded) == network.interface_of(plain)
+    assert network.interface_of("203.0.113.77") is None  # of a block for examples (RFC 5737)
+
+
+def test_on_loopback_the_store_and_nccl_stay_there_too(on):
+    assert on("127.0.0.1") == [LOOPBACK, f"={LOOPBACK}"]
+    assert RENDEZVOUS.TCPStore is network.store
+
+
+@pytest.mark.parametrize("host", [pytest.param(OUTER, marks=pytest.mark.skipif(not OUTER, reason="no network"))])
+def test_in_a_network_gloo_takes_the_interface_of_the_node_and_all_else_is_torchs(on, host):
+    assert on(host) == [network.interface_of(host), None]
+    assert RENDEZVOUS.TCPStore is dist.TCPStore
+
+
+def test_an_address_that_no_interface_has_leaves_the_choice_to_gloo(on):
+    assert on("203.0.113.77") == [None, None]
+
+
+def test_what_the_environment_says_counts_and_the_drivers_reaches_the_workers_before_gloo_reads_it(on, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert session.worker_environment() == session.WORKER_ENV | {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert on("127.0.0.1")[0] == "ib0"
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", pytest.param(OUTER, marks=pytest.mark.skipif(not OUTER, reason="no network"))]
+)
+def test_gloo_listens_on_the_nodes_address_whatever_the_hosts_name_stands_for(on, host):
+    on(host)
+    store, before, sums = dist.HashStore(), listening(), []
+
+    def rank(number):
+        group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
+        value = torch.full((1,), number + 1.0)
+        group.allreduce([value]).wait()
+        sums.append((float(value), listening() - before, group))
+
+    ranks = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert [total for total, _, _ in sums] == [3.0, 3.0]
+    assert {ip for _, found, _ in sums for ip, _ in found} == {host}
+
+
+def listening():
+    """(address, port) of the sockets on which this process waits for connections."""
+    return {tuple(c.laddr) for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}

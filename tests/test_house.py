@@ -1,0 +1,55 @@
+"""The rule of the house: imports go one way, from the commands down to the flow."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (
+    ("run", "evaluate", "sample", "export"),
+    ("driver",),
+    ("train",),
+    ("exporting", "sampling", "scoring", "tracking", "checkpoints", "on_ray"),
+    ("config", "data"),
+    ("storage",),
+    ("terminal", "testing", "flow"),
+)
+"""Rooms of `eiwtrain`, from the top floor down: a room imports from its own floor and those below it."""
+
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield (package, room) of each import of a file that names a package of this repository."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            yield package, rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "eiwtrain").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_go_down(file):
+    room = file.relative_to(ROOT / "eiwtrain").parts[0].removesuffix(".py")
+    for package, other in imports(file):
+        assert package not in ("benchmarks", "cluster", "tests"), file
+        if package == "eiwtrain" and other in FLOOR and room in FLOOR:
+            assert FLOOR[room] <= FLOOR[other], f"{room} imports {other}"
+
+
+def test_every_file_of_the_package_is_a_command_or_in_a_room():
+    assert {path.name.removesuffix(".py") for path in (ROOT / "eiwtrain").glob("[a-z]*")} == set(FLOOR)
+
+
+def test_the_flow_imports_torch_and_safetensors_alone():
+    found = {package for file in (ROOT / "eiwtrain" / "flow").rglob("*.py") for package, _ in imports(file)}
+    assert found - set(sys.stdlib_module_names) == {"torch", "safetensors"}

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from helpers import tiny_config, write_shards
+from small_run import small_flow
+
+from eiwtrain import evaluate, sample
+from eiwtrain.config import Config
+from eiwtrain.exporting import assemble, pyfunc
+from eiwtrain.train import device
+
+
+@pytest.fixture(autouse=True)
+def rounding():
+    """PyTorch rounds float32 to TensorFloat-32 wherever it can."""
+    before = rounds()
+    set_to(True, True)
+    assert rounds() == (True, True)
+    yield
+    set_to(*before)
+
+
+def set_to(convolutions, products):
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
+def rounds():
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_worker_rounds_no_float32(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        assert device.of_worker(Config.model_validate(tiny_config(tmp_path)).workers) == torch.device("cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert rounds() == (False, False)
+
+
+@pytest.mark.parametrize("there_is_one", [False, True])
+def test_a_command_computes_where_it_is_asked_to_and_rounds_no_float32(there_is_one, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
+    assert device.of_command("auto").type == ("cuda" if there_is_one else "cpu")
+    assert rounds() == (False, False)
+    assert device.of_command("cpu").type == "cpu"
+    if there_is_one:
+        assert device.of_command("cuda").type == "cuda"
+    else:
+        with pytest.raises(ValueError, match="--device: cuda was asked for"):
+            device.of_command("cuda")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+def test_the_commands_round_no_float32(command, tmp_path):
+    assemble.export(small_flow(), str(tmp_path / "model"), {"step": 1})
+    if command == "sample":
+        assert sample.main([str(tmp_path / "model"), "--n", "1", "--output", str(tmp_path / "x.png")]) == 0
+    else:
+        write_shards(tmp_path / "data", n=20)
+        assert evaluate.main([str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--images", "2"]) == 0
+    assert rounds() == (False, False)
+
+
+def test_a_model_in_somebody_elses_program_rounds_no_float32_and_leaves_the_programs_setting(monkeypatch):
+    flow = small_flow()
+    iwbo, seen = flow.iwbo, []
+    monkeypatch.setattr(flow, "iwbo", lambda *args: (seen.append(torch.backends.cudnn.allow_tf32), iwbo(*args))[1])
+    channels, height, width = flow.config.image_shape
+    scorer = pyfunc.Scorer(flow)
+    scorer.predict(torch.zeros(2, height, width, channels, dtype=torch.uint8).numpy())
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+    with pytest.raises(ValueError, match="uint8"):
+        scorer.predict([0])
+    assert torch.backends.cudnn.allow_tf32

@@ -1,0 +1,187 @@
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from eiwtrain.train import goodput
+from eiwtrain.train.goodput import KINDS, Clock
+
+
+class Time:
+    def __init__(self, now):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def time():
+    return Time(1000.0)
+
+
+def test_an_attempt_starts_up_and_trains_and_the_rest_is_other(time):
+    clock = Clock.resumed(None, began=990.0, earlier=0.0, attempt_began=990.0, now=time)
+    assert (clock.wall, clock.goodput, clock.shares()["other"]) == (10.0, 0.0, 1.0)
+    clock.training()
+    time.passes(26.0)
+    clock.spend("productive", 24.0)
+    clock.spend("data_wait", 1.0)
+    clock.training()  # of the second step: nothing more starts up
+    assert [clock.seconds(kind) for kind in KINDS] == [24.0, 10.0, 1.0, 0.0, 0.0, 0.0]
+    time.passes(4.0)
+    assert clock.wall == 40.0
+    assert clock.goodput == 0.6
+    assert clock.shares() == {
+        "productive": 0.6, "startup": 0.25, "data_wait": 0.025, "checkpoint": 0.0, "evaluation": 0.0, "lost": 0.0,
+        "other": 0.125,
+    }  # fmt: skip
+
+
+def test_what_is_spent_before_the_first_step_is_no_start_up(time):
+    clock = Clock(1000.0, 0.0, 1000.0, now=time)
+    time.passes(3.0)
+    with clock.spending("evaluation"):
+        time.passes(5.0)
+    time.passes(2.0)
+    clock.training()
+    assert (clock.seconds("startup"), clock.seconds("evaluation")) == (5.0, 5.0)
+
+
+def test_what_is_spent_inside_a_block_is_counted_once_also_if_the_block_fails(time):
+    clock = Clock(1000.0, 0.0, 1000.0, now=time)
+
+    def evaluate():
+        with clock.spending("evaluation"):
+            time.passes(2.0)
+            with clock.spending("checkpoint"):
+                time.passes(3.0)
+            time.passes(1.0)
+            raise OSError("storage is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        evaluate()
+    assert (clock.seconds("evaluation"), clock.seconds("checkpoint"), clock.wall) == (3.0, 3.0, 6.0)
+
+
+def test_work_that_the_checkpoint_does_not_know_of_is_lost(time):
+    first = Clock(1000.0, 0.0, 1000.0, now=time)
+    first.training()
+    time.passes(6.0)
+    first.spend("productive", 6.0)
+    saved = json.loads(json.dumps(first.to_json()))
+    time.passes(3.0)
+    first.spend("productive", 3.0)
+    time.passes(1.0)  # it crashes; workers are started again under the same driver
+    second = Clock.resumed(saved, began=1000.0, earlier=0.0, attempt_began=1010.0, now=time)
+    time.passes(10.0)
+    second.training()
+    assert (second.seconds("productive"), second.seconds("lost"), second.seconds("startup")) == (6.0, 4.0, 10.0)
+    assert second.wall == 20.0
+    time.passes(5000.0)  # the driver is killed too, and much later there is another
+    third = Clock.resumed(saved, began=time.now, earlier=22.0, attempt_began=time.now, now=time)
+    assert (third.wall, third.seconds("productive"), third.seconds("lost")) == (22.0, 6.0, 16.0)
+
+
+def test_a_run_without_a_checkpoint_has_lost_all_that_was_before(time):
+    clock = Clock.resumed(None, began=990.0, earlier=30.0, attempt_began=995.0, now=time)
+    assert (clock.seconds("lost"), clock.wall) == (35.0, 40.0)
+
+
+def test_a_driver_that_could_not_note_its_last_seconds_does_not_make_them_negative(time):
+    saved = Clock(960.0, 0.0, 960.0, now=time).to_json()
+    clock = Clock.resumed(saved, began=1000.0, earlier=35.0, attempt_began=1000.0, now=time)
+    assert (clock.seconds("lost"), clock.wall) == (0.0, 40.0)
+
+
+def test_clocks_that_differ_between_machines_do_not_make_time_negative(time):
+    clock = Clock(1003.0, 0.0, 1003.0, now=time)  # the driver's is ahead
+    clock.training()
+    time.passes(2.0)
+    clock.spend("productive", 2.0)
+    assert (clock.seconds("startup"), clock.goodput, clock.shares()["other"]) == (0.0, 1.0, 0.0)
+
+
+QUARTERS = st.integers(0, 400).map(lambda n: n / 4)  # of seconds, so that sums are exact
+ACTIONS = st.one_of(
+    st.tuples(st.sampled_from([kind for kind in KINDS if kind not in ("startup", "lost")]), QUARTERS),
+    st.tuples(st.just("other"), QUARTERS),
+    st.tuples(st.just("save"), st.just(0.0)),
+)
+ATTEMPTS = st.lists(
+    st.tuples(
+        st.sampled_from(["same driver", "new driver"]),
+        QUARTERS,  # between two drivers
+        QUARTERS,  # of start-up
+        st.lists(ACTIONS, max_size=8),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(ATTEMPTS)
+@example([("new driver", 0.0, 1.0, [("save", 0.0), ("productive", 2.0)]), ("same driver", 0.0, 1.0, [])])
+def test_every_second_is_counted_once_whatever_crashes(attempts):
+    time = Time(1e6)
+    wall = earlier = 0.0
+    began = time.now
+    saved, known = None, Counter()  # of the last checkpoint: what it keeps, and what it should know
+    for number, (driver, pause, startup, actions) in enumerate(attempts):
+        if driver == "new driver" and number:
+            time.passes(pause)
+            began, earlier = time.now, wall
+        clock = Clock.resumed(saved, began, earlier, attempt_began=time.now, now=time)
+        spent = known + Counter(lost=wall - known.total())
+        time.passes(startup)
+        clock.training()
+        spent["startup"] += startup
+        wall += startup
+        for what, seconds in actions:
+            if what == "save":
+                saved, known = clock.to_json(), spent.copy()
+            elif what == "checkpoint":
+                with clock.spending("checkpoint"):
+                    time.passes(seconds)
+            else:
+                time.passes(seconds)
+                if what != "other":
+                    clock.spend(what, seconds)
+            spent[what] += seconds
+            wall += seconds
+            assert clock.wall == wall
+            assert {kind: clock.seconds(kind) for kind in KINDS} == {kind: spent[kind] for kind in KINDS}
+            shares = clock.shares()
+            assert min(shares.values()) >= 0
+            assert sum(shares.values()) == pytest.approx(1)
+            assert shares["other"] * wall == pytest.approx(spent["other"]) or not wall
+            assert clock.goodput == shares["productive"]
+
+
+def test_the_summary_names_losses_from_the_largest_and_leaves_out_what_is_nothing(time):
+    clock = Clock(1000.0, 0.0, 1000.0, now=time)
+    time.passes(7800.0)
+    clock.spend("productive", 6474.0)
+    clock.spend("startup", 936.0)
+    clock.spend("checkpoint", 23.4)
+    clock.spend("evaluation", 7.0)
+    clock.spend("lost", 359.6)
+    assert goodput.describe(clock) == "83% of 2:10:00; start-up 12%, lost work 4.6%, checkpoints 0.3%"
+    assert goodput.describe(Clock(time.now, 0.0, time.now, now=time)) == "0% of 0:00; other 100%"
+
+
+def test_the_curves_add_up_to_one(time):
+    clock = Clock.resumed(None, 990.0, 10.0, 990.0, now=time)
+    clock.training()
+    time.passes(20.0)
+    clock.spend("productive", 15.0)
+    curves = goodput.curves(clock)
+    assert curves == {
+        "time/goodput": 0.375, "time/lost/startup": 0.25, "time/lost/data_wait": 0.0, "time/lost/checkpoint": 0.0,
+        "time/lost/evaluation": 0.0, "time/lost/work": 0.25, "time/lost/other": 0.125,
+    }  # fmt: skip

@@ -1,0 +1,189 @@
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import lone_group, tiny_config, write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eiwtrain import data, flow
+from eiwtrain.config import Config, Train
+from eiwtrain.train import device, loop
+from eiwtrain.train.loop import MicroBatch, batching, learning_rate
+from eiwtrain.train.state import flow_config
+
+CONFIG = Config.model_validate(tiny_config(Path("/x")))
+
+
+@given(global_batch=st.integers(1, 300), micro_batch=st.integers(1, 300), world_size=st.integers(1, 20))
+def test_batching_fits_the_global_batch_with_less_than_one_row_a_micro_batch_to_spare(
+    global_batch, micro_batch, world_size
+):
+    micro_batch = min(micro_batch, global_batch)
+    rows, accumulation = batching(Train(global_batch=global_batch, micro_batch=micro_batch), world_size)
+    assert rows <= micro_batch
+    places = rows * accumulation * world_size
+    assert global_batch <= places < global_batch + accumulation * world_size
+
+
+def test_learning_rate_warms_up_and_comes_down():
+    train = Train(lr=2.0, warmup_steps=4, max_steps=14)
+    assert [learning_rate(s, train) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(4, train) == 2.0
+    assert learning_rate(9, train) == pytest.approx(1.0)
+    assert learning_rate(14, train) == pytest.approx(0.0)
+    rates = [learning_rate(s, train) for s in range(4, 15)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_constant_schedule_is_constant_and_no_warm_up_is_none():
+    train = Train(lr=2.0, warmup_steps=0, schedule="constant")
+    assert {learning_rate(s, train) for s in (0, 1, 999, 5000)} == {2.0}
+
+
+def test_the_model_config_reaches_the_flow():
+    changed = tiny_config(
+        Path("/x"), model={"shuffle": "hard", "backprop": "stored", "trunk_dtype": "float64", "n_bits": 5}
+    )
+    built = flow_config(Config.model_validate(changed), 3)
+    assert built.image_shape == (3, 8, 8)
+    assert (built.levels, built.steps, built.conditioner.hidden) == (2, 2, 8)
+    assert (built.shuffle, built.backprop, built.trunk_dtype, built.n_bits) == ("hard", "stored", "float64", 5)
+    assert built.conditioner_dtype == "bfloat16"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = Config.model_validate(tiny_config(Path("/x"), train={"precision": "fp32"}))
+    model = flow.EIWFlow(flow_config(config, 3))
+    model.initialize(torch.rand(16, 3, 8, 8) - 0.5)
+    return model.double()
+
+
+def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model):
+    x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
+    whole = MicroBatch(torch.ones(8, dtype=torch.float64), CONFIG, x)
+    expected = whole.loss(model).detach()
+    assert float(expected) == pytest.approx(
+        float((model.bits_per_dim(x).mean() + CONFIG.train.shuffle_penalty * model(x).penalty.mean()).detach())
+    )
+    padded = [(x[:3], [1, 1, 1]), (x[3:6], [1, 1, 1]), (torch.cat([x[6:], x[:1]]), [1, 1, 0])]
+    parts = [MicroBatch(torch.tensor(weight, dtype=torch.float64), CONFIG, images) for images, weight in padded]
+    assert float(sum(p.loss(model).detach() for p in parts)) == pytest.approx(float(expected), rel=1e-12)
+    assert sum(p.sums for p in parts).tolist() == pytest.approx(whole.sums.tolist(), rel=1e-12)
+    assert float(whole.sums[0]) / 8 == pytest.approx(float(model.bits_per_dim(x).mean().detach()))
+
+
+def test_between_forward_and_backward_pass_nothing_is_read_from_the_device():
+    on = torch.device("meta")  # whose tensors have no numbers to read
+    out = flow.FlowOutput(torch.empty(4, device=on), torch.empty(4, device=on), torch.empty(2, 2, device=on))
+    micro = MicroBatch(torch.empty(4, device=on), CONFIG, torch.empty(4, 3, 8, 8, device=on))
+    assert micro.loss(lambda *_: out).is_meta
+    assert micro.sums.is_meta
+
+
+class Driver:
+    """The driver's end of the mailbox."""
+
+    request = None
+
+    def __init__(self, _mailbox):
+        self.said = []
+        Driver.last = self
+
+    def say(self, kind, content):
+        self.said.append((kind, content))
+
+    finish = say
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts the only worker of a run, and gives what its driver is told."""
+    monkeypatch.setattr(loop, "WorkerEnd", Driver)
+    monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
+    write_shards(tmp_path / "data")
+
+    def start(fingerprint="", failures=0, **sections):
+        config = Config.model_validate(tiny_config(tmp_path, **sections))
+        fingerprint = fingerprint or data.load_manifest(config.data.path).fingerprint
+        job = loop.Job(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
+        loop.train({"job": job})
+        return Driver.last.said
+
+    with lone_group(tmp_path):
+        yield start
+
+
+def test_a_data_set_that_was_replaced_between_two_attempts_ends_the_run(start, tmp_path):
+    ((kind, said),) = start(fingerprint="0123456789abcdef")
+    now = data.load_manifest(str(tmp_path / "data")).fingerprint[:12]
+    assert kind == "end"
+    assert said["failed"].startswith(f"data.path: {tmp_path}/data was replaced while the run went on")
+    assert f"(fingerprint {now}, was 0123456789ab); put back" in said["failed"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "remedies"),
+    [
+        ({"backprop": "stored"}, 4, "use a train.micro_batch below 4 or model.backprop=invertible, or"),
+        ({"backprop": "auto"}, 4, "below 4 or a model.memory_budget (bytes) or model.backprop=invertible, or"),
+        ({"backprop": "auto", "memory_budget": 9}, 1, "use a lower model.memory_budget or model.backprop=invertible,"),
+        ({}, 4, "use a train.micro_batch below 4, or"),
+        ({}, 1, "use a smaller model, or"),
+    ],
+)
+def test_a_worker_without_enough_gpu_memory_says_what_takes_less(model, rows, remedies, start, monkeypatch):
+    error = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.50 GiB of which 1.25 GiB "
+    error += "is free.\nIncluding non-PyTorch memory, this process has 2 GiB memory in use. Of the allocated"
+
+    def no_room(*_args, **_kwargs):
+        raise torch.OutOfMemoryError(error)
+
+    monkeypatch.setattr(loop, "TrainState", no_room)
+    sections = {"model": model, "train": {"micro_batch": rows}}
+    ((kind, said),) = start(**sections)
+    assert kind == "end"
+    assert said["failed"].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert said["failed"].splitlines() == [said["failed"]]
+    assert "1.25 GiB is free" in said["failed"]
+    assert remedies in said["failed"]
+    with pytest.raises(RuntimeError, match=r"out of GPU memory: .* eval\.samples"):  # a dead worker may still hold it
+        start(failures=1, **sections)
+
+
+def test_what_did_fit_is_tried_again(start, monkeypatch):
+    class Fits:
+        first_step, state = 3, SimpleNamespace(step=3)
+
+        def __init__(self, *_args):
+            pass
+
+        def run(self):
+            self.state.step += self.steps
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loop, "Worker", Fits)
+    Fits.steps = 0
+    assert start()[-1][0] == "end"
+    Fits.steps = 1
+    with pytest.raises(RuntimeError, match=r"out of GPU memory: CUDA out of memory; use a train\.micro_batch below 4"):
+        start()
+
+
+def test_a_padded_row_gives_no_gradient(model):
+    x = (torch.rand(3, 3, 8, 8, dtype=torch.float64) - 0.5).requires_grad_()
+    MicroBatch(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), CONFIG, x).loss(model).backward()
+    assert x.grad is not None
+    assert x.grad[:2].abs().amax(dim=(1, 2, 3)).min() > 0
+    assert float(x.grad[2].abs().max()) == 0.0
+
+
+def test_a_uniform_model_of_8_bit_images_costs_8_bits_per_dim():
+    log_prob = torch.zeros(1)  # density 1 on a unit cube
+    assert float(flow.bits_per_dim(log_prob, 192, 8)) == 8.0
+    assert math.isclose(float(flow.bits_per_dim(torch.tensor([192 * math.log(2)]), 192, 8)), 7.0)

@@ -1,0 +1,203 @@
+"""The flow with invertible backpropagation under DeepSpeed, on two ranks."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks, tiny_config
+from torch import nn
+
+from eiwtrain import flow
+from eiwtrain.checkpoints import checkpoint
+from eiwtrain.checkpoints.saver import Saver
+from eiwtrain.config import Config
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.train.engine import BETAS, Engine
+from eiwtrain.train.loop import MicroBatch, batching
+from eiwtrain.train.state import TrainState, flow_config
+
+pytestmark = pytest.mark.cluster
+
+STEPS, LR = 4, 1e-2
+DATA = Manifest("noise", 8, 3, {"name": "none", "version": 1, "params": {}}, {}, fingerprint="f" * 64)
+
+
+def config(folder, stage=1, backprop="invertible", precision="fp32", **train):
+    train = {"zero_stage": stage, "precision": precision, "micro_batch": 2, "clip": 0.0, "ema": 0.9, "seed": 3} | train
+    raw = tiny_config(Path(folder), model={"backprop": backprop, "conditioner": {"hidden": 8}}, train=train)
+    return Config.model_validate(raw)
+
+
+def images(step):
+    """A global batch of 8, dequantized."""
+    return torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(step)) - 0.5
+
+
+def first():
+    """Pixels, noise and no labels."""
+    return (images(99) * 256 + 128).to(torch.uint8), torch.full((8, 3, 8, 8), 0.5), None
+
+
+def make_state(config, skip_to=None):
+    rows, accumulation = batching(config.train, dist.get_world_size())
+    return TrainState(config, DATA, torch.device("cpu"), (rows, accumulation), first=first, note=print, skip_to=skip_to)
+
+
+def losses(config, x):
+    """This rank's micro-batches of the global batch x."""
+    rows, _ = batching(config.train, dist.get_world_size())
+    own = x.chunk(dist.get_world_size())[dist.get_rank()]
+    return [MicroBatch(torch.ones(rows), config, part).loss for part in own.split(rows)]
+
+
+def trained_looking_flow(config, backprop):
+    """A flow at random parameters, none of them zero as at the start."""
+    torch.manual_seed(0)
+    model = config.model.model_copy(update={"backprop": backprop})
+    module = flow.EIWFlow(flow_config(config.model_copy(update={"model": model}), 3))
+    module.initialize(images(99))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    return module
+
+
+def gradients_are_plain_autograds(folder, stage, backprop):
+    c = config(folder, stage)
+    rows, accumulation = batching(c.train, dist.get_world_size())
+    assert accumulation == 2
+    engine = Engine(trained_looking_flow(c, backprop), c.train, rows, accumulation, dist.get_world_size())
+    assert all((p.numel() == 0) == (stage == 3) for p in engine.module.parameters())  # truly sharded
+    norm, _ = engine.step(losses(c, images(0)), lr=0.0)
+    # AdamW's first moment after one step is (1 - beta1) times the gradient that DeepSpeed reduced
+    got = {k.removesuffix(".exp_avg"): v / (1 - BETAS[0]) for k, v in engine.moments() if k.endswith(".exp_avg")}
+
+    module = trained_looking_flow(c, "stored")
+    MicroBatch(torch.ones(8), c, images(0)).loss(module).backward()
+    expected = {name: p.grad for name, p in module.named_parameters()}
+    assert got.keys() == expected.keys()
+    scale = nn.utils.get_total_norm(list(expected.values()))
+    error = nn.utils.get_total_norm([got[name] - g for name, g in expected.items()])
+    assert error / scale < 1e-4
+    assert norm == pytest.approx(float(scale), rel=1e-4)
+    for name, g in expected.items():
+        assert (got[name] - g).norm() <= 1e-3 * g.norm() + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize(
+    ("stage", "backprop"), [(0, "invertible"), (1, "invertible"), (2, "invertible"), (3, "invertible"), (3, "stored")]
+)
+def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop):
+    run_ranks(gradients_are_plain_autograds, 2, tmp_path, stage, backprop)
+
+
+def save_half_way(folder, stage=1):
+    c = config(folder, stage)
+    state = make_state(c)
+    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    for step in range(2):
+        state.advance(losses(c, images(step)), LR)
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    for step in range(2, STEPS):  # while the checkpoint is being written
+        state.advance(losses(c, images(step)), LR)
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    assert saver.wait().checkpoint
+
+
+def resume_and_compare(folder, stage, exact):
+    c = config(folder, stage)
+    whole, half = checkpoint.committed(c.root)
+    expected = checkpoint.load(whole)
+    dist.barrier()  # all have seen it
+    if dist.get_rank() == 0:
+        Path(whole.url, "manifest.json").unlink()
+    dist.barrier()
+    state = make_state(c)
+    assert (state.step, state.updates, state.samples_seen) == (2, 2, 16)
+    restored = checkpoint.load(half)
+    for name, value in state.tensors():
+        assert torch.equal(value, restored.pop(name)), name
+    assert not restored
+    for step in range(2, STEPS):
+        state.advance(losses(c, images(step)), LR)
+    for name, value in state.tensors():
+        if exact:
+            assert torch.equal(value, expected[name]), name
+        else:  # sums in another order, and Adam's steps are of the size of LR wherever a gradient is nearly zero
+            torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=LR / 2)
+
+
+def find_only_damage(folder):
+    c = config(folder)
+    for _ in range(2):  # a second try finds the same: nothing was thrown away, and nothing begins anew
+        with pytest.raises(checkpoint.DamagedCheckpoint, match="no checkpoint is intact"):
+            make_state(c)
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(tmp_path):
+    run_ranks(save_half_way, 2, tmp_path)
+    found = checkpoint.committed(config(tmp_path).root)
+    for saved in found:
+        part = Path(saved.url, saved.parts[0].name)
+        part.write_bytes(part.read_bytes()[:-1])
+    run_ranks(find_only_damage, 2, tmp_path)
+    assert checkpoint.committed(config(tmp_path).root) == found
+
+
+@pytest.mark.parametrize(
+    ("saved_at", "resumed_at", "exact"),  # ZeRO stage and world size
+    [
+        ((0, 2), (0, 2), True),
+        ((1, 2), (1, 2), True),
+        ((3, 2), (3, 2), True),
+        ((1, 2), (0, 1), False),
+        ((3, 2), (1, 1), False),
+        ((1, 1), (3, 2), False),
+    ],
+)
+def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact):
+    stage, world_size = saved_at
+    run_ranks(save_half_way, world_size, tmp_path, stage)
+    stage, world_size = resumed_at
+    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact)
+
+
+def skip_and_go_back(folder):
+    c = config(folder)
+    rank = dist.get_rank()
+
+    def bad(module):
+        """Finite on every rank but the last."""
+        return module(images(0)).log_prob.sum() * (math.nan if rank == dist.get_world_size() - 1 else 1.0)
+
+    state = make_state(c)
+    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    _, applied = state.advance(losses(c, images(0)), LR)
+    assert applied
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    good = {name: value.clone() for name, value in state.tensors()}
+    for skipped in (1, 2):
+        norm, applied = state.advance([bad, bad], LR)
+        assert not applied
+        assert not math.isfinite(norm)
+        assert (state.step, state.updates, state.skipped, state.skipped_in_row) == (1 + skipped, 1, skipped, skipped)
+    assert all(torch.equal(value, good[name]) for name, value in state.tensors())
+    saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
+    assert saver.wait().checkpoint.step == 3
+
+    went_on = make_state(c)
+    assert (went_on.step, went_on.updates, went_on.skipped, went_on.skipped_in_row) == (3, 1, 2, 2)
+    back = make_state(c, skip_to=5)  # from the checkpoint before the steps that were skipped
+    assert (back.step, back.updates, back.skipped, back.skipped_in_row, back.rollbacks) == (5, 1, 4, 0, 1)
+    assert (back.score, back.samples_seen) == (None, 40)
+    assert all(torch.equal(value, good[name]) for name, value in back.tensors())
+    for state in (went_on, back):
+        assert state.advance(losses(c, images(7)), LR)[1]
+    after = dict(back.tensors())
+    assert all(torch.equal(value, after[name]) for name, value in went_on.tensors())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_weights_can_go_back(tmp_path):
+    run_ranks(skip_and_go_back, 2, tmp_path)
