@@ -1,6 +1,6 @@
 """The curves of a run as a file of JSON lines beside its checkpoints: the points that MLflow has, for pandas and jq.
 
-A line holds points that were measured together: `{"step": 120, "time": 1763847222.123, "train/lr": 0.001, ...}`, with
+A line holds points that were measured together: `{"step": 120, "time": 1763847222.123, CURVE: 0.001, ...}`, with
 Unix time in seconds; a value that is not finite is null. Nothing is read from the file to go on: what MLflow has
 decides, and a file that differs is put right. Not for images and tags.
 """

@@ -19,6 +19,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from eiwtrain.tracking import curves
+
 _SAMPLE_SECONDS = 5.0
 _POINT_SECONDS = 10.0  # at least, between two points
 _KEPT = (  # of what the collectors know: what tells a machine that is short of something
@@ -64,18 +66,18 @@ class System:
         the last point, 1e9 bytes.
         """
         self._next = time.monotonic() + _POINT_SECONDS
-        own = {"memory/host_gb": self._process.memory_info().rss / 1e9}
+        own = {curves.HOST_GB: self._process.memory_info().rss / 1e9}
         if self._device.type == "cuda":
-            own["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+            own[curves.GPU_PEAK_GB] = torch.cuda.max_memory_allocated(self._device) / 1e9
             torch.cuda.reset_peak_memory_stats(self._device)
         machine = self._sampler.means() if self._sampler is not None else {}
         gathered: list[Any] | None = [None] * dist.get_world_size() if self._rank == 0 else None
         dist.gather_object((self._node, own, machine), gathered, dst=0)
         points: dict[str, float] = {}
         for node, memory, means in gathered or ():
-            prefix = f"system/node{node}/" if len(self._nodes) > 1 else "system/"
+            pattern = curves.NODE_SYSTEM if len(self._nodes) > 1 else curves.SYSTEM
             points |= {name: max(value, points.get(name, 0.0)) for name, value in memory.items()}
-            points |= {prefix + name: value for name, value in means.items()}
+            points |= {pattern.format(node=node, name=name): value for name, value in means.items()}
         return points
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from eiwtrain.terminal.console import duration
+from eiwtrain.tracking.curves import GOODPUT, LOST_TIME
 
 Kind = Literal["productive", "startup", "data_wait", "checkpoint", "evaluation", "lost"]
 """What time goes into. productive: steps that led to the present weights, their wait for data excepted, which is
@@ -130,7 +131,6 @@ def describe(clock: Clock) -> str:
 
 
 def curves(clock: Clock) -> dict[str, float]:
-    """The shares as MLflow names them: `time/goodput`, and what it lacks to 1 as `time/lost/startup` and so on."""
+    """Return goodput, and the share of each loss, as points of their curves."""
     shares = clock.shares()
-    names = {kind: f"time/lost/{'work' if kind == 'lost' else kind}" for kind in _LOSSES}
-    return {"time/goodput": shares["productive"]} | {name: shares[kind] for kind, name in names.items()}
+    return {GOODPUT: shares["productive"]} | {curve: shares[kind] for kind, curve in LOST_TIME.items()}

@@ -16,7 +16,7 @@ from eiwtrain.config import Config
 from eiwtrain.sampling import drawing, pictures, plots
 from eiwtrain.scoring import yardsticks
 from eiwtrain.scoring.scores import Score, score
-from eiwtrain.tracking import Tracker
+from eiwtrain.tracking import Tracker, curves
 from eiwtrain.train import report
 from eiwtrain.train.state import TrainState
 
@@ -65,11 +65,11 @@ class HeldOut:
             may_go_on: asked before each picture, and told what comes next.
         """
         state = self.state
-        values = {"eval/bits_per_dim": score.bits_per_dim, "eval/standard_error": score.standard_error}
-        values |= {f"eval/{coder}_bits_per_dim": bits for coder, bits in self.yardsticks.items()}
-        values |= {"flow/drift": self.drift()}
+        values = {curves.HELD_OUT_BITS_PER_DIM: score.bits_per_dim, curves.HELD_OUT_ERROR: score.standard_error}
+        values |= {curves.CODER_BITS_PER_DIM[coder]: bits for coder, bits in self.yardsticks.items()}
+        values |= {curves.DRIFT: self.drift()}
         tracker.metrics(state.step, {curve: value for curve, value in values.items() if math.isfinite(value)})
-        if warning := report.drift_warning(values["flow/drift"], self.config):
+        if warning := report.drift_warning(values[curves.DRIFT], self.config):
             note(warning)
         undrawn = self.pictures()
         while may_go_on(f"drawing at step {state.step}"):

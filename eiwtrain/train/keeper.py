@@ -12,7 +12,7 @@ from collections.abc import Callable
 from eiwtrain.checkpoints.saver import Outcome, RanksApartError, Saver
 from eiwtrain.config import Config
 from eiwtrain.storage.lease import Guard, LeaseLost
-from eiwtrain.tracking import Tracker
+from eiwtrain.tracking import Tracker, curves
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.pace import Pace
 from eiwtrain.train.state import TrainState, sum_over_ranks
@@ -134,5 +134,5 @@ class Keeper:
             self._note(f"old checkpoints could not be deleted: {outcome.error}")
         if self._tracker is not None:
             self._tracker.tags({"checkpoint": saved.url, "step": str(saved.step)})
-            seconds = {"time/checkpoint_stall_seconds": outcome.stall, "time/checkpoint_seconds": outcome.seconds}
+            seconds = {curves.CHECKPOINT_STALL: outcome.stall, curves.CHECKPOINT_SECONDS: outcome.seconds}
             self._tracker.metrics(saved.step, seconds)

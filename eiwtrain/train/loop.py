@@ -31,6 +31,7 @@ from eiwtrain.storage.lease import Guard, LeaseLost
 from eiwtrain.testing import failpoints
 from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import TrackedRun, Tracker
+from eiwtrain.tracking.curves import SKIPPED_STEPS
 from eiwtrain.tracking.system import System
 from eiwtrain.train import device, goodput, report
 from eiwtrain.train.finish import METRICS, finish
@@ -221,7 +222,7 @@ class Worker:
         if self.tracker is not None and logs:
             entropy, epoch = micro_batches[-1].entropy, state.samples_seen / len(self.train_set)
             curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, entropy, self.faults, epoch)
-            curves |= {"train/skipped_steps": float(state.skipped)} | goodput.curves(self.clock) | of_machines
+            curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self.clock) | of_machines
             self.tracker.metrics(state.step, curves)
         self.keeper.hear()
         self._progress()

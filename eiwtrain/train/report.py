@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eiwtrain.config import Config
+from eiwtrain.tracking import curves as names
 
 
 def drift_warning(drift: float, config: Config) -> str | None:
@@ -106,17 +107,17 @@ def curves(
         epoch: how often each training image has been seen.
     """
     values = {
-        "train/bits_per_dim": bits_per_dim,
-        "train/grad_norm": norm,
-        "train/lr": lr,
-        "train/epoch": epoch,
-        "flow/shuffle_penalty": penalty,
-        "time/images_per_second": meter.images_per_second,
-        "time/data_wait": meter.data_wait,
-        "time/storage_faults": float(faults),
+        names.BITS_PER_DIM: bits_per_dim,
+        names.GRAD_NORM: norm,
+        names.LR: lr,
+        names.EPOCH: epoch,
+        names.SHUFFLE_PENALTY: penalty,
+        names.IMAGES_PER_SECOND: meter.images_per_second,
+        names.DATA_WAIT: meter.data_wait,
+        names.STORAGE_FAULTS: float(faults),
     }
     for level, (leaves, stays) in enumerate(entropy.tolist()):
-        values |= {f"flow/entropy_leaves_level{level}": leaves, f"flow/entropy_stays_level{level}": stays}
+        values |= {names.ENTROPY_LEAVES.format(level=level): leaves, names.ENTROPY_STAYS.format(level=level): stays}
     return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 
