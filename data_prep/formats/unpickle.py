@@ -1,23 +1,31 @@
 """Batches of pixels out of pickle files, without trusting them: arrays and plain values, nothing that runs code.
 
 For the python batches of CIFAR-10 and of downsampled ImageNet. Not for pickles in general.
+
+A file is first scanned opcode by opcode, which costs no memory for what it only claims to hold. Then the standard
+library's unpickler loads what is left of it, and finds no other names than those in `_NAMES`.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from collections.abc import Callable
-from enum import Enum
 from math import prod
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from eiwtrain.data.manifest import DataError
 
-LARGE = 1 << 10  # bytes
+LARGE = 1 << 10  # bytes from which on a run of bytes stays in the file until it is known what it is for
+_MOST_OPCODES = 1 << 24  # a batch takes a few for each image; at some 64 bytes an object this bounds memory to 1 GB
+_SHARED = 256  # bytes; longer values are not used twice, or a small file could grow large in memory
+_MOST_DIMENSIONS = 32  # numpy's own limit before version 2
+_CHECKED = 1 << 16  # bytes from which on a length is compared with the file's size before it is read
 
 
 class StoredArray(NamedTuple):
@@ -29,274 +37,276 @@ class StoredArray(NamedTuple):
 
 
 def load_batch(data: bytes | BinaryIO, what: str, leave: bool = False) -> dict[str, Any]:
-    """The dict that is pickled in `data`, a whole file or one that is open at its start.
+    """Return the dict that is pickled in `data`, a whole file or one that is open at its start.
 
-    Text of Python 2 is taken for Latin-1, which loses nothing; keys come as text. Whatever would have to be imported
-    is refused but for what numpy's arrays are made with, and of that only the names are used: no function of a
-    pickle's choice is ever called.
+    Text of Python 2 is read as Latin-1, which loses nothing; keys are returned as text. Every name that would have to
+    be imported is refused, except those that numpy's arrays are made with, and these stand for functions of this
+    module: a pickle never chooses a function to call.
 
     Args:
         data: the pickle.
-        what: names it in errors.
-        leave: large arrays (of `LARGE` bytes) that lie in `data` in one piece, and in C order, are not read and come
-            as `StoredArray`.
+        what: the name of the file in errors.
+        leave: do not read arrays of `LARGE` bytes or more that lie in `data` in one piece and in C order; return
+            a `StoredArray` for each.
 
     Raises:
-        DataError: it is cut off, damaged, no dict, or names anything else than arrays and plain values.
+        DataError: the pickle is cut off, damaged, not a dict, or names anything else than arrays and plain values.
     """
-    file = _File(io.BytesIO(data) if isinstance(data, bytes) else data)
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        batch = _Unpickler(file, leave).load()
+        small, left = _scan(file)
+        batch = _Unpickler(small, encoding="latin1", buffers=left).load()
         if type(batch) is not dict:
-            raise _Refused(f"a {type(batch).__name__} is pickled in it, not a dict")
-        return {_key(key): _finished(value, file) for key, value in batch.items()}
+            raise _Refused(f"it is a pickled {type(batch).__name__}, not a dict")
+        return {_text(key): _finished(value, file, leave) for key, value in batch.items()}
     except _Refused as e:
         raise DataError(f"{what}: {e}") from None
     except OSError:
         raise
-    except Exception as e:  # a damaged pickle stumbles over anything
+    except Exception as e:  # a damaged pickle raises anything
         cause = " ".join(str(e).split())[:200]
-        raise DataError(f"{what}: no pickled batch, or a damaged one ({type(e).__name__}: {cause})") from None
+        raise DataError(f"{what}: not a pickled batch, or damaged; not loaded ({type(e).__name__}: {cause})") from None
 
 
 class _Refused(ValueError):
-    """Not to be loaded; the message is one line."""
+    """A pickle that must not be loaded; the message is one line."""
 
 
-class _Name(Enum):
-    """Stand-ins for all that a batch may name: they are told apart, never called."""
-
-    RECONSTRUCT = "_reconstruct"
-    FROMBUFFER = "_frombuffer"
-    SCALAR = "scalar"
-    NDARRAY = "ndarray"
-    DTYPE = "dtype"
-    ENCODE = "encode"
-    BYTES = "bytes"
-
-
-_ADMITTED = {
-    (module, name.value): name
-    for name, modules in {
-        _Name.RECONSTRUCT: ("numpy.core.multiarray", "numpy._core.multiarray"),
-        _Name.SCALAR: ("numpy.core.multiarray", "numpy._core.multiarray"),
-        _Name.FROMBUFFER: ("numpy.core.numeric", "numpy._core.numeric"),
-        _Name.NDARRAY: ("numpy",),
-        _Name.DTYPE: ("numpy",),
-        _Name.ENCODE: ("_codecs",),  # as Python 3 puts bytes in protocols that have none
-        _Name.BYTES: ("__builtin__",),  # and an empty one
-    }.items()
-    for module in modules
-}
-_NUMBERS = re.compile(r"b1|[iu][1248]|f[248]")  # as numpy codes dtypes
-
-
-class _InFile(NamedTuple):
-    """Bytes that were passed over."""
+class _Left(NamedTuple):
+    """Bytes that the scan left in the file."""
 
     offset: int
     size: int
 
 
+def _names(*names: str) -> dict[bytes, pickletools.OpcodeInfo]:
+    return {op.code.encode("latin1"): op for op in pickletools.opcodes if op.name in names}
+
+
+_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_BYTES = ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8")
+_LEAVABLE = ("BINSTRING", "BINBYTES", "BINBYTES8", "BYTEARRAY8")
+_MEMO = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"GET", "BINGET", "LONG_BINGET"}
+_SHAREABLE = {*_TEXTS, *_BYTES, "GLOBAL", "STACK_GLOBAL", "REDUCE"}  # never a list, tuple or dict
+_OPCODES = _names(
+    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG"),
+    *("LONG1", "LONG4", "FLOAT", "BINFLOAT", "TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST"),
+    *("LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
+    *("BUILD", *_TEXTS, *_BYTES, *_MEMO[0], *_MEMO[1]),
+)
+_LENGTHS = {  # how many bytes say how many follow
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+
+
+def _scan(file: BinaryIO) -> tuple[BinaryIO, list[_Left]]:
+    """Check every opcode; return the pickle without its large runs of bytes, and where these lie.
+
+    In place of a run stands the opcode of an out-of-band buffer (PEP 574). A list, tuple or dict can stand in one place
+    only, so what is loaded is a tree no larger than the file, quick to walk and to hash.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    small, left = io.BytesIO(), []
+    shareable: dict[int, bool] = {}
+    last, last_size = "", 0
+    for count in range(_MOST_OPCODES):
+        op = _OPCODES.get(code := _read(file, 1, size))
+        if op is None:
+            raise _Refused(f"it has opcode {code[0]:#04x}, which arrays and plain values do not need; it is not loaded")
+        length = 0
+        if op.arg is None:
+            argument = b""
+        elif op.arg.n >= 0:
+            argument = _read(file, op.arg.n, size)
+        elif op.arg.n == pickletools.UP_TO_NEWLINE:
+            argument = file.readline() + (file.readline() if op.name == "GLOBAL" else b"")
+            length = len(argument)
+        else:
+            argument = _read(file, _LENGTHS[op.arg.n], size)
+            length = int.from_bytes(argument, "little")
+            if op.name in _LEAVABLE and length >= LARGE:
+                left.append(_Left(file.tell(), length))
+                _skip(file, length, size)
+                code, argument = pickle.NEXT_BUFFER, b""
+            else:
+                argument += _read(file, length, size)
+        if op.name in _MEMO[0]:
+            number = len(shareable) if op.arg is None else _number(op, argument)
+            if number > count:
+                raise _Refused(f"it numbers a value {number:,} at opcode {count:,}; it is not loaded")
+            shareable[number] = last in _SHAREABLE and last_size < _SHARED
+        elif op.name in _MEMO[1] and not shareable.get(_number(op, argument)):
+            raise _Refused("it uses a large value, a list, a tuple or a dict twice; it is not loaded")
+        last, last_size = op.name, length
+        if op.name != "FRAME":  # its length would be another now, and it is optional
+            small.write(code + argument)
+        if op.name == "STOP":
+            small.seek(0)
+            return small, left
+    raise _Refused(f"it has more than {_MOST_OPCODES:,} opcodes; it is not loaded")
+
+
+def _number(op: pickletools.OpcodeInfo, argument: bytes) -> int:
+    return int(argument) if op.name in ("PUT", "GET") else int.from_bytes(argument, "little")
+
+
+def _read(file: BinaryIO, length: int, size: int) -> bytes:
+    """Read so many bytes, or raise before room is made for what the file, of `size` bytes, does not hold."""
+    if length > _CHECKED:
+        start = file.tell()
+        _skip(file, length, size)
+        file.seek(start)
+    data = file.read(length)
+    if len(data) < length:
+        raise EOFError("it is cut off")
+    return data
+
+
+def _skip(file: BinaryIO, length: int, size: int) -> None:
+    if length > size - file.tell():
+        raise EOFError("it is cut off")
+    file.seek(length, io.SEEK_CUR)
+
+
 class _DType:
-    """A dtype in the making."""
+    """A dtype while it is loaded."""
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
-        if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-            raise _Refused(f"an array of dtype {code!r:.40}; only plain numbers are admitted")
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise _Refused(f"an array of dtype {code!r:.40}; only plain numbers are allowed")
         self.dtype = np.dtype(code)
 
-    def set(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         if state[1] not in ("|", "<", ">", "="):
-            raise _Refused("an array without a byte order")
+            raise _Refused("an array without a byte order; it is not loaded")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """An array in the making."""
+    """An array while it is loaded."""
 
     def __init__(self) -> None:
-        self.set((1, (0,), _DType("u1"), False, b""))
+        self.__setstate__((1, (0,), _DType("u1"), False, b""))
 
-    def set(self, state: Any) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 knows no bytes
-        if not isinstance(dtype, _DType) or not isinstance(raw, (bytes, bytearray, _InFile)):
-            raise _Refused("an array without a dtype or without bytes")
-        if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
-            raise _Refused("an array without a shape")
-        size = raw.size if isinstance(raw, _InFile) else len(raw)
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw  # Python 2 has no bytes
+        if not isinstance(dtype, _DType) or not isinstance(raw, (bytes, bytearray, _Left)):
+            raise _Refused("an array without a dtype or without bytes; it is not loaded")
+        if (
+            type(shape) is not tuple
+            or len(shape) > _MOST_DIMENSIONS
+            or not all(type(n) is int and n >= 0 for n in shape)
+        ):
+            raise _Refused("an array without a shape; it is not loaded")
+        size = raw.size if isinstance(raw, _Left) else len(raw)
         if size != prod(shape) * dtype.dtype.itemsize:
             raise _Refused(f"{size} bytes for an array of shape {str(shape)[:80]} and dtype {dtype.dtype}")
-        self.shape, self.dtype, self.raw, self.c_order = shape, dtype.dtype, raw, not fortran
+        self.shape, self.dtype, self.raw = shape, dtype.dtype, raw
+        self.order: Literal["C", "F"] = "F" if fortran else "C"
+        self._read: npt.NDArray[Any] | None = None
+
+    def finished(self, file: BinaryIO, leave: bool) -> npt.NDArray[Any] | StoredArray:
+        """Return the array, read-only, or where it lies."""
+        if leave and isinstance(self.raw, _Left) and self.order == "C":
+            return StoredArray(self.raw.offset, self.shape, self.dtype.str)
+        if self._read is None:
+            flat = np.frombuffer(_bytes(self.raw, file), self.dtype)
+            self._read = flat.reshape(self.shape, order=self.order)
+            self._read.flags.writeable = False
+        return self._read
 
 
-_CHECKED = 1 << 16  # bytes, from which on a read is held against the file's size first
+class _Name:
+    """A name that a batch may use; called, it makes a value, and nothing can be set on it."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("it sets the state of what it names; it is not loaded")
 
 
-class _File:
-    """A file that says so when it is cut off, before room is made for what it does not hold."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        self.readline = file.readline
-
-    def read(self, size: int) -> bytes:
-        if size > _CHECKED:
-            self._file.seek(self.skip(size))
-        data = self._file.read(size)
-        if len(data) < size:
-            raise EOFError("it is cut off")
-        return data
-
-    def skip(self, size: int) -> int:
-        """Pass over so many bytes; returns the offset of the first."""
-        start = self._file.tell()
-        if size > self._size - start:
-            raise EOFError("it is cut off")
-        self._file.seek(size, io.SEEK_CUR)
-        return start
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return self.read(size)
+def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+    if kind is not _NDARRAY:
+        raise _Refused("an array of another class than numpy's ndarray; it is not loaded")
+    return _Array()
 
 
-class _Opcodes(dict[int, Callable[[Any], None]]):
-    """What is done for each opcode; one that is not among them ends the loading."""
+def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, {"C": False, "F": True}[order], raw))
+    return array
 
-    def __missing__(self, opcode: int) -> Callable[[Any], None]:
-        raise _Refused(f"it is no pickle of arrays and plain values (opcode {opcode:#04x}); it is not loaded")
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    array = _Array()
+    array.__setstate__((1, (), dtype, False, raw))
+    return np.frombuffer(array.raw, array.dtype).item()  # type: ignore[arg-type]
 
 
-class _Unpickler(pickle._Unpickler):
-    """The unpickler that is written in Python, as joblib and dill extend it: there the opcodes can be chosen."""
+def _encode(text: Any, codec: Any) -> bytes:
+    if codec != "latin1":
+        raise _Refused(f"it encodes text as {codec!r:.40}; it is not loaded")
+    return str.encode(text, "latin1")
 
-    stack: list[Any]
-    append: Callable[[Any], None]
-    pop_mark: Callable[[], list[Any]]
-    read: Callable[[int], bytes]
 
-    dispatch = _Opcodes(
-        (opcode[0], pickle._Unpickler.dispatch[opcode[0]])
-        for opcode in (
-            *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE),
-            *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
-            *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING),
-            *(pickle.SHORT_BINSTRING, pickle.SHORT_BINBYTES, pickle.UNICODE, pickle.BINUNICODE),
-            *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1),
-            *(pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS),
-            *(pickle.EMPTY_DICT, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.PUT, pickle.BINPUT),
-            *(pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
-        )
-    )
+def _empty_bytes() -> bytes:
+    return b""
 
-    def __init__(self, file: _File, leave: bool) -> None:
-        super().__init__(file, fix_imports=False, encoding="latin1")
-        self._source, self._leave = file, leave
 
+def _never(*arguments: Any) -> Any:
+    raise _Refused("it calls ndarray itself; it is not loaded")
+
+
+_NDARRAY = _Name(_never)
+_NAMES = {
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Name(_DType),
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Name(_reconstruct) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _Name(_scalar) for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Name(_frombuffer) for core in ("core", "_core")},
+    ("_codecs", "encode"): _Name(_encode),  # as Python 3 puts bytes in protocols that have none
+    ("__builtin__", "bytes"): _Name(_empty_bytes),  # and an empty one
+}
+
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> _Name:
-        if (module, name) not in _ADMITTED:
+        if (module, name) not in _NAMES:
             named = ascii(f"{module}.{name}"[:100])[1:-1]
-            raise _Refused(f"it wants {named}, which is no array and no plain value; it is not loaded")
-        return _ADMITTED[module, name]
-
-    def _frame(self) -> None:
-        self.read(8)  # a frame's length; its bytes follow as they would without it
-
-    def _raw(self, size: int) -> bytes | _InFile:
-        if self._leave and size >= LARGE:
-            return _InFile(self._source.skip(size), size)
-        return self.read(size)
-
-    def _bytes(self) -> None:
-        self.append(self._raw(int.from_bytes(self.read(4), "little")))
-
-    def _long_bytes(self) -> None:
-        self.append(self._raw(int.from_bytes(self.read(8), "little")))
-
-    def _text(self) -> None:
-        raw = self._raw(int.from_bytes(self.read(4), "little"))
-        self.append(raw.decode("latin1") if isinstance(raw, bytes) else raw)
-
-    def _reduce(self) -> None:
-        arguments, name = self.stack.pop(), self.stack.pop()
-        made: Any
-        if name is _Name.RECONSTRUCT and arguments[0] is _Name.NDARRAY:
-            made = _Array()
-        elif name is _Name.FROMBUFFER:
-            raw, dtype, shape, order = arguments
-            if order not in ("C", "F"):
-                raise _Refused(f"an array in order {order!r:.40}")
-            made = _Array()
-            made.set((1, shape, dtype, order == "F", raw))
-        elif name is _Name.SCALAR:
-            scalar = _Array()
-            scalar.set((1, (), arguments[0], False, arguments[1]))
-            made = _finished(scalar, self._source).item()
-        elif name is _Name.DTYPE:
-            made = _DType(*arguments)
-        elif name is _Name.ENCODE and arguments[1] == "latin1":
-            made = str.encode(arguments[0], "latin1")
-        elif name is _Name.BYTES and arguments == ():
-            made = b""
-        else:
-            raise _Refused("it calls what is no constructor of an array; it is not loaded")
-        self.append(made)
-
-    def _build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if not isinstance(target, (_Array, _DType)):
-            raise _Refused(f"it sets the state of a {type(target).__name__}; it is not loaded")
-        target.set(state)
-
-    def _setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        _update(self.stack[-1], [key, value])
-
-    def _setitems(self) -> None:
-        items = self.pop_mark()
-        _update(self.stack[-1], items)
-
-    def _dict(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        _update(self.stack[-1], items)
-
-    for _opcode, _do in {
-        pickle.FRAME: _frame,
-        pickle.BINSTRING: _text,
-        pickle.BINBYTES: _bytes,
-        pickle.BINBYTES8: _long_bytes,
-        pickle.BYTEARRAY8: _long_bytes,
-        pickle.REDUCE: _reduce,
-        pickle.BUILD: _build,
-        pickle.DICT: _dict,
-        pickle.SETITEM: _setitem,
-        pickle.SETITEMS: _setitems,
-    }.items():
-        dispatch[_opcode[0]] = _do
+            raise _Refused(f"it needs {named}, which is neither an array nor a plain value; it is not loaded")
+        return _NAMES[module, name]
 
 
-def _update(target: Any, items: list[Any]) -> None:
-    if type(target) is not dict or not all(isinstance(key, (str, bytes, int)) for key in items[::2]):
-        raise _Refused("a dict whose keys are neither text nor numbers")  # to hash nested tuples can take for ever
-    target.update(zip(items[::2], items[1::2], strict=True))
-
-
-def _key(key: Any) -> Any:
-    return key.decode("latin1") if isinstance(key, bytes) else key
-
-
-def _finished(value: Any, file: _File) -> Any:
-    """An array in the making as the array, read-only, or where it was left; anything else as it is."""
+def _finished(value: Any, file: BinaryIO, leave: bool) -> Any:
+    """Return the value with its arrays, and with the bytes that were left in the file."""
     if isinstance(value, _Array):
-        if isinstance(value.raw, _InFile) and value.c_order:
-            return StoredArray(value.raw.offset, value.shape, value.dtype.str)
-        raw = file.read_at(*value.raw) if isinstance(value.raw, _InFile) else value.raw
-        array = np.frombuffer(raw, value.dtype).reshape(value.shape, order="C" if value.c_order else "F")
-        array.flags.writeable = False
-        return array
-    return file.read_at(*value) if isinstance(value, _InFile) else value
+        return value.finished(file, leave)
+    if isinstance(value, _Left):
+        return _bytes(value, file)
+    if type(value) is dict:
+        return {key: _finished(inner, file, leave) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_finished(inner, file, leave) for inner in value)
+    return value
+
+
+def _bytes(raw: bytes | bytearray | _Left, file: BinaryIO) -> bytes | bytearray:
+    if not isinstance(raw, _Left):
+        return raw
+    file.seek(raw.offset)
+    return file.read(raw.size)
+
+
+def _text(key: Any) -> Any:
+    return key.decode("latin1") if isinstance(key, bytes) else key

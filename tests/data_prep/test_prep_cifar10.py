@@ -210,7 +210,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     "an odd width": (_changed("test_batch", data=np.zeros((4, 3000), np.uint8)), r"not uint8 \(N, 3 \* side \* side\)"),
     "no data": (_python() | {"test_batch": python2_pickle({"labels": [1]})}, "no 'data' is in it, only 'labels'"),
     "nine names": (_changed("batches.meta", label_names=CLASSES[:9]), "not the names of 10 classes"),
-    "a pickle of something else": (_python() | {"test_batch": pickle.dumps(Path("x"))}, "wants pathlib"),
+    "a pickle of something else": (_python() | {"test_batch": pickle.dumps(Path("x"))}, "needs pathlib"),
 }
 
 

@@ -529,7 +529,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     ),
     "a pickle of something else": (
         _pickled(32) | {"val_data": pickle.dumps(partial(print))},
-        "wants functools.partial",
+        "needs functools.partial",
     ),
     "a cut-off pickle": (_pickled(32) | {"val_data": _pickled(32)["val_data"][:-2000]}, "val_data: .*cut off"),
     "a cut-off npz": (_npz(32) | {"val_data.npz": _npz(32)["val_data.npz"][:-20]}, "val_data.npz: no zip"),

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from data_prep.formats import unpickle
 from data_prep.formats.unpickle import LARGE, StoredArray, load_batch
 from eiwtrain.data.manifest import DataError
 
@@ -215,11 +216,39 @@ def test_no_room_is_made_for_bytes_that_are_not_there(tmp_path: Path, leave: boo
                     load_batch(file, "x", leave)
 
 
-def test_keys_that_take_for_ever_to_hash_are_refused() -> None:
-    nested = b")" + b"2\x86" * 100 + b"K\x01"  # () doubled a hundred times
-    for data in (b"}" + nested + b"s.", b"}(" + nested + b"u.", b"(" + nested + b"d."):
-        with pytest.raises(DataError, match="keys are neither text nor numbers"):
+GROWING = {  # () or [] doubled a hundred times: by DUP, or from the memo
+    "by DUP": b")" + b"2\x86" * 100,
+    "a tuple twice": b")K\x01\x86q\x00" + b"h\x00h\x00\x86q\x00" * 100,
+    "a list twice": b"]q\x00" + b"(h\x00h\x00lq\x00" * 100,
+    "a tuple memoized late": b")K\x01\x86(e\x94" + b"h\x00h\x00\x86\x94" * 100,
+    "a tuple memoized after a state": b")K\x01\x86Nb\x94" + b"h\x00h\x00\x86\x94" * 100,
+}
+
+
+@pytest.mark.parametrize("how", GROWING)
+def test_values_that_grow_beyond_their_file_are_refused(how: str) -> None:
+    """Hashing, walking or copying a hundred doublings would take forever."""
+    for data in (b"}" + GROWING[how] + b"K\x01s.", b"}(" + GROWING[how] + b"K\x01u.", b"(" + GROWING[how] + b"K\x01d."):
+        with pytest.raises(DataError, match=r"uses a large value, a list.* twice; it is not loaded|opcode 0x32"):
             load_batch(data, "x")
+
+
+def test_a_large_text_is_not_used_twice() -> None:
+    with pytest.raises(DataError, match="uses a large value"):
+        load_batch(b"}U\x01a(X\x00\x10\x00\x00" + b"x" * 4096 + b"q\x00h\x00ts.", "x")
+
+
+def test_no_room_is_made_for_a_memo_that_is_not_filled() -> None:
+    for put in (b"r\xff\xff\xff\xff", b"p4294967295\n"):
+        with pytest.raises(DataError, match="numbers a value 4,294,967,295 at opcode 1; it is not loaded"):
+            load_batch(b"}" + put + b".", "x")
+
+
+def test_a_pickle_of_too_many_opcodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpickle, "_MOST_OPCODES", 100)
+    assert load_batch(pickle.dumps({"labels": [1] * 80}, 2), "x") == {"labels": [1] * 80}
+    with pytest.raises(DataError, match="more than 100 opcodes; it is not loaded"):
+        load_batch(pickle.dumps({"labels": [1] * 100}, 2), "x")
 
 
 def test_arrays_must_fit_their_bytes() -> None:
