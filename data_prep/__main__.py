@@ -20,6 +20,7 @@ from data_prep.inspect import contact_sheet, describe, size_estimate
 from data_prep.parallel import run_tasks
 from data_prep.pixels import CROPS, RESAMPLING, Preprocess
 from data_prep.sources import read_source
+from data_prep.sources.webdataset import LABELS
 from data_prep.splits import RULES
 from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
@@ -74,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("cifar10", parents=[url, common], help="CIFAR-10's python or binary batches")
     commands.add_parser("folder", parents=[url, common], help="images in class folders, or a tar or zip of them")
+    tars = commands.add_parser("webdataset", parents=[url, common], help="WebDataset tars: a folder, one, a pattern")
+    tars.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="auto",
+        help="member that holds the class; auto takes .cls, else .json, and never .txt (default: %(default)s)",
+    )
     commands.add_parser("photos", parents=[common], help="patches of the photographs inside scikit-image and -learn")
 
     show = commands.add_parser("show", help="print what a data set holds, and draw its first images")
@@ -146,11 +154,14 @@ def _write(args: argparse.Namespace) -> None:
         "imagenet": lambda: {"val_labels": args.val_labels},
         "lsun": lambda: {"categories": tuple(args.category)},
         "celeba": lambda: {"crop": args.face},
+        "webdataset": lambda: {"labels": args.labels},
     }.get(args.command, dict)()
     if args.only and args.drop_duplicates:
         raise DataError("--drop-duplicates looks at all splits; leave --only out")
     path = anchored(args.source) if "source" in args else None
     source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
+    for note in source.notes:
+        print(f"data_prep: {note}", file=sys.stderr)
     plan = make_plan(source, anchored(args.output), preprocess, args.shard_size, args.drop_duplicates)
     if args.dry_run:
         _dry_run(plan)

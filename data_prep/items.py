@@ -65,6 +65,7 @@ class Source:
         box: (left, top, right, bottom) of the part of each image that is used at all, in its pixels.
         remote: whether loading crosses a network: then workers load ahead.
         params: what else the source does, for the manifest's preprocessing.
+        notes: what the user should know of these images, a line each: printed, and not stored.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Source:
     box: Box | None = None
     remote: bool = False
     params: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,8 +38,9 @@ _HEADER = {  # what the header of every member has in common: nothing of the mac
     "gname": "",
     "type": tarfile.REGTYPE,
     "linkname": "",
-    "pax_headers": {},
 }
+
+Row = tuple[int, int, int, str]  # of the index: label, offset, size, digest
 
 
 @dataclass(frozen=True)
@@ -161,42 +162,65 @@ def _check_sidecar(check: ShardCheck, found: Problems) -> Sidecar | None:
 
 
 def _check_tar(check: ShardCheck, path: Path, sidecar: Sidecar | None, found: Problems) -> None:
+    """Compare the tar with the manifest and the sidecar: its bytes, the files that webdataset reads, their headers."""
     name, size = check.shard.name, path.stat().st_size
     if size != check.shard.bytes:
         found.add(name, f"has {size:,} bytes, in the manifest {check.shard.bytes:,}")
     elif storage.sha256_file(path) != check.shard.sha256:
         found.add(name, "has another SHA-256 than the manifest says")
-    members = _walk(path, name, found)
-    rows: dict[str, tuple[int, int, int, str]] = {}
+    rows: dict[str, Row] = {}
     if sidecar is not None:
-        _compare_names(check, sidecar, [m.name for m in members], found)
         columns = (sidecar.labels, sidecar.offsets, sidecar.sizes, sidecar.digests)
         rows = dict(zip(sidecar.keys, zip(*columns, strict=True), strict=True))
+    names, end = [], 0
     with open(path, "rb") as tar:
-        for member in members:
-            for field, expected in _HEADER.items():
-                if (value := getattr(member, field)) != expected:
-                    found.add(name, f"{member.name} has {field} {value!r} in its header, not {expected!r}", field)
-            key, _, kind = member.name.partition(".")
-            tar.seek(member.offset_data)
-            data = tar.read(min(member.size, size))
+        for member, data in _read_files(path, name, found):
+            names.append(member)
+            if not _check_header(name, tar, end, member, found):
+                return
+            key, _, kind = member.partition(".")
             if kind == check.encoding:
-                _check_image(check, member, data, rows.get(key), found)
+                _check_image(check, member, end + tarfile.BLOCKSIZE, data, rows.get(key), found)
             elif kind == "json":
                 _check_about(check, member, data, rows.get(key), found)
-        _check_end(name, tar, members, found)
+            end += tarfile.BLOCKSIZE + -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if sidecar is not None:
+            _compare_names(check, sidecar, names, found)
+        _check_end(name, tar, end, found)
 
 
-def _walk(path: Path, name: str, found: Problems) -> list[tarfile.TarInfo]:
-    """The members as far as they can be followed."""
-    members = []
+def _read_files(path: Path, name: str, found: Problems) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the bytes of each file in the tar as the webdataset library reads them, as far as it can.
+
+    webdataset shares no code with the writer and the trainer, so a tar that only they understand is found here.
+    """
+    from webdataset.tariterators import tar_file_iterator  # imports torch, which takes seconds
+
+    count = 0
+    with open(path, "rb") as tar:
+        try:
+            for file in tar_file_iterator(tar):
+                yield file["fname"], file["data"]
+                count += 1
+        except (tarfile.TarError, ValueError) as e:
+            cause = str(e).partition(" @ ")[0]  # webdataset appends the file object
+            found.add(name, f"cannot be followed after {count} members ({cause})")
+
+
+def _check_header(name: str, tar: BinaryIO, start: int, member: str, found: Problems) -> bool:
+    """Check the header at byte `start`; return False where it is not that of `member`, which moves all that follows."""
+    tar.seek(start)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                members.append(member)
-    except (tarfile.TarError, ValueError) as e:
-        found.add(name, f"cannot be followed after {len(members)} members ({e})")
-    return members
+        header = tarfile.TarInfo.frombuf(tar.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        header = tarfile.TarInfo()
+    if header.name != member:
+        found.add(name, f"has no plain header of {member} at byte {start}")
+        return False
+    for field, expected in _HEADER.items():
+        if (value := getattr(header, field)) != expected:
+            found.add(name, f"{member} has {field} {value!r} in its header, not {expected!r}", field)
+    return True
 
 
 def _compare_names(check: ShardCheck, sidecar: Sidecar, names: list[str], found: Problems) -> None:
@@ -211,25 +235,20 @@ def _compare_names(check: ShardCheck, sidecar: Sidecar, names: list[str], found:
         found.add(check.shard.name, f"members are in another order than in the index: {here} where {there} should be")
 
 
-def _check_image(
-    check: ShardCheck, member: tarfile.TarInfo, data: bytes, row: tuple[int, int, int, str] | None, found: Problems
-) -> None:
+def _check_image(check: ShardCheck, member: str, start: int, data: bytes, row: Row | None, found: Problems) -> None:
     name = check.shard.name
-    if row is not None and (member.offset_data, member.size) != row[1:3]:
-        here = f"{member.size} bytes at {member.offset_data}"
-        found.add(name, f"{member.name} has {here}, in the index {row[2]} at {row[1]}", "place")
+    if row is not None and (start, len(data)) != row[1:3]:
+        found.add(name, f"{member} has {len(data)} bytes at {start}, in the index {row[2]} at {row[1]}", "place")
     try:
         pixels = read_image(data, check.encoding, check.resolution)
     except ValueError as e:
-        found.add(name, f"{member.name} {e}", "image")
+        found.add(name, f"{member} {e}", "image")
         return
     if row is not None and digest(pixels) != row[3]:
-        found.add(name, f"{member.name} has other pixels than those of the digest in the index", "digest")
+        found.add(name, f"{member} has other pixels than those of the digest in the index", "digest")
 
 
-def _check_about(
-    check: ShardCheck, member: tarfile.TarInfo, data: bytes, row: tuple[int, int, int, str] | None, found: Problems
-) -> None:
+def _check_about(check: ShardCheck, member: str, data: bytes, row: Row | None, found: Problems) -> None:
     name = check.shard.name
     about: Any
     try:
@@ -238,19 +257,16 @@ def _check_about(
         about = None
     label, source = (about.get("label"), about.get("source")) if isinstance(about, dict) else (None, None)
     if type(label) is not int or not isinstance(source, str) or not source:
-        found.add(name, f"{member.name} does not tell a label and a source", "about")
+        found.add(name, f"{member} has no label and source", "about")
         return
     if row is not None and label != row[0]:
-        found.add(name, f"{member.name} has label {label}, in the index {row[0]}", "label")
+        found.add(name, f"{member} has label {label}, in the index {row[0]}", "label")
     if not -1 <= label < check.classes:
-        found.add(name, f"{member.name} has label {label}, but there are {check.classes} classes", "class")
+        found.add(name, f"{member} has label {label}, but there are {check.classes} classes", "class")
 
 
-def _check_end(name: str, tar: BinaryIO, members: list[tarfile.TarInfo], found: Problems) -> None:
-    """After its last member a tar has zeros: at least two blocks, and until its size is a whole number of records."""
-    end = 0
-    if members:
-        end = members[-1].offset_data + -(-members[-1].size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def _check_end(name: str, tar: BinaryIO, end: int, found: Problems) -> None:
+    """Check what follows the last member: zeros, at least two blocks, up to a whole number of records."""
     tar.seek(end)
     rest = tar.read()
     if rest.strip(b"\0"):

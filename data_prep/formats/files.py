@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -175,7 +176,7 @@ def _in_bucket(url: str, ends: tuple[str, ...]) -> Iterator[Entry]:
 
 def _in_tar(url: str, start: int, end: int, ends: tuple[str, ...]) -> Iterator[Entry]:
     links = {}
-    for parts, member in _members(url, start, end):
+    for parts, member, _ in tar_members(url, start, end):
         if member.isreg() and _wanted(parts, ends):
             yield Entry(parts, member.size, RangeImage(url, member.offset_data, member.size))
         elif (member.issym() or member.islnk()) and _wanted(parts, ends):
@@ -186,14 +187,18 @@ def _in_tar(url: str, start: int, end: int, ends: tuple[str, ...]) -> Iterator[E
     for _ in range(_LINKS):
         links = {parts: links.get(target, target) for parts, target in links.items()}
     targets = set(links.values())
-    found = {parts: m for parts, m in _members(url, start, end) if m.isreg() and parts in targets}
+    found = {parts: m for parts, m, _ in tar_members(url, start, end) if m.isreg() and parts in targets}
     for parts, target in links.items():
         if m := found.get(target):
             yield Entry(parts, m.size, RangeImage(url, m.offset_data, m.size))
 
 
-def _members(url: str, start: int, end: int) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo]]:
-    """Members of a tar, offsets counted from the beginning of the file at `url`."""
+def tar_members(
+    url: str, start: int, end: int
+) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yield the members of the tar between two bytes of the file at `url`, in the tar's order: the parts of its name,
+    its header with offsets counted from the beginning of that file, and a way to read it before the next one is taken.
+    """
     ranged = _Ranged(url, start, end)
     try:
         with tarfile.open(fileobj=ranged, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
@@ -204,7 +209,7 @@ def _members(url: str, start: int, end: int) -> Iterator[tuple[tuple[str, ...], 
                     raise DataError(
                         f"source {url}: '{member.name}' is packed as a sparse file; pack it without --sparse"
                     )
-                yield _parts(member.name), member
+                yield _parts(member.name), member, partial(_read_member, ranged, member)
             ranged.seek(tar.offset)
     except DataError:
         raise
@@ -212,6 +217,11 @@ def _members(url: str, start: int, end: int) -> Iterator[tuple[tuple[str, ...], 
         raise DataError(f"source {url}: a broken tar: {e}") from None
     if ranged.read(_AFTER_END).strip(b"\0"):
         raise DataError(f"source {url}: a broken tar, or several put together: what is at byte {tar.offset}?")
+
+
+def _read_member(ranged: _Ranged, member: tarfile.TarInfo) -> bytes:
+    ranged.seek(member.offset_data)
+    return ranged.read(member.size)
 
 
 def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[Entry]:

@@ -10,7 +10,7 @@ from data_prep.items import Source
 from data_prep.splits import apply_rule
 from eiwtrain.data.manifest import DataError
 
-SOURCES = ("imagenet", "lsun", "celeba", "cifar10", "folder", "photos")
+SOURCES = ("imagenet", "lsun", "celeba", "cifar10", "folder", "webdataset", "photos")
 
 
 def read_source(

@@ -257,7 +257,7 @@ def test_an_image_without_label_or_source_is_named(folder: Path, about: bytes) -
     members = _members(folder / SHARD)
     members[1] = (members[1][0], about)
     _rewrite(folder, SHARD, members)
-    _expect(verify(str(folder)), rf"{SHARD}: {members[1][0]} does not tell a label and a source")
+    _expect(verify(str(folder)), rf"{SHARD}: {members[1][0]} has no label and source")
 
 
 def test_other_pixels_are_named_though_all_checksums_hold(folder: Path) -> None:
@@ -320,6 +320,22 @@ def test_headers_that_are_not_normalised_are_named(folder: Path) -> None:
         rf"{SHARD}: \d{{8}}\.png has mtime 5 in its header, not 0 \(and 21 more like it\)",
         rf"{SHARD}: \d{{8}}\.png has uname 'me' in its header, not '' \(and 21 more like it\)",
     )
+
+
+def test_what_other_readers_skip_is_named(folder: Path) -> None:
+    members, buffer = _members(folder / SHARD), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for n, (member, data) in enumerate(members):
+            if n == 3:  # an empty folder: no file, so that only what follows it tells
+                extra = tarfile.TarInfo("folder")
+                extra.type = tarfile.DIRTYPE
+                tar.addfile(extra)
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    (folder / SHARD).write_bytes(buffer.getvalue())
+    _seal(folder)
+    _expect(verify(str(folder)), rf"{SHARD}: has no plain header of {members[3][0]} at byte \d+")
 
 
 def test_members_that_are_not_those_of_the_index_are_named(folder: Path) -> None:
