@@ -17,7 +17,7 @@ from eiwtrain.config import Config, leaf_fields
 
 HERE = Path(__file__).resolve().parent.parent
 PAGES = sorted(
-    [*HERE.glob("docs/*.md"), HERE / "README.md", HERE / "CONTRIBUTING.md", HERE / "benchmarks" / "RESULTS.md"]
+    [*HERE.glob("docs/**/*.md"), HERE / "README.md", HERE / "CONTRIBUTING.md", HERE / "benchmarks" / "RESULTS.md"]
 )
 CONFIGS = sorted(HERE.glob("configs/*.yaml"))
 
@@ -109,10 +109,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert not missing, f"{page.name} links to what is not there: {in_order(missing)}"
 
 
-def test_the_readme_leads_to_every_page() -> None:
-    linked = {target.partition("#")[0] for target in LINK.findall(prose(HERE / "README.md"))}
-    missing = {f"docs/{p.name}" for p in HERE.glob("docs/*.md")} - linked
-    assert not missing, f"README.md has no link to {in_order(missing)}"
+@pytest.mark.parametrize(("entry", "pages"), [("README.md", "docs/*.md"), ("docs/clusters.md", "docs/clusters/*.md")])
+def test_an_entry_links_to_each_of_its_pages(entry: str, pages: str) -> None:
+    page = HERE / entry
+    linked = {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(prose(page))}
+    missing = {str(p.relative_to(HERE)) for p in HERE.glob(pages) if p not in linked}
+    assert not missing, f"{entry} has no link to {in_order(missing)}"
 
 
 @every_text

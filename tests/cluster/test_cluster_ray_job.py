@@ -1,4 +1,4 @@
-"""`ray start --head` and `ray job submit`: the commands of docs/clusters.md, on a cluster of this machine."""
+"""`ray start --head` and `ray job submit`: the commands of docs/clusters/ray.md, on a cluster of this machine."""
 
 import json
 import os
