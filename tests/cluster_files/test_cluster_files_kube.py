@@ -324,13 +324,13 @@ def test_the_first_try_is_a_small_run_on_one_gpu_that_is_not_repeated(applied, c
 
 
 @pytest.mark.parametrize("folder", ["train", "try"])
-def test_a_run_that_is_stopped_says_what_goes_on_with_it_here(clusters, folder, monkeypatch):
+def test_a_stopped_run_names_the_page_that_resumes_it(clusters, folder, monkeypatch):
     (container,) = clusters[folder]["headGroupSpec"]["template"]["spec"]["containers"]
     (said,) = (each["value"] for each in container["env"] if each["name"] == "EIWTRAIN_COMMAND")
     monkeypatch.setenv("EIWTRAIN_COMMAND", said)
     assert run._command(["x.yaml"]) == said
     page, _, place = said.removeprefix("kubectl: ").partition(", ")
-    assert f"**{place}**" in (ROOT / page).read_text()
+    assert f"\n## {place}\n" in (ROOT / page).read_text()
 
 
 def test_data_prep_is_a_command_that_there_is_and_waits_for_its_workers(clusters):
