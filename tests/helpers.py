@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 
@@ -24,11 +20,6 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
-    """`work(*args)` in `world_size` fresh processes that share a gloo group; raises when one fails."""
-    mp.start_processes(_rank, args=(work, world_size, free_port(), args), nprocs=world_size, start_method="spawn")
-
-
 @contextlib.contextmanager
 def lone_group(folder: Path) -> Iterator[None]:
     """A gloo group of this process alone."""
@@ -37,23 +28,6 @@ def lone_group(folder: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _rank(rank: int, work: Callable[..., None], world_size: int, port: int, args: tuple[Any, ...]) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
-    )
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    try:
-        work(*args)
-    finally:
-        dist.destroy_process_group()
-    # not by way of the interpreter's end: a thread of gloo that then drops the last hold on a tensor wants the
-    # interpreter's lock, is ended by Python < 3.14 inside a destructor, and takes the process with it (SIGABRT)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def write_images(folder: Path, n: int, resolution: int = 8, seed: int = 0) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 
 from benchmarks import scaling, scaling_measure
 from benchmarks import scaling_model as model

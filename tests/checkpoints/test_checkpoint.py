@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import lone_group, run_ranks, tiny_config
+from helpers import lone_group, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 
 from eiwtrain import storage
 from eiwtrain.checkpoints import checkpoint, saver

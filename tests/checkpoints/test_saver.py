@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import lone_group, run_ranks
+from helpers import lone_group
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from eiwtrain import storage

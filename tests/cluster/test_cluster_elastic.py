@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_config, write_shards
+from jobs import Job
 from mlflow import MlflowClient
-from test_cluster_main_job import Job
 
 from cluster.local import LocalCluster
 from eiwtrain.checkpoints import checkpoint

@@ -3,18 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from helpers import tiny_config, write_shards
+from jobs import Job
 from mlflow import MlflowClient
 
-from eiwtrain import flow
+from eiwtrain import flow, run
 from eiwtrain.checkpoints import checkpoint
 
 pytestmark = pytest.mark.cluster
@@ -24,37 +22,6 @@ SUMMARY = {
     "steps", "images", "test_bits_per_dim", "png_bits_per_dim", "images_per_second", "goodput", "drift", "samples",
     "exported_model", "mlflow_run_id", "metrics", "webp_bits_per_dim", "yardstick_images",
 }  # fmt: skip
-
-
-class Job:
-    """`python -m eiwtrain.run` in a process group of its own, its output in a file."""
-
-    def __init__(self, folder: Path, *overrides: str, name: str = "tiny") -> None:
-        self.folder, self.log = folder, folder / f"{name}-{time.time_ns()}.log"
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "eiwtrain.run", str(folder / "tiny.yaml"), f"run.name={name}", *overrides],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                start_new_session=True,
-            )
-
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Until the job has printed `text`."""
-        end = time.monotonic() + seconds
-        while text not in self.log.read_text():
-            assert self.process.poll() is None, f"ended without {text!r}:\n{self.log.read_text()}"
-            assert time.monotonic() < end, f"no {text!r} within {seconds} s:\n{self.log.read_text()}"
-            time.sleep(0.05)
-
-    def wait(self, seconds: float = 180) -> tuple[int, str]:
-        """The exit code and all that was printed."""
-        try:
-            return self.process.wait(seconds), self.log.read_text()
-        finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -136,28 +103,37 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     assert_the_journal_has_what_mlflow_has(folder, "whole")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(folder, uninterrupted, number, code):
-    name = f"stopped-{number}"
-    # loader processes are in the group that Ctrl-C reaches; they change nothing of what is trained
-    first = Job(folder, "data.loader_workers=1", name=name)
-    first.wait_for("training from step 0")
-    first.wait_for("bits/dim")
+def stop(folder, name, number, code, *overrides):
+    """Stop a run by a signal while it trains; returns the step of its checkpoint and its run in MLflow."""
+    job = Job(folder, *overrides, name=name)
+    job.wait_for("training from step ")
+    job.wait_for("bits/dim")
     # as a terminal does it: the whole process group gets Ctrl-C
-    os.killpg(first.process.pid, number) if number == signal.SIGINT else first.process.send_signal(number)
-    exit_code, output = first.wait()
+    os.killpg(job.process.pid, number) if number == signal.SIGINT else job.process.send_signal(number)
+    exit_code, output = job.wait()
     assert exit_code == code, output
-    stopped_at = checkpoint.committed(str(folder / "runs" / name))[0].step
-    assert 0 < stopped_at < STEPS
-    assert f"stopped at step {stopped_at} of {STEPS} by {signal.Signals(number).name}" in output
+    step = checkpoint.committed(str(folder / "runs" / name))[0].step
+    assert 0 < step < STEPS
+    assert f"stopped at step {step} of {STEPS} by {signal.Signals(number).name}" in output
     assert f"-m eiwtrain.run {folder / 'tiny.yaml'} run.name={name}" in output
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     (stopped,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
     assert stopped.info.status == "KILLED"
+    return step, stopped
 
+
+def test_a_run_stopped_twice_ends_as_an_undisturbed_one(folder, uninterrupted):
+    name = "stopped"
+    # loader processes are in the group that Ctrl-C reaches; they change nothing of what is trained
+    first, stopped = stop(folder, name, signal.SIGINT, 130, "data.loader_workers=1")
+    second, again = stop(folder, name, signal.SIGTERM, 143)
+    assert first < second
+    assert again.info.run_id == stopped.info.run_id
+
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     exit_code, output = Job(folder, name=name).wait()
     assert exit_code == 0, output
-    assert f"going on from step {stopped_at}" in output
+    assert f"going on from step {second}" in output
     (finished,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
     assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
     # every step once, and each with the loss of the uninterrupted run: the same samples, noise and weights
@@ -224,8 +200,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(f
     checkpoint.load(now[0])
 
 
-def test_another_model_on_the_same_run_is_refused_before_anything_starts(folder, uninterrupted):
-    exit_code, output = Job(folder, "model.steps=3", name="whole").wait()
+def in_this_process(capsys, folder, *arguments):
+    """Run the command in this process; returns its exit code and what it printed."""
+    code = run.main([str(folder / "tiny.yaml"), *arguments])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def test_another_model_on_the_same_run_is_refused_at_once(folder, uninterrupted, capsys):
+    exit_code, output = in_this_process(capsys, folder, "run.name=whole", "model.steps=3")
     assert exit_code == 2
     assert output.strip() == (
         "error: model.steps: 3 here, but the run began with 2; set it back or use another run.name"
@@ -249,8 +232,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_samples_and_the_last_go
     assert "Traceback" not in output
 
 
-def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder):
-    exit_code, output = Job(folder, "--dry-run", name="dry").wait()
+def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder, capsys):
+    exit_code, output = in_this_process(capsys, folder, "run.name=dry", "--dry-run")
     assert exit_code == 0, output
     for line in (
         f"max_steps: {STEPS}",

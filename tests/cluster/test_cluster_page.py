@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 from helpers import tiny_config, write_shards
-from test_cluster_tracking import Server
+from mlflow_server import Server
 
 pytestmark = pytest.mark.cluster
 

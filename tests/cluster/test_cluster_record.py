@@ -6,9 +6,9 @@ import signal
 import pytest
 import yaml
 from helpers import tiny_config, write_shards
+from jobs import Job
 from mlflow import MlflowClient
-from test_cluster_main_job import Job
-from test_cluster_tracking import Server
+from mlflow_server import Server
 from watchers import mark, wait_until, watchers
 
 pytestmark = pytest.mark.cluster

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_config, write_shards
+from jobs import Job
 from mlflow import MlflowClient
 from s3fs import S3FileSystem
-from test_cluster_main_job import Job
 
 import data_prep
 from cluster.s3 import S3Server
@@ -19,7 +19,7 @@ from eiwtrain.data.manifest import load_manifest
 
 pytestmark = pytest.mark.cluster
 
-STEPS, AWAY = 200, 30.0
+STEPS, AWAY = 200, 5.0
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 from helpers import free_port, tiny_config, write_images, write_shards
-from test_cluster_main_job import Job
+from jobs import Job
 
 from cluster.local import LocalCluster
 from cluster.local.state import read

@@ -1,65 +1,23 @@
 """Logging to a real MLflow server that is killed, stopped, or whose answers are lost; and drivers that are killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 from faults import FaultyProxy
 from helpers import free_port, tiny_config
 from mlflow import MlflowClient
+from mlflow_server import Server
 from PIL import Image
+from watchers import wait_until
 
 from eiwtrain import tracking
 from eiwtrain.config import Config
 from eiwtrain.tracking import backlog
 
 pytestmark = pytest.mark.cluster
-
-
-class Server:
-    """`mlflow server` over sqlite, on the loopback interface; `start` after `kill` gives the same one again."""
-
-    def __init__(self, folder):
-        self.folder, self.port, self.process = folder, free_port(), None
-
-    @property
-    def endpoint(self):
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", self.folder]
-        command = [sys.executable, "-m", "mlflow", "server", *store, "--host", "127.0.0.1", "--port", str(self.port)]
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [str(a) for a in [*command, "--workers", 1]],
-                stdout=log,
-                stderr=log,
-                env=os.environ | quiet,
-                start_new_session=True,  # it has children, which are ended with it
-            )
-        wait_until(self._healthy, 180)
-
-    def signal(self, number):
-        os.killpg(self.process.pid, number)
-
-    def kill(self):
-        if self.process is not None:
-            self.signal(signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _healthy(self):
-        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
-        try:
-            return urllib.request.urlopen(f"{self.endpoint}/health", timeout=5).status == 200
-        except OSError:
-            return False
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +45,6 @@ def impatient(monkeypatch):
 
 def config_for(uri, tmp_path):
     return Config.model_validate(tiny_config(tmp_path, tracking={"uri": uri, "log_every": 1}))
-
-
-def wait_until(true, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def values(step):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks, tiny_config
+from helpers import tiny_config
+from ranks import run_ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from eiwtrain import flow

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from flow_helpers import images, make_flow
-from helpers import run_ranks
+from ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 

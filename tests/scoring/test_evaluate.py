@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_ranks, tiny_config, write_shards
+from helpers import tiny_config, write_shards
 from PIL import Image
+from ranks import run_ranks
 
 from eiwtrain import data, evaluate, export, flow
 from eiwtrain.config import Config

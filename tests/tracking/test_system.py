@@ -4,7 +4,8 @@ import threading
 
 import pytest
 import torch
-from helpers import lone_group, run_ranks
+from helpers import lone_group
+from ranks import run_ranks
 
 from eiwtrain.tracking import system
 from eiwtrain.tracking.system import Sampler, System

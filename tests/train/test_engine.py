@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks
+from ranks import run_ranks
 from torch import nn
 
 from eiwtrain.config import Train

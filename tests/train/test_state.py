@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import run_ranks, tiny_config
+from helpers import tiny_config
+from ranks import run_ranks
 from torch import nn
 
 from eiwtrain import flow
