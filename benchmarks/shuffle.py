@@ -48,8 +48,15 @@ from torch import Tensor, nn
 from eiwtrain import data, flow
 from eiwtrain.data.manifest import digest
 from eiwtrain.flow.bijection import Bijection, Chain, Coupling, Transformed, without_autocast
-from eiwtrain.flow.layers import mix
-from eiwtrain.flow.shuffle import cut, describe, make_shuffle, rotation, uncut, weigh
+from eiwtrain.flow.layers import mix_channels
+from eiwtrain.flow.shuffle import (
+    channel_descriptors,
+    from_blocks,
+    householder_rotation,
+    make_shuffle,
+    scaling_terms,
+    to_blocks,
+)
 from eiwtrain.on_ray.session import WORKER_ENV
 
 _LEAST_VARIANCE = 1e-6
@@ -128,15 +135,19 @@ VARIANTS = (*flow.config.SHUFFLES, *CANDIDATES)
 def describe_edges(a: Tensor) -> Tensor:
     """As `describe`, and the log-variance of the differences of neighbours: (B, C, H, W) to (B, 4C)."""
     down, right = a.diff(dim=2).square().mean((2, 3)), a.diff(dim=3).square().mean((2, 3))
-    return torch.cat((describe(a), (0.5 * (down + right) + _LEAST_VARIANCE).log()), dim=1)
+    return torch.cat((channel_descriptors(a), (0.5 * (down + right) + _LEAST_VARIANCE).log()), dim=1)
 
 
 def describe_grid(a: Tensor) -> Tensor:
     """As `describe`, and the means of the four quarters: (B, C, H, W) to (B, 7C)."""
-    return torch.cat((describe(a), F.adaptive_avg_pool2d(a, 2).flatten(1)), dim=1)
+    return torch.cat((channel_descriptors(a), F.adaptive_avg_pool2d(a, 2).flatten(1)), dim=1)
 
 
-DESCRIPTORS: dict[str, Callable[[Tensor], Tensor]] = {"plain": describe, "edges": describe_edges, "grid": describe_grid}
+DESCRIPTORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": channel_descriptors,
+    "edges": describe_edges,
+    "grid": describe_grid,
+}
 
 
 class Memory:
@@ -194,7 +205,7 @@ class Mixer(nn.Module):
             raw = raw.view(-1, self.recipe.rank, self.size)
             learned = self.vectors.to(raw.dtype).expand_as(raw)
             if self.recipe.turn == "reflect":
-                return rotation(torch.stack((learned + raw, learned), dim=2).flatten(1, 2))
+                return householder_rotation(torch.stack((learned + raw, learned), dim=2).flatten(1, 2))
             skew = raw.mT @ learned
         else:
             rows, columns = torch.tril_indices(self.size, self.size, -1, device=raw.device)
@@ -209,14 +220,14 @@ class Mixer(nn.Module):
 def apply(b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
     """Turn, scale, shift the channels of b, (B, C, H, W)."""
     log_weights, shift, turn = params
-    y = mix(log_weights.exp().unsqueeze(2) * turn, b) + shift[:, :, None, None]
-    return Transformed(y, *weigh(b, log_weights))
+    y = mix_channels(log_weights.exp().unsqueeze(2) * turn, b) + shift[:, :, None, None]
+    return Transformed(y, *scaling_terms(b, log_weights))
 
 
 def unapply(y: Tensor, params: tuple[Tensor, ...]) -> Tensor:
     """The inverse of `apply`."""
     log_weights, shift, turn = params
-    return mix(turn.mT * (-log_weights).exp().unsqueeze(1), y - shift[:, :, None, None])
+    return mix_channels(turn.mT * (-log_weights).exp().unsqueeze(1), y - shift[:, :, None, None])
 
 
 class CandidateHalf(Coupling):
@@ -232,7 +243,7 @@ class CandidateHalf(Coupling):
         self.mixer = Mixer(recipe, inputs + place.earlier * recipe.earlier, size, hidden)
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        blocks = cut(a, self.recipe.block) if self.recipe.block else a
+        blocks = to_blocks(a, self.recipe.block) if self.recipe.block else a
         seen = [self.describe(a)] if self.recipe.both else []
         if self.recipe.earlier:
             seen.append(self.place.known(a))
@@ -243,14 +254,14 @@ class CandidateHalf(Coupling):
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         if not self.recipe.block:
             return apply(b, params)
-        out = apply(cut(b, self.recipe.block), params)
+        out = apply(to_blocks(b, self.recipe.block), params)
         of_blocks = out.log_det.view(len(b), -1), out.penalty.view(len(b), -1)
-        return Transformed(uncut(out.y, b.shape), of_blocks[0].sum(1), of_blocks[1].mean(1))
+        return Transformed(from_blocks(out.y, b.shape), of_blocks[0].sum(1), of_blocks[1].mean(1))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         if not self.recipe.block:
             return unapply(b, params)
-        return uncut(unapply(cut(b, self.recipe.block), params), b.shape)
+        return from_blocks(unapply(to_blocks(b, self.recipe.block), params), b.shape)
 
 
 class CandidateWhole(Bijection):
@@ -333,7 +344,7 @@ class BenchmarkFlow(flow.EIWFlow):
             earlier += 3 * leaving
 
     def decode(self, latents: list[Tensor], *rest: Any) -> Tensor:
-        self.memory.left = [describe(z.to(self._trunk_dtype())) for z in latents[:-1]]
+        self.memory.left = [channel_descriptors(z.to(self._trunk_dtype())) for z in latents[:-1]]
         return super().decode(latents, *rest)
 
     def initialize(self, x: Tensor) -> None:
@@ -345,7 +356,7 @@ class BenchmarkFlow(flow.EIWFlow):
 
     def _remember(self, level: nn.Module, given: Any, out: tuple[Tensor, ...]) -> None:
         leaving = self.latent_shapes[len(self.memory.left)][0]
-        self.memory.left.append(describe(out[0][:, -leaving:]))
+        self.memory.left.append(channel_descriptors(out[0][:, -leaving:]))
 
 
 def train(args: argparse.Namespace, variant: str, seed: int, warm: str = "", save: str = "") -> dict[str, Any]:

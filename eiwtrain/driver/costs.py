@@ -29,7 +29,7 @@ from eiwtrain.flow.memory import SLACK, STATE_BYTES
 from eiwtrain.train.engine import MOST_IN_BUCKET
 from eiwtrain.train.state import flow_config, outline
 
-MODES = ("stored", "checkpointed", "invertible")
+COUNTED_MODES = ("stored", "checkpointed", "invertible")
 
 MFU = 0.25
 """The share of a GPU's peak at which training is assumed to compute: assumed, not measured. It is model FLOPs
@@ -75,7 +75,7 @@ REFERENCE = GPUS[2]
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a config; dicts are by backpropagation mode, one of `MODES`."""
+    """Of a config; dicts are by backpropagation mode, one of `COUNTED_MODES`."""
 
     parameters: int
     flops_per_image: dict[str, float]
@@ -174,7 +174,7 @@ def of(config: Config, channels: int = 3) -> Costs:
     state = sum(t.nbytes for t in model.state_dict().values())
     images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
     flops, operations, each, fixed = {}, {}, {}, {}
-    for mode in MODES:
+    for mode in COUNTED_MODES:
         step = _of_all_steps(replace(shape, backprop=mode), images)
         more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
         flops[mode], operations[mode] = step.flops / images, step.operations

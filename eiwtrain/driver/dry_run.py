@@ -76,7 +76,7 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
         f"memory    of one of {most} workers at micro_batch {images}, and FLOPs, by model.backprop",
         "            mode           GFLOP/image   kept/image        kept  recomputed       state       total",
     ]
-    for mode in costs.MODES:
+    for mode in costs.COUNTED_MODES:
         kept, total = found.kept_bytes(mode, images), found.worker_bytes(mode, most)
         state = found.state_bytes(most)
         cells = (found.activation_bytes[mode], kept, total - state - kept, state, total)

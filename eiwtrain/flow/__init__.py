@@ -34,7 +34,7 @@ from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling,
 from .level import Level
 from .multiscale import EIWFlow, FlowOutput
 from .presets import PRESETS, preset
-from .reversible import run
+from .reversible import run_chain
 from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
 from .spline import SplineCoupling
 
@@ -72,7 +72,7 @@ __all__ = [
     "metadata",
     "preset",
     "quantize",
-    "run",
+    "run_chain",
     "save",
     "squeeze",
     "unsqueeze",

@@ -49,7 +49,7 @@ def with_own_randomness(x: Tensor, seed: int | None = None) -> Iterator[None]:
         yield
 
 
-def zeros(x: Tensor) -> Tensor:
+def zeros_per_sample(x: Tensor) -> Tensor:
     """A zero for each sample of `x`, (B,)."""
     return x.new_zeros(x.shape[0])
 
@@ -61,27 +61,27 @@ def backpropagate(outputs: Transformed, inputs: Sequence[Tensor], grads: Sequenc
     return list(torch.autograd.grad(outs, list(inputs), gs, allow_unused=True))
 
 
-def trained(parameters: Sequence[Tensor]) -> list[Tensor]:
+def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Those that aren't frozen."""
     return [p for p in parameters if p.requires_grad]
 
 
-def aligned(parameters: Sequence[Tensor], grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of `trained(parameters)`, spread over `parameters`, with None for those that are frozen."""
+def align_gradients(parameters: Sequence[Tensor], grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of `trainable(parameters)`, spread over `parameters`, with None for those that are frozen."""
     left = iter(grads)
     return tuple(next(left) if p.requires_grad else None for p in parameters)
 
 
-def then(first: Transformed, second: Transformed) -> Transformed:
+def compose(first: Transformed, second: Transformed) -> Transformed:
     """`second`, which went on from `first.y`, with what `first` had gathered added."""
     return Transformed(second.y, first.log_det + second.log_det, first.penalty + second.penalty)
 
 
-def leaves(bijections: Iterable[Bijection]) -> Iterator[Bijection]:
+def flatten_chains(bijections: Iterable[Bijection]) -> Iterator[Bijection]:
     """The bijections, with chains among them taken apart."""
     for bijection in bijections:
         if isinstance(bijection, Chain):
-            yield from leaves(bijection)
+            yield from flatten_chains(bijection)
         else:
             yield bijection
 
@@ -134,8 +134,8 @@ class Bijection(nn.Module):
         parameters = tuple(self.parameters())
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            grads = backpropagate(self(x), (x, *trained(parameters)), (grad_y, grad_log_det, grad_penalty))
-        return x.detach(), _or_zeros(grads[0], x), aligned(parameters, grads[1:])
+            grads = backpropagate(self(x), (x, *trainable(parameters)), (grad_y, grad_log_det, grad_penalty))
+        return x.detach(), _or_zeros(grads[0], x), align_gradients(parameters, grads[1:])
 
 
 class Coupling(Bijection):
@@ -206,10 +206,10 @@ class Coupling(Bijection):
         with torch.enable_grad():
             b = b.detach().requires_grad_()
             out = self.transform(b, params)
-            grads = backpropagate(out, (a, b, *trained(parameters)), (grad_b, grad_log_det, grad_penalty))
+            grads = backpropagate(out, (a, b, *trainable(parameters)), (grad_b, grad_log_det, grad_penalty))
         grad_a = grad_a if grads[0] is None else grad_a + grads[0]
         grad_x = self.whole(grad_a, _or_zeros(grads[1], b))
-        return self.whole(a.detach(), b.detach()), grad_x, aligned(parameters, grads[2:])
+        return self.whole(a.detach(), b.detach()), grad_x, align_gradients(parameters, grads[2:])
 
 
 class Chain(Bijection):
@@ -224,9 +224,9 @@ class Chain(Bijection):
         return cast(Iterator[Bijection], iter(self.parts))
 
     def forward(self, x: Tensor) -> Transformed:
-        out = Transformed(x, zeros(x), zeros(x))
+        out = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
         for part in self:
-            out = then(out, part(out.y))
+            out = compose(out, part(out.y))
         return out
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -241,11 +241,11 @@ class Chain(Bijection):
         return x
 
     def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
-        out = Transformed(x, zeros(x), zeros(x))
+        out = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
         kept: tuple[Tensor, ...] = ()
         for part in self:
             step, ints = part.forward_keeping(out.y)
-            out, kept = then(out, step), (*kept, *ints)
+            out, kept = compose(out, step), (*kept, *ints)
         return out, kept
 
     def reverse(

@@ -10,7 +10,7 @@ from typing import Any
 
 from .checks import check_choice, check_count, check_known
 from .conditioners import ConditionerConfig
-from .reversible import MODES
+from .reversible import BACKPROP_MODES
 from .shuffle import SHUFFLES
 
 COUPLINGS = ("affine", "spline")
@@ -72,7 +72,7 @@ class FlowConfig:
         check_count("anchor_every", self.anchor_every, least=0)
         check_count("n_bits", self.n_bits, least=1, most=8)
         check_choice("shuffle", self.shuffle, SHUFFLES)
-        check_choice("backprop", self.backprop, MODES)
+        check_choice("backprop", self.backprop, BACKPROP_MODES)
         check_choice("coupling", self.coupling, COUPLINGS)
         check_choice("dequantization", self.dequantization, DEQUANTIZATIONS)
         check_count("bins", self.bins, least=2, most=16)

@@ -15,11 +15,11 @@ from .bijection import (
     Coupling,
     Reversed,
     Transformed,
-    aligned,
-    trained,
+    align_gradients,
+    trainable,
     with_own_randomness,
     without_autocast,
-    zeros,
+    zeros_per_sample,
 )
 
 _LEAST_VARIANCE = 1e-6
@@ -42,7 +42,7 @@ def unsqueeze(y: Tensor) -> Tensor:
     return y.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
 
 
-def mix(matrix: Tensor, x: Tensor) -> Tensor:
+def mix_channels(matrix: Tensor, x: Tensor) -> Tensor:
     """A matrix of channels, (C, C) or one a sample (B, C, C), times (B, C, H, W), at every place; never autocast.
 
     A matrix product and not a convolution: cuDNN's convolutions may round float32 to TF32 by default, which would
@@ -70,7 +70,7 @@ class ActNorm(Bijection):
         log_scale = self.log_scale.to(x.dtype)
         y = (x + self.bias.to(x.dtype)) * log_scale.exp()
         log_det = x.shape[2] * x.shape[3] * log_scale.sum()
-        return Transformed(y, log_det.expand(x.shape[0]), zeros(x))
+        return Transformed(y, log_det.expand(x.shape[0]), zeros_per_sample(x))
 
     def inverse(self, y: Tensor) -> Tensor:
         return y * (-self.log_scale.to(y.dtype)).exp() - self.bias.to(y.dtype)
@@ -108,10 +108,10 @@ class InvertibleConv1x1(Bijection):
 
     def forward(self, x: Tensor) -> Transformed:
         log_det = x.shape[2] * x.shape[3] * self.log_s.to(x.dtype).sum()
-        return Transformed(mix(self._weight().to(x.dtype), x), log_det.expand(x.shape[0]), zeros(x))
+        return Transformed(mix_channels(self._weight().to(x.dtype), x), log_det.expand(x.shape[0]), zeros_per_sample(x))
 
     def inverse(self, y: Tensor) -> Tensor:
-        return mix(self._inverse_weight().to(y.dtype), y)
+        return mix_channels(self._inverse_weight().to(y.dtype), y)
 
     def reverse(
         self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
@@ -125,13 +125,14 @@ class InvertibleConv1x1(Bijection):
         with torch.enable_grad():
             weight = self._weight().to(y.dtype)
             log_det = y.shape[2] * y.shape[3] * self.log_s.to(y.dtype).sum()
-        grad_x = mix(weight.detach().mT, grad_y)
+        grad_x = mix_channels(weight.detach().mT, grad_y)
         pairs = [(weight, grad_weight), (log_det, grad_log_det.sum())]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
         if not pairs:
-            return x, grad_x, aligned(parameters, ())
+            return x, grad_x, align_gradients(parameters, ())
         outs, grads = zip(*pairs, strict=True)
-        return x, grad_x, aligned(parameters, torch.autograd.grad(outs, trained(parameters), grads, allow_unused=True))
+        grad_parameters = torch.autograd.grad(outs, trainable(parameters), grads, allow_unused=True)
+        return x, grad_x, align_gradients(parameters, grad_parameters)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """L and U in float64, so that W and its inverse are each rounded only once."""
@@ -218,7 +219,7 @@ class AffineCoupling(NetworkCoupling):
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_scale, shift, *_ = params
-        return Transformed(b * log_scale.exp() + shift, log_scale.flatten(1).sum(1), zeros(b))
+        return Transformed(b * log_scale.exp() + shift, log_scale.flatten(1).sum(1), zeros_per_sample(b))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_scale, shift, *_ = params

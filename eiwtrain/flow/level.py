@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Bijection, Chain, then
+from .bijection import Bijection, Chain, compose
 from .conditioners import make_conditioner
 from .config import FlowConfig
 from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, bounded, squeeze, unsqueeze
 from .memory import bytes_saved
-from .reversible import run
+from .reversible import run_chain
 from .shuffle import make_shuffle
 from .spline import SplineCoupling
 
@@ -114,12 +114,12 @@ class Level(nn.Module):
         y = squeeze(x)
         if costs is not None:
             costs += self._costs(y)
-        body = run(self._bijections(), y, self.backprop, self.anchor_every, max(0, stored - 1))
+        body = run_chain(self._bijections(), y, self.backprop, self.anchor_every, max(0, stored - 1))
         # Before the prior has whitened what leaves.
         stays, leaves = self.split(body.y.detach())
         nothing = leaves.new_tensor(math.nan)
         entropy = torch.stack((entropy_proxy(leaves), nothing if self.last else entropy_proxy(stays)))
-        out = then(body, run([self.prior], body.y, self.backprop, stored=stored))
+        out = compose(body, run_chain([self.prior], body.y, self.backprop, stored=stored))
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(out.y)
             z, log_det = self.class_prior(z, labels)
@@ -151,7 +151,7 @@ class Level(nn.Module):
         costs = []
         parameters = list(self.parameters())
         for bijection in [*self._bijections(), self.prior]:
-            alone = partial(run, [bijection], y.detach().requires_grad_(), "stored")
+            alone = partial(run_chain, [bijection], y.detach().requires_grad_(), "stored")
             cost, out = bytes_saved(alone, parameters)
             costs.append(cost)
             y = out.y

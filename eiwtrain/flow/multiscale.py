@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import images
-from .bijection import Transformed, then, with_own_randomness, without_autocast, zeros
+from .bijection import Transformed, compose, with_own_randomness, without_autocast, zeros_per_sample
 from .conditioners import Conditioner, ConditionerConfig
 from .config import FlowConfig
 from .dequantization import VariationalDequantizer, iwbo
@@ -177,7 +177,7 @@ class EIWFlow(nn.Module):
         """Pixels, uint8, to reals, and log q of the noise that was added, (B,), in nats: zero if it is uniform."""
         noise = noise.to(self._trunk_dtype())
         if self.dequantizer is None:
-            return images.dequantize(pixels, noise, self.config.n_bits), zeros(noise)
+            return images.dequantize(pixels, noise, self.config.n_bits), zeros_per_sample(noise)
         x, log_q = self.dequantizer(pixels, noise)
         return x, log_q
 
@@ -220,11 +220,11 @@ class EIWFlow(nn.Module):
         self._check_labels(labels, len(x))
         stored = self._how_many_stored(x, labels)
         with without_autocast(x):
-            total = Transformed(x, zeros(x), zeros(x))
+            total = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
             latents, entropies = [], []
             for level, n in zip(self._levels(), stored, strict=True):
                 *out, entropy = level(total.y, labels, n)
-                total = then(total, Transformed(*out))
+                total = compose(total, Transformed(*out))
                 stays, leaves = level.split(total.y)
                 entropies.append(entropy)
                 latents.append(leaves)
@@ -292,7 +292,7 @@ class EIWFlow(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"the flow takes dequantized images, or noise beside them, not {x.dtype} alone")
         x = x.to(self._trunk_dtype())
-        return x, zeros(x)
+        return x, zeros_per_sample(x)
 
     def _check_labels(self, labels: Tensor | None, n: int) -> None:
         classes = self.config.classes

@@ -20,17 +20,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .bijection import Bijection, Chain, Transformed, leaves, then, without_autocast, zeros
+from .bijection import Bijection, Chain, Transformed, compose, flatten_chains, without_autocast, zeros_per_sample
 
-MODES = ("stored", "checkpointed", "invertible", "auto")
+BACKPROP_MODES = ("stored", "checkpointed", "invertible", "auto")
 
 
-def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0) -> Transformed:
+def run_chain(
+    bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0
+) -> Transformed:
     """The bijections one after the other; `mode` says what is kept for the backward pass. Never autocast.
 
     Args:
         x: (B, C, H, W).
-        mode: one of `MODES`. Without gradients all are a plain forward.
+        mode: one of `BACKPROP_MODES`. Without gradients all are a plain forward.
         anchor_every: with "invertible" and "auto", keep the true output of every n-th bijection, so that the rounding
             errors of the reconstruction grow over n bijections at most; 0 keeps only the last.
         stored: with "auto", how many of the last bijections keep their activations.
@@ -40,17 +42,17 @@ def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int
         RuntimeError: in the backward pass, if it is the second through the same graph, or if a parameter was
             changed in place since the forward pass; where it inverts, also if gradients are to be differentiated.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    if mode not in BACKPROP_MODES:
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(BACKPROP_MODES)}")
     inverted = len(bijections) if mode == "invertible" else max(0, len(bijections) - stored) if mode == "auto" else 0
     if not torch.is_grad_enabled():
         inverted = 0
     with without_autocast(x):
-        out = Transformed(x, zeros(x), zeros(x))
+        out = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
         size = anchor_every or max(inverted, 1)
         for first in range(0, inverted, size):
-            chain = Chain(leaves(bijections[first : min(first + size, inverted)]))
-            out = then(out, Transformed(*_Run.apply(chain, out.y, *chain.parameters())))
+            chain = Chain(flatten_chains(bijections[first : min(first + size, inverted)]))
+            out = compose(out, Transformed(*_ReversibleChain.apply(chain, out.y, *chain.parameters())))
         for bijection in bijections[inverted:]:
             if mode == "checkpointed" and torch.is_grad_enabled():
                 # Random only where an integer is kept, a seed: else there is no state to put back.
@@ -58,11 +60,11 @@ def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int
                 step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=random)
             else:
                 step = bijection(out.y)
-            out = then(out, step)
+            out = compose(out, step)
         return out
 
 
-class _Run(torch.autograd.Function):
+class _ReversibleChain(torch.autograd.Function):
     """A chain whose backward reconstructs activations from the output.
 
     Parameters are explicit inputs and their gradients are returned, not accumulated by a backward inside this one:

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros
-from .layers import InvertibleConv1x1, mix
+from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros_per_sample
+from .layers import InvertibleConv1x1, mix_channels
 
 SHUFFLES = ("none", "fixed", "hard", "soft")
 
@@ -55,14 +55,14 @@ def make_shuffle(kind: str, channels: int, block: int = 0) -> Bijection | None:
     raise ValueError(f"shuffle: {kind!r} is not one of {', '.join(SHUFFLES)}")
 
 
-def describe(a: Tensor) -> Tensor:
+def channel_descriptors(a: Tensor) -> Tensor:
     """Mean, maximum and log-variance of every channel: (B, C, H, W) to (B, 3C)."""
     flat = a.flatten(2)
     var, mean = torch.var_mean(flat, dim=2, correction=0)
     return torch.cat((mean, flat.amax(2), (var + _LEAST_VARIANCE).log()), dim=1)
 
 
-def rotation(vectors: Tensor) -> Tensor:
+def householder_rotation(vectors: Tensor) -> Tensor:
     """The product of Householder reflections, the last applied first: (B, K, C) vectors to (B, C, C) matrices.
 
     Composing the small matrix and applying it once costs one pass over the activations instead of K. For an even K
@@ -77,12 +77,12 @@ def rotation(vectors: Tensor) -> Tensor:
     return product
 
 
-def weigh(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+def scaling_terms(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Log-determinant and penalty of scaling the channels of `b` by exp(log_weights), (B, C)."""
     return b.shape[2] * b.shape[3] * log_weights.sum(1), log_weights.square().mean(1)
 
 
-def cut(x: Tensor, side: int) -> Tensor:
+def to_blocks(x: Tensor, side: int) -> Tensor:
     """Blocks as a batch: (B, C, H, W) to (B * n, C, h, w); h and w are the greatest that divide both `side` and the
     image's side, and the image's if `side` is 0."""
     b, c, height, width = x.shape
@@ -90,8 +90,8 @@ def cut(x: Tensor, side: int) -> Tensor:
     return x.reshape(b, c, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h, w)
 
 
-def uncut(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `cut`; `shape` is that of x."""
+def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `to_blocks`; `shape` is that of x."""
     b, c, height, width = shape
     h, w = blocks.shape[2:]
     return blocks.reshape(b, height // h, width // w, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
@@ -110,7 +110,7 @@ class Solver(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs), in the dtype of `a`; computed in the parameters', never autocast."""
         with without_autocast(a):
-            out = self.last(F.relu(self.first(describe(a).to(self.first.weight.dtype))))
+            out = self.last(F.relu(self.first(channel_descriptors(a).to(self.first.weight.dtype))))
         return out.to(a.dtype)
 
 
@@ -123,7 +123,7 @@ class FixedShuffle(Bijection):
         self.register_buffer("order", torch.randperm(channels))
 
     def forward(self, x: Tensor) -> Transformed:
-        return Transformed(x[:, self.order], zeros(x), zeros(x))
+        return Transformed(x[:, self.order], zeros_per_sample(x), zeros_per_sample(x))
 
     def inverse(self, y: Tensor) -> Tensor:
         return y[:, self.order.argsort()]
@@ -154,7 +154,7 @@ class HardHalf(Coupling):
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_weights, order = params
         scaled = b * log_weights.exp()[:, :, None, None]
-        return Transformed(scaled.gather(1, _over(order, b)), *weigh(b, log_weights))
+        return Transformed(scaled.gather(1, _over(order, b)), *scaling_terms(b, log_weights))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_weights, order = params
@@ -182,23 +182,23 @@ class SoftHalf(Coupling):
         self.vectors = nn.Parameter(F.normalize(torch.randn(_PAIRS, self.size), dim=1))
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        raw, offsets = self.solver(cut(a, self.block)).split((self.size, _PAIRS * self.size), dim=1)
+        raw, offsets = self.solver(to_blocks(a, self.block)).split((self.size, _PAIRS * self.size), dim=1)
         offsets = offsets.view(-1, _PAIRS, self.size)
         learned = self.vectors.to(a.dtype).expand_as(offsets)
         pairs = torch.stack((learned + offsets, learned), dim=2)
-        return torch.tanh(raw), rotation(pairs.flatten(1, 2))
+        return torch.tanh(raw), householder_rotation(pairs.flatten(1, 2))
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_weights, turn = params
-        blocks = cut(b, self.block)
-        y = uncut(mix(log_weights.exp().unsqueeze(2) * turn, blocks), b.shape)
+        blocks = to_blocks(b, self.block)
+        y = from_blocks(mix_channels(log_weights.exp().unsqueeze(2) * turn, blocks), b.shape)
         shape = len(b), len(blocks) // max(1, len(b))
-        log_det, penalty = (of_block.view(shape) for of_block in weigh(blocks, log_weights))
+        log_det, penalty = (of_block.view(shape) for of_block in scaling_terms(blocks, log_weights))
         return Transformed(y, log_det.sum(1), penalty.mean(1))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_weights, turn = params
-        return uncut(mix(turn.mT * (-log_weights).exp().unsqueeze(1), cut(b, self.block)), b.shape)
+        return from_blocks(mix_channels(turn.mT * (-log_weights).exp().unsqueeze(1), to_blocks(b, self.block)), b.shape)
 
 
 def _over(order: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Transformed, zeros
+from .bijection import Transformed, zeros_per_sample
 from .layers import NetworkCoupling, bounded
 
 _LEAST_SHARE = 0.2
@@ -102,7 +102,7 @@ class SplineCoupling(NetworkCoupling):
         )
         log_slope = 2 * (slope.log() - below.log()) + above.log()
         log_det = log_scale + torch.where(inside, log_slope, torch.zeros_like(log_slope))
-        return Transformed(torch.where(inside, y, b), log_det.flatten(1).sum(1), zeros(b))
+        return Transformed(torch.where(inside, y, b), log_det.flatten(1).sum(1), zeros_per_sample(b))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_scale, shift, xs, ys, slopes, *_ = params

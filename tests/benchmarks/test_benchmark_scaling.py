@@ -177,11 +177,11 @@ def test_a_step_is_never_faster_than_its_arithmetic_nor_than_its_launches(worker
 @given(st.integers(1, 256), st.integers(1, 256), st.sampled_from([g.name for g in costs.GPUS]))
 def test_a_step_computes_as_long_as_the_plan_of_the_config_says(workers: int, micro_batch: int, name: str) -> None:
     gpu = next(gpu for gpu in costs.GPUS if gpu.name == name)
-    by_mode = dict.fromkeys(costs.MODES, 1)
+    by_mode = dict.fromkeys(costs.COUNTED_MODES, 1)
     plan = costs.Costs(
         parameters=1,
-        flops_per_image=dict.fromkeys(costs.MODES, JOB.flops),
-        operations=dict.fromkeys(costs.MODES, JOB.operations),
+        flops_per_image=dict.fromkeys(costs.COUNTED_MODES, JOB.flops),
+        operations=dict.fromkeys(costs.COUNTED_MODES, JOB.operations),
         activation_bytes=by_mode,
         fixed_bytes=by_mode,
         workspace_bytes=1,

@@ -48,7 +48,7 @@ def one_step(shape: flow.FlowConfig, images: int) -> tuple[flow.EIWFlow, torch.T
     return model, torch.zeros(images, *shape.image_shape, dtype=torch.uint8), torch.rand(images, *shape.image_shape)
 
 
-@pytest.mark.parametrize("mode", costs.MODES)
+@pytest.mark.parametrize("mode", costs.COUNTED_MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_data_and_from_few_steps_the_count_is_that_of_a_real_step(kind, mode):
     shape = replace(KINDS[kind], backprop=mode)
@@ -58,7 +58,7 @@ def test_without_data_and_from_few_steps_the_count_is_that_of_a_real_step(kind, 
 def test_what_is_kept_is_what_the_flow_s_own_count_finds():
     found = costs.of(config(train={"micro_batch": 3}))
     for images in (2, 5):
-        for mode in costs.MODES:
+        for mode in costs.COUNTED_MODES:
             shape = replace(flow_config(config(model={"backprop": mode}), 3))
             model, pixels, noise = one_step(shape, images)
             own = [*model.parameters(), *model.buffers()]

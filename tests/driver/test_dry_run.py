@@ -79,8 +79,8 @@ def test_a_config_that_cannot_be_read_has_no_plan(path, capsys):
 def a_plan(path, operations: int, *given: str) -> list[str]:
     """Of a million steps of 8 images at 156 GFLOP, in micro-batches of 4 with so many operations."""
     config = load_config(path, ["workers.gpus=1", "workers.min=1", "train.max_steps=1000000", *given])
-    found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.MODES, 156e9))
-    return dry_run.lines(config, replace(found, operations=dict.fromkeys(costs.MODES, operations)), None)
+    found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.COUNTED_MODES, 156e9))
+    return dry_run.lines(config, replace(found, operations=dict.fromkeys(costs.COUNTED_MODES, operations)), None)
 
 
 def test_hours_are_the_steps_at_the_images_that_each_worker_has(path):

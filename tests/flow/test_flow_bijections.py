@@ -15,7 +15,7 @@ import eiwtrain.flow as flow
 from eiwtrain.flow import shuffle
 from eiwtrain.flow.bijection import Bijection, Coupling
 from eiwtrain.flow.layers import NetworkCoupling
-from eiwtrain.flow.shuffle import rotation
+from eiwtrain.flow.shuffle import householder_rotation
 
 HIDDEN = flow.ConditionerConfig(hidden=6)
 
@@ -244,7 +244,7 @@ def test_squeeze_gathers_each_two_by_two_block() -> None:
 @few
 def test_product_of_reflections_is_orthogonal(vectors: int, channels: int) -> None:
     v = batch(2, vectors, channels)
-    q = rotation(v)
+    q = householder_rotation(v)
     torch.testing.assert_close(q @ q.mT, torch.eye(channels, dtype=q.dtype).expand_as(q), rtol=0, atol=1e-12)
     det = torch.full((2,), (-1.0) ** vectors, dtype=q.dtype)
     torch.testing.assert_close(torch.linalg.det(q), det, rtol=1e-10, atol=0)
@@ -256,7 +256,7 @@ def test_last_reflection_is_applied_first() -> None:
     def reflect(u: Tensor, x: Tensor) -> Tensor:
         return x - 2 * u * (u @ x) / (u @ u)
 
-    torch.testing.assert_close(rotation(v)[0] @ x, reflect(v[0, 0], reflect(v[0, 1], x)))
+    torch.testing.assert_close(householder_rotation(v)[0] @ x, reflect(v[0, 0], reflect(v[0, 1], x)))
 
 
 @pytest.mark.parametrize("half", [flow.SoftHalf, flow.HardHalf])
@@ -300,7 +300,7 @@ def test_a_soft_shuffle_turns_each_block_by_itself(sides: tuple[int, int]) -> No
     h, w = (4 if side % 4 == 0 else 2 for side in sides)
     alone = half(x[:, :, :h, :w]).y
     torch.testing.assert_close(y[:, :, :h, :w], alone, rtol=1e-12, atol=1e-12)
-    turns = half.get_submodule("solver")(shuffle.cut(half.halves(x)[0], 4))
+    turns = half.get_submodule("solver")(shuffle.to_blocks(half.halves(x)[0], 4))
     assert turns.var(dim=0).min() > 0
 
 
@@ -308,4 +308,4 @@ def test_a_soft_shuffle_turns_each_block_by_itself(sides: tuple[int, int]) -> No
 @few
 def test_uncut_undoes_cut(shape: tuple[int, ...]) -> None:
     x = batch(*shape)
-    assert torch.equal(shuffle.uncut(shuffle.cut(x, 4), x.shape), x)
+    assert torch.equal(shuffle.from_blocks(shuffle.to_blocks(x, 4), x.shape), x)

@@ -14,7 +14,7 @@ from torch import Tensor
 import eiwtrain.flow as eiw
 from eiwtrain.flow import PRESETS, ConditionerConfig, EIWFlow, FlowConfig, preset
 from eiwtrain.flow.conditioners import CONDITIONERS
-from eiwtrain.flow.reversible import MODES
+from eiwtrain.flow.reversible import BACKPROP_MODES
 
 CHOICES: dict[str, dict[str, Any]] = {
     "spline": {"coupling": "spline", "bins": 4},
@@ -52,7 +52,7 @@ def test_every_choice_is_an_exact_density_with_an_exact_inverse(choice: str) -> 
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", BACKPROP_MODES[1:])
 def test_every_choice_has_the_gradients_of_autograd_in_every_mode(choice: str, mode: str) -> None:
     images_, noise = pixels(3)
     grads = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from eiwtrain.flow import ConditionerConfig, EIWFlow, layers
 from eiwtrain.flow.bijection import with_own_randomness
 from eiwtrain.flow.conditioners import CONDITIONERS
-from eiwtrain.flow.reversible import MODES
+from eiwtrain.flow.reversible import BACKPROP_MODES
 
 DROPPING = {kind: ConditionerConfig(8, 1, kind=kind, dropout=0.3, patch=1) for kind in CONDITIONERS}
 
@@ -28,7 +28,7 @@ def seeded(flow: EIWFlow, x: Tensor, seed: int = 5) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", DROPPING)
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", BACKPROP_MODES[1:])
 def test_dropout_draws_the_same_masks_on_the_way_back(kind: str, mode: str) -> None:
     x = images(3)
     stored = seeded(dropping("stored", kind), x)
@@ -38,7 +38,7 @@ def test_dropout_draws_the_same_masks_on_the_way_back(kind: str, mode: str) -> N
 
 def test_backward_leaves_the_random_state_as_forward_did() -> None:
     states = []
-    for mode in MODES:
+    for mode in BACKPROP_MODES:
         seeded(dropping(mode), images(2))
         states.append(torch.get_rng_state())
     assert all(torch.equal(state, states[0]) for state in states)

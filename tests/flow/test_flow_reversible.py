@@ -21,9 +21,9 @@ from eiwtrain.flow import (
     FlowOutput,
     HardHalf,
     InvertibleConv1x1,
-    run,
+    run_chain,
 )
-from eiwtrain.flow.reversible import MODES
+from eiwtrain.flow.reversible import BACKPROP_MODES
 from eiwtrain.flow.shuffle import SHUFFLES
 
 
@@ -69,7 +69,10 @@ def test_gradients_in_float32_are_those_of_autograd_up_to_rounding(shuffle: str,
 def test_bfloat16_conditioners_cost_invertible_gradients_no_more_than_stored_ones() -> None:
     x = images(4, dtype=torch.float32)
     exact = gradients(make_flow(dtype=torch.float32, steps=4), x)
-    low = {mode: make_flow(dtype=torch.float32, steps=4, backprop=mode, conditioner_dtype="bfloat16") for mode in MODES}
+    low = {
+        mode: make_flow(dtype=torch.float32, steps=4, backprop=mode, conditioner_dtype="bfloat16")
+        for mode in BACKPROP_MODES
+    }
     error = {mode: relative_error(gradients(flow, x), exact) for mode, flow in low.items()}
     assert 1e-4 < error["stored"] < 0.1
     assert error["checkpointed"] == error["stored"]
@@ -89,7 +92,7 @@ def test_a_loss_may_leave_outputs_unused(shuffle: str, unused: str) -> None:
 
 def test_frozen_parameters_get_no_gradient_and_spoil_none() -> None:
     grads = {}
-    for mode in MODES:
+    for mode in BACKPROP_MODES:
         flow = make_flow(backprop=mode)
         for p in list(flow.parameters())[::3]:
             p.requires_grad_(False)
@@ -104,8 +107,8 @@ def test_a_conditioner_shared_by_two_couplings_gets_both_gradients() -> None:
     at_random_parameters(Chain(chain))
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     grads = []
-    for mode in MODES:
-        out = run(chain, x, mode)
+    for mode in BACKPROP_MODES:
+        out = run_chain(chain, x, mode)
         loss = out.y.square().sum() - out.log_det.sum()
         grads.append(torch.autograd.grad(loss, list(shared.parameters())))
     for other in grads[1:]:
@@ -202,7 +205,9 @@ def convolution_flops(flow: EIWFlow, x: Tensor) -> int:
 
 def test_inverting_costs_a_third_more_arithmetic_and_no_more() -> None:
     x = images(1, dtype=torch.float32)
-    flops = {mode: convolution_flops(make_flow(dtype=torch.float32, steps=8, backprop=mode), x) for mode in MODES}
+    flops = {
+        mode: convolution_flops(make_flow(dtype=torch.float32, steps=8, backprop=mode), x) for mode in BACKPROP_MODES
+    }
     assert 1.33 < flops["invertible"] / flops["stored"] <= 1.34
     assert flops["checkpointed"] == flops["invertible"]
     assert flops["auto"] == flops["stored"]  # as there is memory for all
@@ -268,7 +273,7 @@ def test_a_parameter_changed_before_backward_is_refused(mode: str) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BACKPROP_MODES)
 def test_without_gradients_there_is_only_a_forward(mode: str) -> None:
     flow = make_flow(backprop=mode)
     with conditioner_calls(flow) as calls, torch.no_grad():
@@ -280,4 +285,4 @@ def test_without_gradients_there_is_only_a_forward(mode: str) -> None:
 
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="reversible"):
-        run([], torch.zeros(1, 2, 2, 2), "reversible")
+        run_chain([], torch.zeros(1, 2, 2, 2), "reversible")
