@@ -14,6 +14,7 @@ import fsspec.config
 from eiwtrain.data.manifest import DataError
 from eiwtrain.on_ray import session
 from eiwtrain.storage import StorageError
+from eiwtrain.terminal.lines import one_line
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -71,7 +72,7 @@ def _run_on_ray(call: Callable[[T], R], tasks: Iterator[T], workers: int | None)
             try:
                 done = ray.get(reference)
             except ray.exceptions.RayError as e:
-                cause = " ".join(str(e).split())[:200]
+                cause = one_line(e)
                 raise StorageError(f"workers of Ray died (out of memory?): {cause}; run again to go on") from None
             if isinstance(done, Exception):
                 raise done

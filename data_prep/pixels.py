@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_prep.items import Box, Loaded
 from eiwtrain.data.manifest import ENCODINGS, DataError
+from eiwtrain.terminal.lines import one_line
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -117,7 +118,7 @@ def fit(loaded: Loaded, name: str, preprocess: Preprocess) -> Pixels:
     except UnidentifiedImageError:  # its text has an address in memory, another one in every run
         raise Undecodable("no image of a known format") from None
     except Exception as e:  # Pillow's plugins raise whatever they stumble over
-        raise Undecodable(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
+        raise Undecodable(f"{type(e).__name__}: {one_line(e)}") from None
     if preprocess.box is not None:
         image = _within(image, preprocess.box)
     if image.size != fits:

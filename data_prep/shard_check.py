@@ -28,6 +28,7 @@ from eiwtrain.data.manifest import (
     sidecar_from_json,
     sidecar_name,
 )
+from eiwtrain.terminal.lines import one_line
 
 _HEADER = {  # what the header of every member has in common: nothing of the machine or the moment
     "mtime": 0,
@@ -126,7 +127,7 @@ def read_image(data: bytes, encoding: str, resolution: int) -> Pixels:
     except UnidentifiedImageError:
         raise ValueError("is no PNG") from None
     except Exception as e:  # both decoders raise whatever they stumble over
-        raise ValueError(f"cannot be decoded ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
+        raise ValueError(f"cannot be decoded ({type(e).__name__}: {one_line(e)})") from None
     if encoding == "png" and mode != "RGB":
         raise ValueError(f"has mode {mode}, not RGB")
     if pixels.shape != (resolution, resolution, 3) or pixels.dtype != np.uint8:

@@ -25,6 +25,7 @@ from eiwtrain.exporting import models, onnx, registry
 from eiwtrain.exporting.assemble import assembled, name_of, place, publish
 from eiwtrain.exporting.models import Model
 from eiwtrain.scoring.yardsticks import Yardsticks
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret
 from eiwtrain.tracking import TrackingError
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"step {saved.step:,} -> {output}")
             return 0 if args.no_register else _register(args, root, saved, model, folder, output)
     except (ValueError, OSError, storage.StorageError, checkpoint.DamagedCheckpoint) as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {one_line(e, limit=None)}", file=sys.stderr)
         return 2
 
 

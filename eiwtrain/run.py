@@ -25,6 +25,7 @@ from eiwtrain.driver.watcher import Watcher
 from eiwtrain.on_ray import session
 from eiwtrain.storage.lease import Lease, LeaseHeld
 from eiwtrain.terminal.console import Console, duration
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.signals import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _run(config: Config, manifest: Manifest, began: float, command: str, console
             console.note(f"checkpoint  {outcome['checkpoint']}")
             console.note(f"go on with  {command}")
             return 128 + stop.number if stop.number else EXIT_GOES_ON_LATER
-        detail = f"failed: {' '.join(str(outcome.get('failed', '')).split())[:_MOST_WORDS]}"
+        detail = f"failed: {one_line(outcome.get('failed', ''), _MOST_WORDS)}"
         print(f"error: {outcome.get('lost') or outcome['failed']}", file=sys.stderr)
         return EXIT_FAILED
     except LeaseHeld as e:

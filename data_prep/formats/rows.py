@@ -36,6 +36,7 @@ from data_prep.formats.unpickle import StoredArray, load_batch
 from data_prep.items import FileImage, Item, RangeImage
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
+from eiwtrain.terminal.lines import one_line
 
 _AHEAD = 1 << 22  # bytes a read of a file that is read from end to end
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name
@@ -235,7 +236,7 @@ def npz_batch(part: Part, name: str) -> Batch:
     except (ValueError, KeyError, EOFError) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{part.name()}: no plain arrays are in it ({' '.join(str(e).split())[:200]})") from None
+        raise DataError(f"{part.name()}: no plain arrays are in it ({one_line(e)})") from None
     if fortran_order:
         raise DataError(f"{part.name()}: its rows do not lie in one piece; save it again in C order")
     return _batch(part, name, data.within(start, data.size - start), shape, dtype, numbers)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eiwtrain.data.manifest import DataError
+from eiwtrain.terminal.lines import one_line
 
 LARGE = 1 << 10  # bytes from which on a run of bytes stays in the file until it is known what it is for
 _MOST_OPCODES = 1 << 24  # a batch takes a few for each image; at some 64 bytes an object this bounds memory to 1 GB
@@ -64,7 +65,7 @@ def load_batch(data: bytes | BinaryIO, what: str, leave: bool = False) -> dict[s
     except OSError:
         raise
     except Exception as e:  # a damaged pickle raises anything
-        cause = " ".join(str(e).split())[:200]
+        cause = one_line(e)
         raise DataError(f"{what}: not a pickled batch, or damaged; not loaded ({type(e).__name__}: {cause})") from None
 
 

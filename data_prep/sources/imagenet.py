@@ -17,6 +17,7 @@ from data_prep.items import IMAGE_SUFFIXES, Item, Source
 from data_prep.sources.downsampled import CLASSES, read_downsampled
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
+from eiwtrain.terminal.lines import one_line
 
 
 class Variant(NamedTuple):
@@ -252,9 +253,7 @@ def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
         }
         return [of[int(word)] for word in ground_truth.split()]
     except Exception as e:  # scipy raises whatever it stumbles over
-        raise DataError(
-            f"the development kit is damaged ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
-        ) from None
+        raise DataError(f"the development kit is damaged ({type(e).__name__}: {one_line(e)})") from None
 
 
 def _pixelrnn(path: str, files: Sequence[Entry]) -> tuple[dict[str, list[Item]], int] | None:

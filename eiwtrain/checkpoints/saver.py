@@ -25,6 +25,7 @@ from torch import Tensor
 
 from eiwtrain import storage
 from eiwtrain.checkpoints import checkpoint
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.testing import failpoints
 
 FAILPOINTS = (
@@ -247,7 +248,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except Exception as e:  # a rank that is gone, a connection that was cut, a timeout
-        raise RanksApartError(f"the workers lost one another at a checkpoint: {' '.join(str(e).split())[:200]}") from e
+        raise RanksApartError(f"the workers lost one another at a checkpoint: {one_line(e)}") from e
 
 
 def _write_part(url: str, name: str, share: dict[str, Tensor]) -> checkpoint.Part:

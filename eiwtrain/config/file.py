@@ -18,6 +18,7 @@ from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
 from eiwtrain.storage import anchored, is_local
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 
@@ -57,7 +58,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror}); it must be a YAML file that you may read") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(e)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold sections (run:, data:, ...), but holds {type(raw).__name__}")
     return raw

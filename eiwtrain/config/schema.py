@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from eiwtrain.config.interval import parse
+from eiwtrain.terminal.lines import one_line
 
 MAX_ERROR_LINES = 4
 
@@ -306,5 +307,5 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
         choices = [arg for part in (kind, *get_args(kind)) for arg in get_args(part)]  # of a Literal, or one or None
         if words := [str(c) for c in choices if isinstance(c, str | int)]:
             default += f"  # {' | '.join(words)}"
-        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+        rows.append((prefix + name, default, one_line(field.description or "", limit=None)))
     return rows

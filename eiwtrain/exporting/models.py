@@ -16,6 +16,7 @@ from typing import Any
 from eiwtrain import __version__, data, flow, storage
 from eiwtrain.checkpoints import checkpoint
 from eiwtrain.checkpoints.checkpoint import Checkpoint
+from eiwtrain.terminal.lines import one_line
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
 
@@ -174,5 +175,5 @@ def _registered(name: str) -> Model:
         try:
             file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)
         except Exception as e:
-            raise ValueError(f"{name}: {' '.join(str(e).split())[:200]}") from None
+            raise ValueError(f"{name}: {one_line(e)}") from None
         return _loaded(Path(file), name)

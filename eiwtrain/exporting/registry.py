@@ -18,7 +18,7 @@ from typing import Any
 
 from eiwtrain import flow, storage
 from eiwtrain.exporting import model_card
-from eiwtrain.tracking.store import TrackingError, client, one_line
+from eiwtrain.tracking.store import TrackingError, cause_line, client
 
 ALIAS = "best"
 _NAME = re.compile(r"[\w.-][\w. -]*")  # what MLflow takes, and `models:/NAME@ALIAS` can say
@@ -80,7 +80,7 @@ def register(
     except TrackingError:
         raise
     except Exception as e:
-        raise TrackingError(f"{uri}: {one_line(e)}") from None
+        raise TrackingError(f"{uri}: {cause_line(e)}") from None
 
 
 def _register(

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from eiwtrain.config import Config, Workers
+from eiwtrain.terminal.lines import one_line
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
 _CONNECT_SECONDS = 5.0
@@ -98,7 +99,7 @@ def start(cpus: int) -> None:
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
     except (ConnectionError, ValueError, RuntimeError) as e:
         what = "RAY_ADDRESS: Ray cannot be joined" if joins_cluster() else "Ray cannot be started"
-        raise RayError(f"{what}: {' '.join(str(e).split())[:300]}") from None
+        raise RayError(f"{what}: {one_line(e, 300)}") from None
 
 
 def resources(workers: Workers) -> dict[str, float]:

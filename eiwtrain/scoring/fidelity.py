@@ -25,6 +25,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from torch import Tensor, nn
 
 from eiwtrain import storage
+from eiwtrain.terminal.lines import one_line
 
 Features = npt.NDArray[np.float64]
 
@@ -95,7 +96,7 @@ def load_network(url: str, device: torch.device) -> Network:
         file.seek(0)
         module = inception("inception-v3-compat", [_LAYER], feature_extractor_weights_path=file)
     except (RuntimeError, ValueError, safetensors.SafetensorError) as e:
-        why = " ".join(str(e).split())[:120]
+        why = one_line(e, 120)
         raise ValueError(f"--fid-weights: {url} does not hold the weights of FID's Inception ({why})") from None
     return Network(module.to(device), sha256)
 

@@ -20,6 +20,7 @@ import fsspec
 import fsspec.asyn
 
 from eiwtrain.storage.retry import StorageError, retrying
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 _CHUNK = 1 << 20  # bytes a read while hashing or copying
@@ -381,7 +382,7 @@ def _put(url: str, call: Callable[[], Any]) -> None:
     try:
         retrying(url, call)
     except FileNotFoundError as e:  # no such bucket, where the store does not say so
-        raise StorageError(f"{url}: {' '.join(str(e).split())}") from e
+        raise StorageError(f"{url}: {one_line(e, limit=None)}") from e
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
+from eiwtrain.terminal.lines import one_line
+
 T = TypeVar("T")
 
 _PATIENCE = 300.0  # seconds after a call's first failure for which it is tried again; see EIWTRAIN_RETRY_SECONDS
@@ -179,4 +181,4 @@ def _describe(e: Exception) -> str:
             cause = cause.__cause__ or cause.__context__
         if isinstance(cause, OSError) and str(cause) not in text:
             text += f" ({cause})"
-    return " ".join(text.split())[:400]
+    return one_line(text, 400)

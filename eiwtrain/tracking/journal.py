@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from eiwtrain import storage
 from eiwtrain.tracking.backlog import Point
-from eiwtrain.tracking.store import one_line
+from eiwtrain.tracking.store import cause_line
 
 _RETRY_SECONDS = 5.0
 _PUBLISH_SECONDS = 60.0  # at least, between two uploads
@@ -250,7 +250,7 @@ class Journal:
 
     def _say_failing(self, e: Exception) -> None:
         if not self._failing:
-            self._warn(f"{self._url} cannot be written ({one_line(e)}); will go on trying")
+            self._warn(f"{self._url} cannot be written ({cause_line(e)}); will go on trying")
         self._failing = True
 
 

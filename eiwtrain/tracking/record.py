@@ -17,7 +17,7 @@ from eiwtrain import storage
 from eiwtrain.config import Config, flatten
 from eiwtrain.storage import lease
 from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
-from eiwtrain.tracking.store import TrackedRun, TrackingError, one_line, refused, tracking_uri
+from eiwtrain.tracking.store import TrackedRun, TrackingError, cause_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its end, goes on with the same command
@@ -52,7 +52,7 @@ def check(config: Config) -> None:
     try:
         client.search_experiments(max_results=1)
     except Exception as e:
-        raise TrackingError(f"tracking.uri: {tracking_uri(config)} cannot be used: {one_line(e)}") from None
+        raise TrackingError(f"tracking.uri: {tracking_uri(config)} cannot be used: {cause_line(e)}") from None
 
 
 def begin(
@@ -82,8 +82,8 @@ def begin(
     except Exception as e:
         if begun:
             with contextlib.suppress(Exception):
-                _terminate(begun[-1], "FAILED", f"failed: {one_line(e)}")
-        raise TrackingError(f"tracking.uri: {uri} cannot be used: {one_line(e)}") from None
+                _terminate(begun[-1], "FAILED", f"failed: {cause_line(e)}")
+        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
 
 
 def _begin(
@@ -142,7 +142,7 @@ def end(run: TrackedRun, status: Status, detail: str = "") -> bool:
         _patiently(_END_SECONDS, lambda: _terminate(run, status, detail or _STATUS_TEXT[status]))
         return True
     except Exception as e:
-        print(f"could not mark MLflow run {run.run_id} as {status}: {one_line(e)}", file=sys.stderr)
+        print(f"could not mark MLflow run {run.run_id} as {status}: {cause_line(e)}", file=sys.stderr)
         return False
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 
@@ -69,7 +70,7 @@ def client(uri: str) -> Any:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each try
         return MlflowClient(tracking_uri=uri)
     except Exception as e:
-        raise TrackingError(f"tracking.uri: {uri} cannot be used: {one_line(e)}") from None
+        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
 
 
 def refused(e: Exception) -> bool:
@@ -79,12 +80,12 @@ def refused(e: Exception) -> bool:
     return isinstance(e, MlflowException) and e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
-def one_line(e: BaseException) -> str:
-    """The innermost cause that the message repeats: a refused connection, without the layers that it came through."""
+def cause_line(e: BaseException) -> str:
+    """Return the innermost cause that the message repeats: a refused connection, without the layers above it."""
     whole, cause = str(e), e.__cause__ or e.__context__
     while cause is not None:
         if str(cause) and str(cause) in whole:
             e = cause
         cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(e).split()).partition(" [SQL: ")[0]  # of sqlalchemy: the statement and its numbers
+    text = one_line(e, limit=None).partition(" [SQL: ")[0]  # of sqlalchemy: the statement and its numbers
     return f"{type(e).__name__}: {text[:200]}"

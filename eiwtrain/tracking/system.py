@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking import curves
 
 _SAMPLE_SECONDS = 5.0
@@ -147,5 +148,5 @@ def _collectors(gpus: bool, note: Callable[[str], None]) -> list[Any]:
         try:
             collectors.append(kind())
         except Exception as e:  # without nvidia-ml-py, or in a container that hides what is to be read
-            note(f"no such curves under system/: {' '.join(str(e).split())}")
+            note(f"no such curves under system/: {one_line(e, limit=None)}")
     return collectors

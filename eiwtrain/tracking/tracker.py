@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eiwtrain.tracking.backlog import BATCH, MOST_POINTS, Backlog, Picture, Point
 from eiwtrain.tracking.journal import Journal, Recorded
-from eiwtrain.tracking.store import TrackedRun, client, one_line, refused
+from eiwtrain.tracking.store import TrackedRun, cause_line, client, refused
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -112,7 +112,7 @@ class Tracker:
         except _GivenUp:
             pass
         except Exception as e:
-            self._warn(f"nothing more is written to MLflow run {self._run.run_id}: {one_line(e)}")
+            self._warn(f"nothing more is written to MLflow run {self._run.run_id}: {cause_line(e)}")
         finally:
             self._backlog.abandon()
 
@@ -150,7 +150,7 @@ class Tracker:
             self._log_points(wanted[len(wanted) // 2 :])
         elif refusal is not None:
             self._unwanted.add(wanted[0].curve)
-            self._warn(f"MLflow at {self._run.uri} refused {wanted[0].curve!r}: {one_line(refusal)}")
+            self._warn(f"MLflow at {self._run.uri} refused {wanted[0].curve!r}: {cause_line(refusal)}")
 
     def _log_tags(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -158,7 +158,7 @@ class Tracker:
         tags = [RunTag(f"eiwtrain.{key}", value) for key, value in values.items()]
         refusal = self._until_done(lambda: self._client.log_batch(self._run.run_id, tags=tags, synchronous=True))
         if refusal is not None:
-            self._warn(f"MLflow at {self._run.uri} refused tags: {one_line(refusal)}")
+            self._warn(f"MLflow at {self._run.uri} refused tags: {cause_line(refusal)}")
 
     def _log_picture(self, picture: Picture) -> None:
         """Log an image, or put it back: a place for images that is away does not hold up curves."""
@@ -174,13 +174,13 @@ class Tracker:
                 self._client.set_tag(self._run.run_id, "mlflow.loggedImages", True)
         except Exception as e:
             if isinstance(e, (ValueError, TypeError)) or refused(e):
-                self._warn(f"MLflow at {self._run.uri} refused image {name!r}: {one_line(e)}")
+                self._warn(f"MLflow at {self._run.uri} refused image {name!r}: {cause_line(e)}")
                 self._backlog.done()
                 return
             self._see_that_the_run_is_there()  # not before the store is back, if it is the one that is away
             self._image_failures += 1
             if self._image_failures == 2:
-                self._warn(f"MLflow at {self._run.uri} does not take images ({one_line(e)}); will go on trying")
+                self._warn(f"MLflow at {self._run.uri} does not take images ({cause_line(e)}); will go on trying")
             self._backlog.put_back(_RETRY_SECONDS if self._image_failures > 1 else 0.0)
         else:
             self._backlog.done()
@@ -212,7 +212,7 @@ class Tracker:
                     return e
                 if failed and not self._away:
                     self._away = True
-                    self._warn(f"MLflow at {self._run.uri} is away ({one_line(e)}); will go on trying")
+                    self._warn(f"MLflow at {self._run.uri} is away ({cause_line(e)}); will go on trying")
                     self._backlog.touch()
                 if failed and not self._backlog.pause(_RETRY_SECONDS):
                     raise _GivenUp from None

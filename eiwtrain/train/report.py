@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eiwtrain.config import Config
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking import curves as names
 
 
@@ -39,7 +40,7 @@ def out_of_memory(error: Exception, config: Config) -> str:
     if m.backprop == "auto":
         remedies.append("a lower model.memory_budget" if m.memory_budget else "a model.memory_budget (bytes)")
     remedies += [] if m.backprop == "invertible" else ["model.backprop=invertible"]
-    what = ". ".join(" ".join(str(error).split()).split(". ")[:3])[:120].rstrip(".")  # the rest is of the allocator
+    what = ". ".join(one_line(error, limit=None).split(". ")[:3])[:120].rstrip(".")  # the rest is of the allocator
     return (
         f"out of GPU memory: {what}; use {' or '.join(remedies or ['a smaller model'])}, or, if it was an evaluation, "
         "fewer eval.samples"

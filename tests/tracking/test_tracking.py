@@ -402,20 +402,23 @@ EVENTS = ["step", "look", "taken by the store", "not taken", "confirmed", "check
 @example([("step", 2), ("look", 1), ("not taken", 1), ("checkpoint", 1), ("crash", 1)])
 @example([("step", 2), ("look", 1), ("taken by the store", 1), ("checkpoint", 1), ("crash", 1)])
 @example([("step", 3), ("checkpoint", 1), ("crash", 1), ("step", 2), ("look", 1)])
+@example([("step", 5), ("step", 1), ("look", 1), *[("taken by the store", 1), ("confirmed", 1)] * 3, ("crash", 1)])
 @settings(deadline=None)
 def test_whenever_attempts_die_each_step_of_each_curve_is_logged_once_and_none_is_missing(events):
     """The store keeps one of points that are alike; an attempt goes on from the newest checkpoint."""
     store: dict[backlog.Point, None] = {}
     clock = itertools.count()
     step, queue, looked, batch, checkpoint = 0, backlog.Backlog(), False, None, (0, {})
-    end = [("step", 5), ("look", 1), ("confirmed", 1), *[("taken by the store", 1), ("confirmed", 1)] * 1000]
+    furthest = 0
+    end = [("all steps", 5), ("look", 1), ("confirmed", 1), *[("taken by the store", 1), ("confirmed", 1)] * 1000]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backlog, "BATCH", 3)
         patch.setattr(backlog, "_GATHER_SECONDS", -1.0)
         for event, times in [*events, *end]:
-            if event == "step":
-                for _ in range(times):
+            if event in ("step", "all steps"):  # all: the last attempt trains at least as far as those before it
+                for _ in range(times if event == "step" else furthest - step + times):
                     step, t = step + 1, next(clock)
+                    furthest = max(furthest, step)
                     curves = ["a"] if step % 2 else ["a", "b"]
                     queue.put(points=[backlog.Point(c, step, t, float(step)) for c in curves])
             elif event == "look" and not looked:
