@@ -6,17 +6,16 @@ the data set is the business of `data_prep.pixels`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Protocol
+from functools import lru_cache, partial
+from itertools import accumulate
+from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-
-from eiwtrain import storage
-from eiwtrain.data.manifest import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -78,32 +77,39 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class FileImage:
-    """An image file at any URL."""
+class LazyItems(Sequence[Item]):
+    """Items that are made when they are asked for: a source of millions of images takes no memory for them.
 
-    url: str
+    Args:
+        make: makes the item of a number.
+        numbers: those of the items in this sequence, in its order.
+    """
 
-    def __call__(self) -> bytes:
-        try:
-            return storage.read_bytes(self.url)
-        except (OSError, storage.StorageError) as e:
-            raise _unreadable(self.url, e) from None
+    def __init__(self, make: Callable[[int], Item], numbers: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazyItems: ...
+    def __getitem__(self, index: int | slice) -> Item | LazyItems:
+        if isinstance(index, slice):
+            return LazyItems(self._make, self._numbers[index])
+        return self._make(int(self._numbers[index]))
 
 
-@dataclass(frozen=True, slots=True)
-class RangeImage:
-    """An image that lies uncompressed inside another file at any URL, as in a tar: read by its offset."""
+def join_items(parts: Sequence[Sequence[Item]]) -> LazyItems:
+    """Return the items of several sequences, one after the other."""
+    ends = list(accumulate(len(part) for part in parts))
+    return LazyItems(partial(_item_of, parts, ends), range(ends[-1] if ends else 0))
 
-    url: str
-    offset: int
-    size: int
 
-    def __call__(self) -> bytes:
-        try:
-            return storage.read_range(self.url, self.offset, self.size)
-        except (OSError, storage.StorageError) as e:
-            raise _unreadable(self.url, e) from None
+def _item_of(parts: Sequence[Sequence[Item]], ends: Sequence[int], number: int) -> Item:
+    part = bisect_right(ends, number)
+    return parts[part][number - ends[part]]  # counted from the end of that part
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +137,3 @@ def photograph(path: str, halve: bool) -> Image.Image:
         return rgb
     width, height = rgb.width // 2, rgb.height // 2
     return rgb.crop((0, 0, 2 * width, 2 * height)).reduce(2)
-
-
-def _unreadable(url: str, e: Exception) -> DataError:
-    """A source that changes or breaks while it is read must not become rejects: another run would differ."""
-    cause = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-    return DataError(f"source {url} cannot be read: {cause}")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.items import Item, Source
+from data_prep.items import Item, LazyItems, Source, join_items
 from eiwtrain.data.manifest import DataError
 
 TRAIN, TEST = "train", "test"
@@ -38,7 +35,7 @@ def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> 
     kind, _, value = rule.partition(":")
     splits = dict(source.splits)
     if kind == "all" and not value:
-        splits = {TRAIN: _Joined(list(splits.values()))}
+        splits = {TRAIN: join_items(list(splits.values()))}
     elif (rule == "auto" and list(splits) == [TRAIN]) or kind in ("hash", "last"):
         splits = _held_out(source, rule)
     elif rule not in ("own", "auto"):
@@ -52,45 +49,8 @@ def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> 
     return replace(source, splits=kept)
 
 
-class _Chosen(Sequence[Item]):
-    """Some items of a sequence, which it still makes when they are asked for."""
-
-    def __init__(self, items: Sequence[Item], indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
-        self._items, self._indices = items, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Chosen: ...
-    def __getitem__(self, index: int | slice) -> Item | _Chosen:
-        if isinstance(index, slice):
-            return _Chosen(self._items, self._indices[index])
-        return self._items[int(self._indices[index])]
-
-
-class _Joined(Sequence[Item]):
-    """The items of several sequences, one after the other, which they still make when they are asked for."""
-
-    def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
-        self._parts = parts
-        self._ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Chosen: ...
-    def __getitem__(self, index: int | slice) -> Item | _Chosen:
-        at = range(len(self))[index]
-        if isinstance(at, range):
-            return _Chosen(self, at)
-        part = bisect_right(self._ends, at)
-        return self._parts[part][at - self._ends[part]]  # counted from the end of that part
+def _choose(items: Sequence[Item], numbers: Sequence[int] | npt.NDArray[np.int64]) -> LazyItems:
+    return LazyItems(items.__getitem__, numbers)
 
 
 def _held_out(source: Source, rule: str) -> dict[str, Sequence[Item]]:
@@ -106,12 +66,12 @@ def _held_out(source: Source, rule: str) -> dict[str, Sequence[Item]]:
         if not value.isdecimal() or not 1 <= int(value) < len(items):
             raise DataError(f"--split last:N needs a number from 1 to below {len(items)}, the images, not '{value}'")
         first = len(items) - int(value)
-        return {TRAIN: _Chosen(items, range(first)), TEST: _Chosen(items, range(first, len(items)))}
+        return {TRAIN: _choose(items, range(first)), TEST: _choose(items, range(first, len(items)))}
     share = AUTO_SHARE if kind == "auto" else _number(value)
     if not 0 < share < 1:
         raise DataError(f"--split hash:SHARE needs a share above 0 and below 1, not '{value}'")
     held = np.fromiter((_share(item.source) < share for item in items), bool, len(items))
-    splits = {TRAIN: _Chosen(items, np.flatnonzero(~held)), TEST: _Chosen(items, np.flatnonzero(held))}
+    splits = {TRAIN: _choose(items, np.flatnonzero(~held)), TEST: _choose(items, np.flatnonzero(held))}
     return {TRAIN: items} if kind == "auto" and not splits[TEST] else dict(splits)
 
 

@@ -5,7 +5,6 @@ Archives are listed by their headers and read by offset, remote ones too: nothin
 
 from __future__ import annotations
 
-import io
 import os
 import posixpath
 import struct
@@ -14,14 +13,15 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from data_prep.items import IMAGE_SUFFIXES, FileImage, RangeImage
+from data_prep.formats.ranges import ByteRange, RangeReader
+from data_prep.items import IMAGE_SUFFIXES
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
@@ -32,14 +32,12 @@ _UTF8 = 1 << 11  # flag of a zip's member
 _NOWHERE = ("", ".", "..")
 _LINKS = 8  # rounds, each of which halves the length of a chain of links
 _AFTER_END = 1 << 16  # bytes behind the end of a tar that have to be zero; tar pads to 10 KiB
-_AHEAD = (1 << 12, 1 << 16, 1 << 22)  # bytes read ahead: at least, at first, at most
-_DENSE, _SPARSE = 8, 5  # reads from one block; a member of a tar takes two
 # What is read beyond a member, whose local extra field can be longer than the directory says. The directory and its
 # end record follow every member, so there are always so many bytes.
 _SLACK = 64
 
 
-class Entry(NamedTuple):
+class FoundFile(NamedTuple):
     """A file: the parts of its name below the top, its bytes, and how to load it."""
 
     parts: tuple[str, ...]
@@ -47,7 +45,7 @@ class Entry(NamedTuple):
     load: Callable[[], bytes]
 
 
-_NOTHING = Entry((), 0, bytes)
+_NOTHING = FoundFile((), 0, bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +67,10 @@ class ZipImage:
     crc: int
     deflated: bool
 
+    def name(self) -> str:
+        """Return the zip's URL, as `ByteRange.name` does."""
+        return self.url
+
     def __call__(self) -> bytes:
         try:
             data = storage.read_range(self.url, self.header, self.ahead + self.packed + _SLACK)
@@ -86,7 +88,7 @@ class ZipImage:
         return image
 
 
-def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Entry]:
+def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
     """The files with these suffixes (in lower case) under the folder, or inside the tar or zip, at `url`, by name.
 
     Links are followed, except in zips. Files and folders whose names begin with a dot are left out. Of files of the
@@ -115,22 +117,30 @@ def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Ent
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:
         raise DataError(f"source {url}: a file, and neither an uncompressed tar nor a zip") from None
-    return list_tar(url, suffixes)
+    return list_tar(ByteRange(url, 0, storage.size(url)), suffixes)
 
 
-def list_tar(
-    url: str, suffixes: Collection[str] = IMAGE_SUFFIXES, offset: int = 0, size: int | None = None
-) -> list[Entry]:
-    """As `list_files` for a tar; it can lie inside another file, as in another tar, at `offset` with `size` bytes.
+def list_tar(tar: ByteRange, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
+    """List the files of a tar, as `list_files` does; it can lie inside another file, as in another tar.
 
-    Loaders are `RangeImage`s of the file at `url`. Of a remote tar little more than the headers is read where its
-    members are large; they come one after the other, so several tars are better listed side by side, in threads.
+    Loaders are `ByteRange`s within `tar`. Of a remote tar little more than the headers is read where its members are
+    large; they come one after the other, so several tars are better listed side by side, in threads.
     """
-    end = storage.size(url) if size is None else offset + size
-    return _in_order(_in_tar(url, offset, end, tuple(suffixes)))
+    return _in_order(_in_tar(tar, tuple(suffixes)))
 
 
-def _in_order(found: Iterable[Entry]) -> list[Entry]:
+def range_of(file: FoundFile) -> ByteRange:
+    """Return where a file that was listed lies.
+
+    Raises:
+        DataError: it lies in a zip.
+    """
+    if isinstance(file.load, ByteRange):
+        return replace(file.load, size=file.size)
+    raise DataError(f"{'/'.join(file.parts)}: inside a zip it cannot be read in place; unpack the zip")
+
+
+def _in_order(found: Iterable[FoundFile]) -> list[FoundFile]:
     """By name; of equal names the last."""
     ordered = sorted(found, key=itemgetter(0))
     return [a for a, b in pairwise(chain(ordered, [_NOTHING])) if a.parts != b.parts]
@@ -148,7 +158,7 @@ def _wanted(parts: tuple[str, ...], ends: tuple[str, ...]) -> bool:
 
 def _in_folder(
     folder: str, ends: tuple[str, ...], parts: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[Entry]:
+) -> Iterator[FoundFile]:
     """Files of a local folder and those below it; `above` tells the folders above it, to which a link may lead."""
     try:
         about = Path(folder).stat()
@@ -163,71 +173,87 @@ def _in_folder(
             if f.is_dir():
                 yield from _in_folder(f.path, ends, (*parts, f.name), above | {here})
             elif _wanted((f.name,), ends) and f.is_file():
-                yield Entry((*parts, f.name), f.stat().st_size, FileImage(f.path))
+                yield FoundFile((*parts, f.name), f.stat().st_size, ByteRange(f.path))
     except OSError as e:
         raise DataError(f"source {e.filename} cannot be read: {e.strerror}") from None
 
 
-def _in_bucket(url: str, ends: tuple[str, ...]) -> Iterator[Entry]:
+def _in_bucket(url: str, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     for name, size in storage.find(url):
         if _wanted(parts := _parts(name), ends):
-            yield Entry(parts, size, FileImage(storage.join(url, name)))
+            yield FoundFile(parts, size, ByteRange(storage.join(url, name)))
 
 
-def _in_tar(url: str, start: int, end: int, ends: tuple[str, ...]) -> Iterator[Entry]:
+def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     links = {}
-    for parts, member, _ in tar_members(url, start, end):
-        if member.isreg() and _wanted(parts, ends):
-            yield Entry(parts, member.size, RangeImage(url, member.offset_data, member.size))
-        elif (member.issym() or member.islnk()) and _wanted(parts, ends):
-            folder = posixpath.dirname(member.name) if member.issym() else ""
-            links[parts] = _parts(posixpath.normpath(posixpath.join(folder, member.linkname)))
+    for member in tar_members(tar):
+        header = member.header
+        if header.isreg() and _wanted(member.parts, ends):
+            yield FoundFile(member.parts, header.size, member.data)
+        elif (header.issym() or header.islnk()) and _wanted(member.parts, ends):
+            folder = posixpath.dirname(header.name) if header.issym() else ""
+            links[member.parts] = _parts(posixpath.normpath(posixpath.join(folder, header.linkname)))
     if not links:
         return
     for _ in range(_LINKS):
         links = {parts: links.get(target, target) for parts, target in links.items()}
     targets = set(links.values())
-    found = {parts: m for parts, m, _ in tar_members(url, start, end) if m.isreg() and parts in targets}
+    found = {m.parts: m.data for m in tar_members(tar) if m.header.isreg() and m.parts in targets}
     for parts, target in links.items():
-        if m := found.get(target):
-            yield Entry(parts, m.size, RangeImage(url, m.offset_data, m.size))
+        if data := found.get(target):
+            yield FoundFile(parts, data.size, data)
 
 
-def tar_members(
-    url: str, start: int, end: int
-) -> Iterator[tuple[tuple[str, ...], tarfile.TarInfo, Callable[[], bytes]]]:
-    """Yield the members of the tar between two bytes of the file at `url`, in the tar's order: the parts of its name,
-    its header with offsets counted from the beginning of that file, and a way to read it before the next one is taken.
+class TarMember(NamedTuple):
+    """A member of a tar: the parts of its name, its header, where its data lie, and a way to read them while the tar
+    is listed, before the next member is taken, from what was read ahead.
     """
-    ranged = _Ranged(url, start, end)
+
+    parts: tuple[str, ...]
+    header: tarfile.TarInfo
+    data: ByteRange
+    read: Callable[[], bytes]
+
+
+def tar_members(tar: ByteRange) -> Iterator[TarMember]:
+    """Yield the members of a tar in its own order.
+
+    Raises:
+        DataError: it is broken, or holds a sparse file.
+        StorageError: it cannot be reached.
+    """
+    reader = RangeReader(tar)
     try:
-        with tarfile.open(fileobj=ranged, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             # an empty tar is not asked for a second member: Python 3.10 would look before its beginning
-            while (tar.firstmember or tar.offset) and (member := tar.next()):  # type: ignore[attr-defined]
-                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
+            while (archive.firstmember or archive.offset) and (member := archive.next()):  # type: ignore[attr-defined]
+                archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
                 if member.issparse():
                     raise DataError(
-                        f"source {url}: '{member.name}' is packed as a sparse file; pack it without --sparse"
+                        f"source {tar.url()}: '{member.name}' is packed as a sparse file; pack it without --sparse"
                     )
-                yield _parts(member.name), member, partial(_read_member, ranged, member)
-            ranged.seek(tar.offset)
+                data = tar.within(member.offset_data, member.size)
+                yield TarMember(_parts(member.name), member, data, partial(_read_member, reader, member))
+            end = archive.offset
     except DataError:
         raise
     except (tarfile.TarError, ValueError) as e:
-        raise DataError(f"source {url}: a broken tar: {e}") from None
-    if ranged.read(_AFTER_END).strip(b"\0"):
-        raise DataError(f"source {url}: a broken tar, or several put together: what is at byte {tar.offset}?")
+        raise DataError(f"source {tar.url()}: a broken tar: {e}") from None
+    reader.seek(end)
+    if reader.read(_AFTER_END).strip(b"\0"):
+        at = tar.offset + end
+        raise DataError(f"source {tar.url()}: a broken tar, or several put together: what is at byte {at}?")
 
 
-def _read_member(ranged: _Ranged, member: tarfile.TarInfo) -> bytes:
-    ranged.seek(member.offset_data)
-    return ranged.read(member.size)
+def _read_member(reader: RangeReader, member: tarfile.TarInfo) -> bytes:
+    reader.seek(member.offset_data)
+    return reader.read(member.size)
 
 
-def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[Entry]:
+def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     try:
         end = storage.size(url)
-        with zipfile.ZipFile(_Ranged(url, 0, end)) as archive:
+        with zipfile.ZipFile(RangeReader(ByteRange(url, 0, end))) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
         raise DataError(f"source {url}: a broken zip: {e}") from None
@@ -244,55 +270,4 @@ def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[Entry]:
             raise DataError(f"source {url}: a broken zip: '{m.filename}' is said to lie outside it")
         deflated = m.compress_type == zipfile.ZIP_DEFLATED
         load = ZipImage(url, m.header_offset, ahead, m.compress_size, m.file_size, m.CRC, deflated)
-        yield Entry(parts, m.file_size, load)
-
-
-class _Ranged(io.RawIOBase):
-    """Bytes `start` to `end` of the file at `url`, as a file; positions count from the beginning of that file.
-
-    Read ahead in blocks: large ones where reads are close together, small ones where there is much between them.
-    """
-
-    def __init__(self, url: str, start: int, end: int) -> None:
-        self._url, self._at, self._end = url, start, end
-        self._block, self._from = b"", start
-        self._ahead, self._reads = _AHEAD[1], 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        at = (0, self._at, self._end)[whence] + offset
-        if at < 0:
-            raise OSError("before the beginning")
-        self._at = at
-        return at
-
-    def readinto(self, buffer: Any) -> int:
-        n = min(len(buffer), self._end - self._at)
-        if n <= 0:
-            return 0
-        skip = self._at - self._from
-        if not 0 <= skip <= len(self._block) - n:
-            self._fetch(n)
-            skip = 0
-        buffer[:n] = self._block[skip : skip + n]
-        self._at += n
-        self._reads += 1
-        return n
-
-    def _fetch(self, n: int) -> None:
-        """The block at the position, of at least `n` bytes."""
-        if self._reads > _DENSE:
-            self._ahead = min(2 * self._ahead, _AHEAD[2])
-        elif self._reads < _SPARSE:
-            self._ahead = max(self._ahead // 2, _AHEAD[0])
-        length = min(max(n, self._ahead), self._end - self._at)
-        try:
-            self._block = storage.read_range(self._url, self._at, length)
-        except FileNotFoundError as e:
-            raise storage.StorageError(f"{self._url}: {type(e).__name__}: {e}") from None
-        self._from, self._reads = self._at, 0
+        yield FoundFile(parts, m.file_size, load)

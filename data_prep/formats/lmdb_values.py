@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from data_prep.formats.ranges import ByteRange
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
@@ -29,14 +30,6 @@ _TYPES = 0x2F  # bits of a page's flags that say what it is
 _BIG = 0x01  # of a node: in place of the value stands the number of the page where it begins
 _READING = 32  # pages read side by side: on a network nearly all of the time is waiting
 _BATCH = 4096  # pages held at once
-
-
-class LmdbFile(NamedTuple):
-    """A data file (`data.mdb`) of `size` bytes that begins at byte `offset` of the file at `url`."""
-
-    url: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Values:
         return bytes(self.keys[self.ends[row - 1] if row else 0 : self.ends[row]])
 
 
-def list_values(file: LmdbFile) -> Values:
+def list_values(file: ByteRange) -> Values:
     """All values of the table, without reading any of them.
 
     Raises:
@@ -94,7 +87,7 @@ class _Table(NamedTuple):
     root: int
 
 
-def _table(file: LmdbFile) -> _Table:
+def _table(file: ByteRange) -> _Table:
     """The table as of the last transaction: of two meta pages the newer counts."""
     first = _meta(file, 0)
     page_size = first[4]
@@ -106,21 +99,21 @@ def _table(file: LmdbFile) -> _Table:
     return _Table(page_size, depth, branches + leaves, entries, root)
 
 
-def _meta(file: LmdbFile, start: int) -> tuple[int, ...]:
+def _meta(file: ByteRange, start: int) -> tuple[int, ...]:
     if file.size < start + _HEADER.size + _META.size:
-        raise DataError(f"{file.url}: {file.size:,} bytes are too few for the data file of an LMDB")
-    meta = _META.unpack(storage.read_range(file.url, file.offset + start + _HEADER.size, _META.size))
+        raise DataError(f"{file.name()}: {file.size:,} bytes are too few for the data file of an LMDB")
+    meta = _META.unpack(storage.read_range(file.url(), file.offset + start + _HEADER.size, _META.size))
     if meta[0] != _MAGIC:
-        raise DataError(f"{file.url}: not the data file of an LMDB of a 64-bit little-endian machine")
+        raise DataError(f"{file.name()}: not the data file of an LMDB of a 64-bit little-endian machine")
     if meta[1] != _VERSION:
-        raise DataError(f"{file.url}: an LMDB of data version {meta[1]}; this reads {_VERSION}, that of LMDB 0.9")
+        raise DataError(f"{file.name()}: an LMDB of data version {meta[1]}; this reads {_VERSION}, that of LMDB 0.9")
     return meta
 
 
 class _Page(NamedTuple):
     """A branch or leaf page, its number known to be right."""
 
-    file: LmdbFile
+    file: ByteRange
     number: int
     data: bytes
     nodes: int
@@ -139,7 +132,7 @@ class _Page(NamedTuple):
             elif flags == 0 and end + size <= page_size:
                 start = self.number * page_size + end
             elif flags & ~_BIG:
-                raise DataError(f"{self.file.url}: an LMDB of more than single values with their keys; not LSUN's")
+                raise DataError(f"{self.file.name()}: an LMDB of more than single values with their keys; not LSUN's")
             else:
                 raise _damaged(self.file, f"page {self.number:,}")
             if start + size > self.file.size:
@@ -158,14 +151,14 @@ class _Page(NamedTuple):
             raise _damaged(self.file, f"page {self.number:,}") from None
 
 
-def _pages(file: LmdbFile, table: _Table, numbers: Sequence[int], kind: int) -> Iterator[_Page]:
+def _pages(file: ByteRange, table: _Table, numbers: Sequence[int], kind: int) -> Iterator[_Page]:
     """The pages of those numbers, in order."""
     size = table.page_size
     if (max(numbers, default=0) + 1) * size > file.size:
         raise _cut_off(file)
 
     def read(number: int) -> bytes:
-        return storage.read_range(file.url, file.offset + number * size, size)
+        return storage.read_range(file.url(), file.offset + number * size, size)
 
     pool = ThreadPoolExecutor(_READING)
     try:
@@ -180,9 +173,9 @@ def _pages(file: LmdbFile, table: _Table, numbers: Sequence[int], kind: int) -> 
         pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage
 
 
-def _damaged(file: LmdbFile, what: str) -> DataError:
-    return DataError(f"{file.url}: a damaged LMDB ({what}); fetch it again")
+def _damaged(file: ByteRange, what: str) -> DataError:
+    return DataError(f"{file.name()}: a damaged LMDB ({what}); fetch it again")
 
 
-def _cut_off(file: LmdbFile) -> DataError:
-    return DataError(f"{file.url}: the LMDB is cut off: it goes on beyond its {file.size:,} bytes; fetch it again")
+def _cut_off(file: ByteRange) -> DataError:
+    return DataError(f"{file.name()}: the LMDB is cut off: it goes on beyond its {file.size:,} bytes; fetch it again")

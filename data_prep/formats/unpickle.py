@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eiwtrain.data.manifest import DataError
+from eiwtrain.storage import StorageError
 from eiwtrain.terminal.lines import one_line
 
 LARGE = 1 << 10  # bytes from which on a run of bytes stays in the file until it is known what it is for
@@ -62,11 +63,11 @@ def load_batch(data: bytes | BinaryIO, what: str, leave: bool = False) -> dict[s
         return {_text(key): _finished(value, file, leave) for key, value in batch.items()}
     except _Refused as e:
         raise DataError(f"{what}: {e}") from None
-    except OSError:
+    except (OSError, StorageError):
         raise
     except Exception as e:  # a damaged pickle raises anything
-        cause = one_line(e)
-        raise DataError(f"{what}: not a pickled batch, or damaged; not loaded ({type(e).__name__}: {cause})") from None
+        cause = f"{type(e).__name__}: {one_line(e)}"
+        raise DataError(f"{what}: not a pickled batch, or damaged; not loaded ({cause})") from None
 
 
 class _Refused(ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-from data_prep.formats.files import Entry, list_files
+from data_prep.formats.files import FoundFile, list_files
 from data_prep.items import Item, Source
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
@@ -70,8 +70,8 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
     )
 
 
-def _by_name(path: str, entries: Iterable[Entry]) -> dict[str, Entry]:
-    images: dict[str, Entry] = {}
+def _by_name(path: str, entries: Iterable[FoundFile]) -> dict[str, FoundFile]:
+    images: dict[str, FoundFile] = {}
     for entry in entries:
         same = images.setdefault(entry.parts[-1], entry)
         if same is not entry:
@@ -82,7 +82,7 @@ def _by_name(path: str, entries: Iterable[Entry]) -> dict[str, Entry]:
     return images
 
 
-def _split_file(path: str, inside: Iterable[Entry]) -> tuple[str, bytes]:
+def _split_file(path: str, inside: Iterable[FoundFile]) -> tuple[str, bytes]:
     """The name of the split file and what is in it."""
     for entry in inside:
         return "/".join(entry.parts), entry.load()
@@ -112,7 +112,7 @@ def _read_splits(where: str, text: bytes) -> dict[str, str]:
     return split_of
 
 
-def _check_aligned(path: str, images: dict[str, Entry]) -> None:
+def _check_aligned(path: str, images: dict[str, FoundFile]) -> None:
     """By the first image: the crop would cut anything out of the photographs that the faces come from."""
     name = min(images)
     try:

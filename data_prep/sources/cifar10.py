@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep.formats.files import list_files, list_tar
-from data_prep.formats.rows import Batch, BatchItems, Part, gunzipped, part_of, pickled_batch
+from data_prep.formats.files import list_files, list_tar, range_of
+from data_prep.formats.ranges import ByteRange
+from data_prep.formats.rows import RowBatch, batch_items, gunzipped, pickled_batch
 from data_prep.formats.unpickle import load_batch
 from data_prep.items import Source
 from eiwtrain import storage
@@ -51,11 +52,11 @@ def cifar10(path: str) -> Source:
     make = _python_batch if kind == PYTHON else _binary_batch
     batches = {split: [make(files[name + kind], name) for name in names] for split, names in SPLITS.items()}
     _check_sizes(path, [batch for of_split in batches.values() for batch in of_split])
-    splits = {split: BatchItems(of_split) for split, of_split in batches.items()}
+    splits = {split: batch_items(of_split) for split, of_split in batches.items()}
     return Source("cifar10", splits, classes, remote=not storage.is_local(path))
 
 
-def _check_sizes(path: str, batches: list[Batch]) -> None:
+def _check_sizes(path: str, batches: list[RowBatch]) -> None:
     """All batches of CIFAR-10 have 10,000 images, so all of another size have one size."""
     sizes = {batch.name: len(batch.labels) for batch in batches}
     if len(set(sizes.values())) > 1:
@@ -63,58 +64,57 @@ def _check_sizes(path: str, batches: list[Batch]) -> None:
         raise DataError(f"source {path}: the batches hold different numbers of images ({found}); is one cut off?")
 
 
-def _files(path: str) -> Mapping[str, Part]:
+def _files(path: str) -> Mapping[str, ByteRange]:
     """All files by name, without their folders."""
     url = storage.absolute(path)
     if url.endswith((".tar.gz", ".tgz")):
         try:
-            return _in_archive(Part(url, 0, storage.size(url)))
+            return _in_archive(ByteRange(url, 0, storage.size(url)))
         except FileNotFoundError:
             raise DataError(f"source {path}: no such file") from None
-    files = {entry.parts[-1]: part_of(entry) for entry in list_files(url, ("",))}
+    files = {found.parts[-1]: range_of(found) for found in list_files(url, ("",))}
     for name in ARCHIVES:
         if name in files and not any(batch + k in files for batch in SPLITS["test"] for k in (PYTHON, BINARY)):
             return _in_archive(files[name])
     return files
 
 
-def _in_archive(part: Part) -> Mapping[str, Part]:
-    tar = gunzipped(part)
-    return {e.parts[-1]: tar.within(part_of(e).offset, e.size) for e in list_tar(tar.path(), ("",))}
+def _in_archive(file: ByteRange) -> Mapping[str, ByteRange]:
+    return {found.parts[-1]: range_of(found) for found in list_tar(gunzipped(file), ("",))}
 
 
-def _class_names(part: Part, kind: str) -> tuple[str, ...]:
+def _class_names(file: ByteRange, kind: str) -> tuple[str, ...]:
     if kind == PYTHON:
-        names = load_batch(part.read(), part.name()).get("label_names")
+        names = load_batch(file(), file.name()).get("label_names")
     else:
-        names = part.read().decode("utf-8", "replace").split()
+        names = file().decode("utf-8", "replace").split()
     if not isinstance(names, list) or len(names) != CLASSES or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{part.name()}: not the names of {CLASSES} classes")
+        raise DataError(f"{file.name()}: not the names of {CLASSES} classes")
     return tuple(names)
 
 
-def _python_batch(part: Part, name: str) -> Batch:
-    batch = pickled_batch(part, name)
+def _python_batch(file: ByteRange, name: str) -> RowBatch:
+    batch = pickled_batch(file, name)
     if batch.side != SIDE:
-        raise DataError(f"{part.name()}: images of {batch.side}x{batch.side} pixels, not {SIDE}x{SIDE}")
-    return _checked(batch, part)
+        raise DataError(f"{file.name()}: images of {batch.side}x{batch.side} pixels, not {SIDE}x{SIDE}")
+    return _checked(batch, file)
 
 
-def _binary_batch(part: Part, name: str) -> Batch:
-    rows, rest = divmod(part.size, _ROW)
+def _binary_batch(file: ByteRange, name: str) -> RowBatch:
+    rows, rest = divmod(file.size, _ROW)
     if rest or not rows:
         raise DataError(
-            f"{part.name()}: {part.size} bytes are no whole number of images of {_ROW} bytes; is it cut off?"
+            f"{file.name()}: {file.size} bytes are no whole number of images of {_ROW} bytes; is it cut off?"
         )
-    labels = np.frombuffer(part.read(), np.uint8)[::_ROW].astype(np.int64)
-    return _checked(Batch(name, part.file, part.offset + 1, _ROW, SIDE, labels), part)
+    labels = np.frombuffer(file(), np.uint8)[::_ROW].astype(np.int64)
+    return _checked(RowBatch(name, file.within(1, file.size - 1), _ROW, SIDE, labels), file)
 
 
-def _checked(batch: Batch, part: Part) -> Batch:
+def _checked(batch: RowBatch, file: ByteRange) -> RowBatch:
     if not len(batch.labels):
-        raise DataError(f"{part.name()}: no images in it")
+        raise DataError(f"{file.name()}: no images in it")
     if batch.labels.min() < 0 or batch.labels.max() >= CLASSES:
         raise DataError(
-            f"{part.name()}: labels from {batch.labels.min()} to {batch.labels.max()}, not 0 to {CLASSES - 1}"
+            f"{file.name()}: labels from {batch.labels.min()} to {batch.labels.max()}, not 0 to {CLASSES - 1}"
         )
     return batch

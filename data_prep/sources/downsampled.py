@@ -1,6 +1,6 @@
 """ImageNet at 32x32 or 64x64 pixels as downsampled by Chrabaszcz et al. 2017 (arXiv 1707.08819): its batch files.
 
-Part of the `imagenet` source, which says what they are comparable with.
+ByteRange of the `imagenet` source, which says what they are comparable with.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from data_prep.formats.files import Entry
-from data_prep.formats.rows import Batch, BatchItems, Part, npz_batch, part_of, pickled_batch, zip_members
+from data_prep.formats.files import FoundFile, range_of
+from data_prep.formats.ranges import ByteRange
+from data_prep.formats.rows import RowBatch, batch_items, npz_batch, pickled_batch, zip_members
+from data_prep.items import LazyItems
 from eiwtrain.data.manifest import DataError
 
 CLASSES = 1000
@@ -18,7 +20,7 @@ _BATCH = re.compile(r"(train_data_batch_(\d+)|val_data)(\.npz)?")
 _ZIP = re.compile(r"imagenet\d+_(train|val)(_part\d+)?(_npz)?\.zip", re.IGNORECASE)
 
 
-def read_downsampled(path: str, files: Sequence[Entry]) -> tuple[dict[str, BatchItems], int] | None:
+def read_downsampled(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, LazyItems], int] | None:
     """The splits `train` and `val`, and the side of the images in pixels; None where there are no such batches.
 
     They are pickles or npz files called train_data_batch_1, ... and val_data, in any folder of `path` or in the zips as
@@ -30,10 +32,10 @@ def read_downsampled(path: str, files: Sequence[Entry]) -> tuple[dict[str, Batch
         DataError: a batch is missing, twice there or damaged, or they do not fit each other.
         StorageError: they cannot be reached, or there is no room for what has to be unpacked.
     """
-    parts: dict[str, Part] = {}
-    for name, part in _batch_files(files):
-        if (known := parts.setdefault(name, part)) is not part:
-            raise DataError(f"source {path}: {name} is there twice, in {known.name()} and in {part.name()}")
+    parts: dict[str, ByteRange] = {}
+    for name, file in _batch_files(files):
+        if (known := parts.setdefault(name, file)) is not file:
+            raise DataError(f"source {path}: {name} is there twice, in {known.name()} and in {file.name()}")
     if not parts:
         return None
     numbers = sorted(int(name.rpartition("_")[2]) for name in parts if name != "val_data")
@@ -46,25 +48,24 @@ def read_downsampled(path: str, files: Sequence[Entry]) -> tuple[dict[str, Batch
         raise DataError(
             f"source {path}: {first.name} has images of {first.side} pixels a side, {other[0].name} of {other[0].side}"
         )
-    return {"train": BatchItems(batches[:-1]), "val": BatchItems(batches[-1:])}, first.side
+    return {"train": batch_items(batches[:-1]), "val": batch_items(batches[-1:])}, first.side
 
 
-def _batch_files(files: Sequence[Entry]) -> Iterator[tuple[str, Part]]:
+def _batch_files(files: Sequence[FoundFile]) -> Iterator[tuple[str, ByteRange]]:
     """Names of batches, without suffix, and where they are."""
     for entry in files:
         name = entry.parts[-1]
         if _BATCH.fullmatch(name):
-            yield name.removesuffix(".npz"), part_of(entry)
+            yield name.removesuffix(".npz"), range_of(entry)
         elif _ZIP.fullmatch(name):
-            for member, part in zip_members(part_of(entry)).items():
+            for member, file in zip_members(range_of(entry)).items():
                 if _BATCH.fullmatch(base := member.rpartition("/")[2]):
-                    yield base.removesuffix(".npz"), part
+                    yield base.removesuffix(".npz"), file
 
 
-def _batch(part: Part, name: str) -> Batch:
-    with part.open() as file:
-        is_zip = file.read(2) == b"PK"
-    batch = npz_batch(part, name) if is_zip else pickled_batch(part, name)
+def _batch(file: ByteRange, name: str) -> RowBatch:
+    is_zip = file.size > 1 and file.within(0, 2)() == b"PK"
+    batch = npz_batch(file, name) if is_zip else pickled_batch(file, name)
     if len(batch.labels) == 0 or batch.labels.min() < 1 or batch.labels.max() > CLASSES:
-        raise DataError(f"{part.name()}: its {len(batch.labels)} labels are not all from 1 to {CLASSES}")
+        raise DataError(f"{file.name()}: its {len(batch.labels)} labels are not all from 1 to {CLASSES}")
     return replace(batch, labels=batch.labels - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from data_prep.formats.files import Entry, list_files
+from data_prep.formats.files import FoundFile, list_files
 from data_prep.items import IMAGE_SUFFIXES, Item, Source
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
@@ -40,7 +40,7 @@ def folder(path: str) -> Source:
     return Source("folder", splits, tuple(classes), remote=not storage.is_local(path))
 
 
-def _split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
     """Entries by split, without the folder of the split in their names."""
     tops = {parts[0] if len(parts) > 1 else "" for parts, _, _ in entries}
     kinds = {top: top.lower() for top in tops}
@@ -53,20 +53,20 @@ def _split(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
             f"{', '.join(repr(s or '.') for s in strays[:3])}; move them away, or the test images would be trained on"
         )
     if len(tops) == 1 and not strays:
-        return {"train": [Entry(parts[1:], size, load) for parts, size, load in entries]}
+        return {"train": [FoundFile(parts[1:], size, load) for parts, size, load in entries]}
     if len(trains) == 1 and not strays:
         names = {trains[0]: "train"} | ({evals[0]: "test"} if len(evals) == 1 else {top: top for top in evals})
-        splits: dict[str, list[Entry]] = {name: [] for name in names.values()}
+        splits: dict[str, list[FoundFile]] = {name: [] for name in names.values()}
         for parts, size, load in entries:
-            splits[names[parts[0]]].append(Entry(parts[1:], size, load))
+            splits[names[parts[0]]].append(FoundFile(parts[1:], size, load))
         return splits
     return {"train": list(entries)}
 
 
-def _without_common_top(entries: list[Entry]) -> list[Entry]:
+def _without_common_top(entries: list[FoundFile]) -> list[FoundFile]:
     """A tar often packs one folder: look inside it, unless it is a split or the only class."""
     while len({parts[0] for parts, _, _ in entries}) == 1 and min(len(parts) for parts, _, _ in entries) > 2:
         if entries[0][0][0].lower() in TRAIN_FOLDERS + EVAL_FOLDERS:
             break
-        entries = [Entry(parts[1:], size, load) for parts, size, load in entries]
+        entries = [FoundFile(parts[1:], size, load) for parts, size, load in entries]
     return entries

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from data_prep.formats.files import Entry, list_files, list_tar
-from data_prep.formats.rows import gunzipped, part_of
+from data_prep.formats.files import FoundFile, list_files, list_tar, range_of
+from data_prep.formats.rows import gunzipped
 from data_prep.items import IMAGE_SUFFIXES, Item, Source
 from data_prep.sources.downsampled import CLASSES, read_downsampled
 from eiwtrain import storage
@@ -51,7 +51,7 @@ _SYNSET = re.compile(r"n\d{8}")
 _SMALL = re.compile(r"(train|valid)_(32x32|64x64)(\.tar)?")
 _LISTING = 16  # tars of a remote source that are listed side by side
 
-Named = list[tuple[str, str, Entry]]  # synset or "", name, file
+Named = list[tuple[str, str, FoundFile]]  # synset or "", name, file
 
 
 def imagenet(path: str, val_labels: str | None = None) -> Source:
@@ -120,7 +120,7 @@ def describe(variant: str, side: int | None, train: int, val: int) -> str:
 
 
 def _original(
-    path: str, files: Sequence[Entry], val_labels: str | None, remote: bool
+    path: str, files: Sequence[FoundFile], val_labels: str | None, remote: bool
 ) -> tuple[dict[str, list[Item]], tuple[str, ...]] | None:
     """Splits and synsets."""
     train = _images("train", TRAIN_TAR, files, remote)
@@ -152,14 +152,14 @@ def _original(
     return splits, classes
 
 
-def _place(image: tuple[str, str, Entry]) -> tuple[str, str]:
+def _place(image: tuple[str, str, FoundFile]) -> tuple[str, str]:
     return image[:2]
 
 
-def _images(split: str, tar: str, files: Sequence[Entry], remote: bool) -> Named:
+def _images(split: str, tar: str, files: Sequence[FoundFile], remote: bool) -> Named:
     """The images of a split: those in class folders, those in the tars of other classes, or else those in `tar`."""
     found: Named = []
-    tars: dict[str, Entry] = {}
+    tars: dict[str, FoundFile] = {}
     for entry in files:
         parts = entry.parts[len(_KAGGLE) :] if entry.parts[: len(_KAGGLE)] == _KAGGLE else entry.parts
         if parts[0] != split or len(parts) not in (2, 3):
@@ -185,14 +185,13 @@ def _images(split: str, tar: str, files: Sequence[Entry], remote: bool) -> Named
     return found
 
 
-def _in_tar(entry: Entry, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Entry]:
+def _in_tar(entry: FoundFile, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
     """What lies in a tar, which may itself lie in a tar."""
-    part = part_of(entry)
-    return list_tar(part.path(), suffixes, part.offset, part.size)
+    return list_tar(range_of(entry), suffixes)
 
 
 def _flat_labels(
-    files: Sequence[Entry], names: Sequence[str], val_labels: str | None, number: Mapping[str, int]
+    files: Sequence[FoundFile], names: Sequence[str], val_labels: str | None, number: Mapping[str, int]
 ) -> dict[str, int]:
     """Labels of validation images outside class folders, by name; -1 where nothing tells them."""
     about = {e.parts[-1]: e for e in files if e.parts[-1] in (KAGGLE_LABELS, GROUND_TRUTH, META, DEVKIT)}
@@ -206,8 +205,8 @@ def _flat_labels(
         synsets = _parse_labels(about[KAGGLE_LABELS].load(), names, sorted(number), KAGGLE_LABELS)
     else:
         if DEVKIT in about and GROUND_TRUTH not in about:
-            kit = gunzipped(part_of(about[DEVKIT]))
-            about |= {e.parts[-1]: e for e in list_tar(kit.path(), (GROUND_TRUTH.lower(), META))}
+            kit = gunzipped(range_of(about[DEVKIT]))
+            about |= {e.parts[-1]: e for e in list_tar(kit, (GROUND_TRUTH.lower(), META))}
         if GROUND_TRUTH not in about or META not in about:
             return dict.fromkeys(names, -1)
         synsets = _from_devkit(about[GROUND_TRUTH].load(), about[META].load())
@@ -256,10 +255,10 @@ def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
         raise DataError(f"the development kit is damaged ({type(e).__name__}: {one_line(e)})") from None
 
 
-def _pixelrnn(path: str, files: Sequence[Entry]) -> tuple[dict[str, list[Item]], int] | None:
+def _pixelrnn(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, list[Item]], int] | None:
     """Splits, and the side of the images in pixels."""
-    images: dict[tuple[str, int], list[Entry]] = {}
-    tars: dict[tuple[str, int], Entry] = {}
+    images: dict[tuple[str, int], list[FoundFile]] = {}
+    tars: dict[tuple[str, int], FoundFile] = {}
     for entry in files:
         if (match := _SMALL.fullmatch(entry.parts[0])) is None:
             continue

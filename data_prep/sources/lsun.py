@@ -7,14 +7,13 @@ Of the 3 million bedrooms (tens of GB) that is 180 MB to read and 190 MB to keep
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from functools import partial
 
-from data_prep.formats.files import Entry, list_files
-from data_prep.formats.lmdb_values import LmdbFile, Values, list_values
-from data_prep.items import FileImage, Item, RangeImage, Source
+from data_prep.formats.files import FoundFile, ZipImage, list_files, range_of
+from data_prep.formats.lmdb_values import Values, list_values
+from data_prep.formats.ranges import ByteRange
+from data_prep.items import Item, LazyItems, Source, join_items
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
@@ -67,71 +66,35 @@ def lsun(path: str, categories: Sequence[str] = ()) -> Source:
                     f"source {path}: {has[0]} has a {split} LMDB and {missing[0]} has none; choose categories"
                 )
             continue
-        splits[split] = Images.of([Part(f"{c}_{split}", i, _unpacked(found[c, split])) for i, c in enumerate(classes)])
+        splits[split] = join_items(
+            [_images(f"{c}_{split}", label, _data_file(found[c, split])) for label, c in enumerate(classes)]
+        )
     return Source("lsun", splits, classes, _protocol(classes, splits), remote=not storage.is_local(path))
 
 
-class Part(NamedTuple):
-    """An LMDB: what stands before its keys in the names of its images, its label, its file."""
-
-    name: str
-    label: int
-    file: LmdbFile
+def _images(name: str, label: int, file: ByteRange) -> LazyItems:
+    """Return the images of an LMDB, whose `name` stands before their keys in the names of their sources."""
+    values = list_values(file)
+    return LazyItems(partial(_image, name, label, file, values), range(len(values)))
 
 
-@dataclass(frozen=True)
-class Images(Sequence[Item]):
-    """The images of several LMDBs one after another; items are made when they are asked for.
-
-    Attributes:
-        parts: the LMDBs.
-        values: of each.
-        ends: number of the first image after each.
-        rows: which of all their images are in this sequence.
-    """
-
-    parts: tuple[Part, ...]
-    values: tuple[Values, ...]
-    ends: tuple[int, ...]
-    rows: range
-
-    @classmethod
-    def of(cls, parts: Sequence[Part]) -> Images:
-        """All images of these LMDBs."""
-        values = tuple(list_values(part.file) for part in parts)
-        ends = tuple(sum(len(v) for v in values[: i + 1]) for i in range(len(values)))
-        return cls(tuple(parts), values, ends, range(ends[-1]))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Images: ...
-    def __getitem__(self, index: int | slice) -> Item | Images:
-        if isinstance(index, slice):
-            return replace(self, rows=self.rows[index])
-        row = self.rows[index]
-        which = bisect_right(self.ends, row)
-        row -= self.ends[which - 1] if which else 0
-        part, values = self.parts[which], self.values[which]
-        key, size = values.key(row).decode("ascii", "backslashreplace"), values.sizes[row]
-        return Item(part.label, f"{part.name}/{key}", size, RangeImage(part.file.url, values.starts[row], size))
+def _image(name: str, label: int, file: ByteRange, values: Values, row: int) -> Item:
+    key, size = values.key(row).decode("ascii", "backslashreplace"), values.sizes[row]
+    return Item(label, f"{name}/{key}", size, ByteRange(file.file, values.starts[row], size))
 
 
-def _find(path: str) -> dict[tuple[str, str], Entry]:
+def _find(path: str) -> dict[tuple[str, str], FoundFile]:
     """The data file, or else the zip, of each (category, split)."""
     top = path.rsplit("/", 1)[-1]
     if top.endswith(".mdb"):
         try:
-            entries = [Entry((top,), storage.size(path), FileImage(path))]
+            entries = [FoundFile((top,), storage.size(path), ByteRange(path))]
         except FileNotFoundError:
             raise DataError(f"source {path}: no such file") from None
         top = path.split("/")[-2] if top == _DATA else top
     else:
         entries = list_files(path, (_DATA, ".zip"))
-    found: dict[tuple[str, str], Entry] = {}
+    found: dict[tuple[str, str], FoundFile] = {}
     for entry in sorted(entries, key=_is_zip):  # a zip counts where it has not been unpacked
         *folders, last = entry.parts
         name = last if _is_zip(entry) else folders[-1] if folders else top
@@ -149,21 +112,18 @@ def _find(path: str) -> dict[tuple[str, str], Entry]:
     return found
 
 
-def _is_zip(entry: Entry) -> bool:
+def _is_zip(entry: FoundFile) -> bool:
     return entry.parts[-1] != _DATA and entry.parts[-1].endswith(".zip")
 
 
-def _unpacked(entry: Entry) -> LmdbFile:
-    load = entry.load
-    if isinstance(load, FileImage) and not _is_zip(entry):
-        return LmdbFile(load.url, 0, entry.size)
-    if isinstance(load, RangeImage):
-        return LmdbFile(load.url, load.offset, entry.size)
-    archive = getattr(load, "url", "/".join(entry.parts))
+def _data_file(entry: FoundFile) -> ByteRange:
+    if isinstance(entry.load, ByteRange) and not _is_zip(entry):
+        return range_of(entry)
+    archive = entry.load.name() if isinstance(entry.load, (ByteRange, ZipImage)) else "/".join(entry.parts)
     raise DataError(f"source {archive}: an LMDB cannot be read in its zip; unpack it first: unzip {archive}")
 
 
-def _protocol(classes: Sequence[str], splits: dict[str, Images]) -> str:
+def _protocol(classes: Sequence[str], splits: dict[str, LazyItems]) -> str:
     """The categories, and whether it is not all of their images that there are to train on."""
     protocol = f"LSUN {', '.join(classes)}"
     train = len(splits.get("train", ()))

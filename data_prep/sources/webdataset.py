@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from braceexpand import braceexpand
 
 from data_prep.formats.files import list_files, tar_members
-from data_prep.items import FileImage, Item, RangeImage, Source
+from data_prep.formats.ranges import ByteRange
+from data_prep.items import Item, Source
 from data_prep.sources.folder import EVAL_FOLDERS, TRAIN_FOLDERS
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
@@ -46,7 +47,7 @@ class _Sample:
 
     tar: str
     key: str
-    image: RangeImage | None
+    image: ByteRange | None
     label: str
 
 
@@ -108,7 +109,7 @@ def _find_tars(path: str) -> list[_Tar]:
             raise DataError(f"source {path}: no such folder or tar") from None
         urls = [url]
         if about["type"] == "directory":
-            urls = [f.load.url for f in list_files(url, (".tar",)) if isinstance(f.load, FileImage)]
+            urls = [f.load.url() for f in list_files(url, (".tar",)) if isinstance(f.load, ByteRange)]
             if not urls:
                 raise DataError(f"source {path}: no .tar is in this folder or below it")
     if packed := [url for url in urls if url.endswith(_COMPRESSED)]:
@@ -134,18 +135,18 @@ def _size(url: str) -> int | None:
 def _list_tar(tar: _Tar, kinds: Sequence[str]) -> list[_Sample]:
     """List the samples of a tar by its headers; of members only those of `kinds`, which may hold a label, are read."""
     groups: list[tuple[str, dict[str, Any]]] = []
-    for parts, member, read in tar_members(tar.url, 0, tar.size):
+    for parts, header, data, read in tar_members(ByteRange(tar.url, 0, tar.size)):
         stem, dot, kind = parts[-1].partition(".")
         kind = kind.lower()
-        if not member.isreg() or not stem or not dot:
+        if not header.isreg() or not stem or not dot:
             continue
         key = "/".join((*parts[:-1], stem))
         if not groups or groups[-1][0] != key or kind in groups[-1][1]:
             groups.append((key, {}))
         if kind in IMAGES:
-            groups[-1][1][kind] = RangeImage(tar.url, member.offset_data, member.size)
+            groups[-1][1][kind] = data
         else:
-            groups[-1][1][kind] = read() if kind in kinds and member.size <= _LONGEST_JSON else b""
+            groups[-1][1][kind] = read() if kind in kinds and data.size <= _LONGEST_JSON else b""
     return [_sample(tar, key, members, kinds) for key, members in groups]
 
 

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.formats.files import Entry, list_files, list_tar
-from data_prep.items import RangeImage
+from data_prep.formats.files import FoundFile, list_files, list_tar
+from data_prep.formats.ranges import ByteRange
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 from eiwtrain.storage import StorageError
@@ -94,11 +94,11 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
     return buffer.getvalue()
 
 
-def names(entries: list[Entry]) -> list[str]:
+def names(entries: list[FoundFile]) -> list[str]:
     return ["/".join(entry.parts) for entry in entries]
 
 
-def contents(entries: list[Entry]) -> dict[str, bytes]:
+def contents(entries: list[FoundFile]) -> dict[str, bytes]:
     assert len(set(names(entries))) == len(entries)
     return {"/".join(entry.parts): entry.load() for entry in entries}
 
@@ -208,13 +208,13 @@ def test_a_tar_inside_a_tar_is_listed_where_it_lies(place: str) -> None:
     inner = {"first.tar": {"1.png": b"1" * 700, "2.png": b"2"}, "second.tar": {"3.png": b"3"}}
     outer = put(storage.join(place, "outer.tar"), "tar", {name: tar_of(files) for name, files in inner.items()})
     for entry in list_files(outer, (".tar",)):
-        assert isinstance(entry.load, RangeImage)
-        found = list_tar(entry.load.url, offset=entry.load.offset, size=entry.size)
+        assert isinstance(entry.load, ByteRange)
+        found = list_tar(entry.load)
         assert contents(found) == inner["/".join(entry.parts)]
         with pytest.raises(DataError, match="a broken tar"):
-            list_tar(entry.load.url, offset=entry.load.offset, size=600)
+            list_tar(entry.load.within(0, 600))
     with pytest.raises(DataError, match="a broken tar"):
-        list_tar(outer, offset=100)
+        list_tar(ByteRange(outer, 100, storage.size(outer) - 100))
 
 
 def test_of_a_far_tar_of_large_members_the_headers_are_read_and_of_small_ones_many_at_once(

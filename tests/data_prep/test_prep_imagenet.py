@@ -23,7 +23,7 @@ from batches import python2_pickle
 from PIL import Image
 
 from data_prep import prepare
-from data_prep.formats import rows
+from data_prep.formats import ranges
 from data_prep.items import Source
 from data_prep.sources import imagenet as module
 from data_prep.sources import read_source
@@ -373,7 +373,7 @@ def test_workers_that_come_together_unpack_once(tmp_path: Path, monkeypatch: pyt
     for path in (tmp_path / "temporary").rglob("*"):
         if path.is_file():
             path.unlink()
-    done, another, unpack = [], threading.Semaphore(0), rows._unpack
+    done, another, unpack = [], threading.Semaphore(0), ranges._unpack
 
     def unpack_when_another_comes(packed: Any, out: Any) -> None:
         done.append(packed.member)
@@ -383,7 +383,7 @@ def test_workers_that_come_together_unpack_once(tmp_path: Path, monkeypatch: pyt
             another.acquire(timeout=0.3)  # nobody may come while this one has not done
         unpack(packed, out)
 
-    monkeypatch.setattr(rows, "_unpack", unpack_when_another_comes)
+    monkeypatch.setattr(ranges, "_unpack", unpack_when_another_comes)
     with ThreadPoolExecutor(8) as pool:
         loaded = list(pool.map(lambda i: items[i % 3].load(), range(24)))
     assert all(np.array_equal(loaded[i], loaded[i % 3]) for i in range(24))

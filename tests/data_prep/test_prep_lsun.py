@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep import prepare
-from data_prep.formats.lmdb_values import LmdbFile, list_values
+from data_prep.formats.lmdb_values import list_values
+from data_prep.formats.ranges import ByteRange
 from data_prep.sources import lsun as module
 from data_prep.sources.lsun import lsun
 from eiwtrain import storage
@@ -48,14 +49,14 @@ def _write(folder: Path, values: dict[bytes, bytes], **options: Any) -> Path:
     return folder
 
 
-def _file(folder: Path) -> LmdbFile:
-    return LmdbFile(str(folder / "data.mdb"), 0, (folder / "data.mdb").stat().st_size)
+def _file(folder: Path) -> ByteRange:
+    return ByteRange(str(folder / "data.mdb"), 0, (folder / "data.mdb").stat().st_size)
 
 
-def _read(file: LmdbFile) -> dict[bytes, bytes]:
+def _read(file: ByteRange) -> dict[bytes, bytes]:
     """All keys and values, in the order of the listing."""
     values = list_values(file)
-    data = Path(file.url).read_bytes()
+    data = Path(file.url()).read_bytes()
     places = zip(values.starts, values.sizes, strict=True)
     return {values.key(row): data[start : start + size] for row, (start, size) in enumerate(places)}
 
@@ -278,7 +279,7 @@ def _listed_or_refused(content: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder, "data.mdb")).write_bytes(content)
         try:
-            values = list_values(LmdbFile(str(file), 0, len(content)))
+            values = list_values(ByteRange(str(file), 0, len(content)))
         except DataError as e:
             message = str(e)
         else:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.items import FileImage, Item, Source
+from data_prep.formats.ranges import ByteRange
+from data_prep.items import Item, Source
 from data_prep.splits import apply_rule
 from eiwtrain.data.manifest import DataError
 
@@ -28,7 +29,7 @@ class Made(Sequence[Item]):
     def __getitem__(self, index: int) -> Item:  # type: ignore[override]
         name = self.names[index]
         self.made += 1
-        return Item(-1, name, 1, FileImage(name))
+        return Item(-1, name, 1, ByteRange(name))
 
 
 def _source(**splits: Sequence[str]) -> Source:

@@ -1,0 +1,212 @@
+"""Bytes that lie in one piece: in a file at any URL, or in a packed file that is unpacked first. Not what they mean.
+
+A packed file is unpacked once on each machine, whole, into a file of the temporary folder that all processes there
+share, in `eiwtrain-unpacked-UID`. It stays for the next run; remove it when the data set is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from data_prep.formats.unpickle import load_batch
+from eiwtrain import storage
+from eiwtrain.data.manifest import DataError
+
+GZIP, PICKLE = "\0gzip", "\0pickle"  # no names of members
+_AT_ONCE = 1 << 22  # bytes a read of a file that is read from end to end
+_AHEAD = (1 << 12, 1 << 16, 1 << 22)  # bytes read ahead: at least, at first, at most
+_DENSE, _SPARSE = 8, 5  # reads from one block; a member of a tar takes two
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Some bytes of a file; calling it reads them, so it can be the loader of an item.
+
+    Attributes:
+        file: a URL, or a packed file.
+        offset: the first byte.
+        size: how many bytes; -1 for a whole file whose size is not known, which can only be called.
+    """
+
+    file: str | PackedFile
+    offset: int = 0
+    size: int = -1
+
+    def __call__(self) -> bytes:
+        """Read all of it.
+
+        Raises:
+            DataError: it cannot be read. A source that changes or breaks while it is read must not become rejects, or
+                another run would give another data set.
+        """
+        url = self.url()
+        try:
+            return storage.read_bytes(url) if self.size < 0 else storage.read_range(url, self.offset, self.size)
+        except (OSError, storage.StorageError) as e:
+            cause = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            raise DataError(f"source {url} cannot be read: {cause}") from None
+
+    def open(self) -> BinaryIO:
+        """Open it for reading at random; every read is retried as `eiwtrain.storage` does."""
+        return io.BufferedReader(RangeReader(self), _AT_ONCE)
+
+    def url(self) -> str:
+        """Return the URL of the file, which is unpacked now if it has to be."""
+        return self.file if isinstance(self.file, str) else str(unpacked(self.file))
+
+    def within(self, offset: int, size: int) -> ByteRange:
+        """Return the part of this range that begins `offset` bytes after its own beginning."""
+        return ByteRange(self.file, self.offset + offset, size)
+
+    def name(self) -> str:
+        """Return the name of the file for errors."""
+        return self.file if isinstance(self.file, str) else self.file.name()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A file that exists only once `inside` is unpacked.
+
+    Attributes:
+        inside: a gzip file, a zip, or a pickled batch.
+        member: of a zip, by name; `GZIP` for the content of a gzip file, `PICKLE` for the pixels of a batch, row by
+            row.
+        crc: CRC-32 of the bytes (of those of the tar that a gzip file holds, as it says itself): tells one state of
+            the archive from another.
+    """
+
+    inside: ByteRange
+    member: str
+    crc: int
+
+    def name(self) -> str:
+        """Return its name for errors."""
+        return self.inside.name() + ("" if self.member in (GZIP, PICKLE) else f"/{self.member}")
+
+
+def unpacked(packed: PackedFile) -> Path:
+    """Return the local file with the bytes of `packed`, which are unpacked unless they were before.
+
+    One process of the machine unpacks and the others wait; the file appears whole or not at all.
+
+    Raises:
+        DataError: the archive is damaged.
+        StorageError: there is no room, or it cannot be read.
+    """
+    path = _place(packed, tempfile.gettempdir())
+    if path.exists():
+        return path
+    folder = path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+            if not path.exists():
+                part = path.with_suffix(".part")
+                with open(part, "wb") as out:
+                    _unpack(packed, out)
+                part.replace(path)
+    except OSError as e:
+        cause = e.strerror or e
+        raise storage.StorageError(f"{packed.name()} cannot be unpacked to {folder}: {cause}") from None
+    return path
+
+
+@lru_cache(maxsize=64)
+def _place(packed: PackedFile, temporary: str) -> Path:
+    name = hashlib.sha256(repr(packed).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return Path(temporary, f"eiwtrain-unpacked-{os.getuid()}", name)
+
+
+def _unpack(packed: PackedFile, out: BinaryIO) -> None:
+    inside = packed.inside
+    if packed.member == PICKLE:
+        with inside.open() as file:
+            out.write(np.ascontiguousarray(load_batch(file, inside.name())["data"]).data)
+    elif packed.member == GZIP:
+        try:
+            with inside.open() as file, gzip.GzipFile(fileobj=file) as content:
+                shutil.copyfileobj(content, out, _AT_ONCE)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            raise DataError(f"{inside.name()}: the gzip file is damaged ({e})") from None
+    else:
+        with opened_zip(inside) as archive, archive.open(packed.member) as content:
+            shutil.copyfileobj(content, out, _AT_ONCE)
+
+
+@contextmanager
+def opened_zip(file: ByteRange) -> Iterator[zipfile.ZipFile]:
+    """Open a zip; its damages are DataErrors, also those found while it is read."""
+    try:
+        with file.open() as content, zipfile.ZipFile(content) as archive:
+            yield archive
+    except (zipfile.BadZipFile, EOFError, zlib.error) as e:
+        raise DataError(f"{file.name()}: no zip, or a damaged one ({e})") from None
+
+
+class RangeReader(io.RawIOBase):
+    """A range as a file that is read ahead in blocks.
+
+    Blocks are large where reads are close together, and small where there is much between them.
+    """
+
+    def __init__(self, file: ByteRange) -> None:
+        self._url, self._offset, self._size = file.url(), file.offset, file.size
+        self._at = 0
+        self._block, self._from = b"", 0
+        self._ahead, self._reads = _AHEAD[1], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = (0, self._at, self._size)[whence] + offset
+        if at < 0:
+            raise OSError("before the beginning")
+        self._at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        n = min(len(buffer), self._size - self._at)
+        if n <= 0:
+            return 0
+        skip = self._at - self._from
+        if not 0 <= skip <= len(self._block) - n:
+            self._fetch(n)
+            skip = 0
+        buffer[:n] = self._block[skip : skip + n]
+        self._at += n
+        self._reads += 1
+        return n
+
+    def _fetch(self, n: int) -> None:
+        """Read the block at the position, of at least `n` bytes."""
+        if self._reads > _DENSE:
+            self._ahead = min(2 * self._ahead, _AHEAD[2])
+        elif self._reads < _SPARSE:
+            self._ahead = max(self._ahead // 2, _AHEAD[0])
+        length = min(max(n, self._ahead), self._size - self._at)
+        try:
+            self._block = storage.read_range(self._url, self._offset + self._at, length)
+        except FileNotFoundError as e:
+            raise storage.StorageError(f"{self._url}: {type(e).__name__}: {e}") from None
+        self._from, self._reads = self._at, 0
