@@ -2,7 +2,7 @@
 
     python -m eiwtrain.export best --run runs/quickstart --output exported
 
-The same folder is a model that MLflow loads and serves (`eiwtrain.exporting.package`), laid out as Hugging Face's hub
+The same folder is a model that MLflow loads and serves (`eiwtrain.exporting.pyfunc`), laid out as Hugging Face's hub
 takes it. Registering it is the business of `eiwtrain.exporting.registry`.
 """
 

@@ -14,7 +14,7 @@ from eiwtrain import flow, storage
 from eiwtrain.checkpoints.checkpoint import Checkpoint
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import model_card, models, onnx, registry
-from eiwtrain.exporting.package import MLMODEL, note_size, package
+from eiwtrain.exporting.pyfunc import MLMODEL, note_size, package
 from eiwtrain.sampling import pictures
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.tracking import TrackedRun

@@ -23,7 +23,7 @@ _TASK = "unconditional-image-generation"
 _USE = """\
 ## How to use it
 
-With eiwtrain, of which `eiwtrain/flow` imports torch and safetensors alone:
+With eiwtrain installed, of which `eiwtrain.flow` imports torch and safetensors alone:
 
 ```python
 import torch
@@ -33,8 +33,7 @@ model = flow.load("path/to/this/folder")
 {sample}
 ```
 
-Without eiwtrain: a copy of `eiwtrain/flow` is in `code/`, and MLflow finds it by itself. Images are uint8 of shape
-(n, {height}, {width}, {channels}):
+Through MLflow, beside eiwtrain. Images are uint8 of shape (n, {height}, {width}, {channels}):
 
 ```python
 import mlflow
@@ -45,7 +44,7 @@ bits = mlflow.pyfunc.load_model("path/to/this/folder").predict(images{labels})  
 From the command line: `python -m eiwtrain.evaluate FOLDER --data DATA`, `python -m eiwtrain.sample FOLDER`.
 
 Weights are in `model.safetensors`, with the architecture in its header and, to be read, in `config.json`. Nothing in
-this folder is pickled.
+this folder is pickled, and none of it is code.
 """
 
 _LIMITS = """\

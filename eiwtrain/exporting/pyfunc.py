@@ -1,15 +1,17 @@
-"""An exported flow as MLflow calls it: uint8 images to bits per dimension. Travels with the model, beside a copy of
-`eiwtrain.flow`, so that neither loading nor serving needs eiwtrain.
+"""An exported flow as an MLflow model: its MLmodel file, and the function that maps uint8 images to bits per dimension.
 
-Not for the other direction: samples come of `eiwtrain.sample`, or of the flow itself.
+The model carries no code and nothing pickled: MLflow calls this module of the installed eiwtrain with the model's
+folder, whose weights are stored once. Not for the registry, nor for samples (`eiwtrain.sample`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,34 +19,68 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..flow import EIWFlow, bits_per_dim, load
+from eiwtrain import __version__
+from eiwtrain.flow import EIWFlow, bits_per_dim, load
+
+MLMODEL = "MLmodel"
+"""The file without which a folder is no model for MLflow."""
 
 _BATCH = 64  # images at once
 
 
-@contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Keep cuDNN from rounding float32 to TensorFloat-32, its default, and leave the program's setting as it was."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+def package(folder: Path, model: EIWFlow, examples: npt.NDArray[np.uint8], metadata: dict[str, Any]) -> None:
+    """Make the new folder a model for MLflow, except for the weights.
+
+    Args:
+        examples: images for the input example, uint8 (n, H, W, C).
+        metadata: JSON data that MLflow shows with the model.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # after the import, which sets a level of its own
+    params = [ParamSpec("draws", DataType.long, 1), ParamSpec("seed", DataType.long, 0)]
+    example: Any = examples
+    if model.config.classes:
+        params.append(ParamSpec("labels", DataType.long, [], shape=(-1,)))
+        example = examples, {"labels": [i % model.config.classes for i in range(len(examples))]}
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *examples.shape[1:]))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1,))]),
+        params=ParamSchema(params),
+    )
+    others = [f"{name}=={_version(name)}" for name in ("mlflow", "numpy", "safetensors", "torch")]
+    mlflow.pyfunc.save_model(
+        folder,
+        loader_module="eiwtrain.exporting.pyfunc",
+        signature=signature,
+        input_example=example,
+        pip_requirements=[f"eiwtrain=={__version__}", *others],
+        metadata=metadata,
+    )
+
+
+def note_size(folder: Path) -> None:
+    """Write the size of all files of the folder into MLmodel, for MLflow to show."""
+    from mlflow.models import Model
+
+    described = Model.load(str(folder / MLMODEL))
+    described.model_size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    described.save(str(folder / MLMODEL))
 
 
 class Scorer:
-    """What `mlflow.pyfunc.load_model` wraps."""
+    """The model that `mlflow.pyfunc.load_model` wraps."""
 
     def __init__(self, flow: EIWFlow) -> None:
         self.flow = flow
 
-    @torch.no_grad()
-    @_exact_float32()
     def predict(self, images: Any, params: dict[str, Any] | None = None) -> npt.NDArray[np.float32]:
-        """Bits per dimension of each image, float32 (n,): what the model needs to code it, lower is likelier.
+        """Return the bits per dimension of each image, float32 (n,): what the model needs to code it.
 
-        The dequantization noise of an image comes of `seed` and its own pixels, so that it scores the same, up to
-        rounding, at any place of any batch.
+        Lower is likelier. The dequantization noise of an image comes from `seed` and its own pixels, so that it scores
+        the same, up to rounding, at any place of any batch. The program's setting of TensorFloat-32 stays as it was.
 
         Args:
             images: uint8 (n, H, W, C).
@@ -61,12 +97,14 @@ class Scorer:
         labels = self._labels(params.get("labels"), len(pixels))
         config, device = self.flow.config, next(self.flow.parameters()).device
         scores = [np.empty(0, np.float32)]
-        for start in range(0, len(pixels), _BATCH):
-            some = pixels[start : start + _BATCH]
-            batch = torch.from_numpy(np.ascontiguousarray(some.transpose(0, 3, 1, 2))).to(device)
-            of_batch = None if labels is None else labels[start : start + _BATCH].to(device)
-            bound = self.flow.iwbo(batch, _noises(some, draws, seed, device), of_batch)
-            scores.append(bits_per_dim(bound, config.dims, config.n_bits).float().cpu().numpy())
+        # cuDNN's default rounds float32 to TensorFloat-32
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            for start in range(0, len(pixels), _BATCH):
+                some = pixels[start : start + _BATCH]
+                batch = torch.from_numpy(np.ascontiguousarray(some.transpose(0, 3, 1, 2))).to(device)
+                of_batch = None if labels is None else labels[start : start + _BATCH].to(device)
+                bound = self.flow.iwbo(batch, _noises(some, draws, seed, device), of_batch)
+                scores.append(bits_per_dim(bound, config.dims, config.n_bits).float().cpu().numpy())
         return np.concatenate(scores)
 
     def _checked(self, images: Any) -> npt.NDArray[np.uint8]:
@@ -90,13 +128,13 @@ class Scorer:
 
 
 def _load_pyfunc(path: str) -> Scorer:
-    """Called by MLflow with the model's folder."""
+    """Load the model from its folder, for MLflow."""
     device = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     return Scorer(load(path).to(device))
 
 
 def _noises(images: npt.NDArray[np.uint8], draws: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """`draws` times uniform noise in [0, 1) for images (n, H, W, C): float32 (n, C, H, W)."""
+    """Yield, `draws` times, uniform noise in [0, 1) for images (n, H, W, C): float32 (n, C, H, W)."""
     n, height, width, channels = images.shape
     digests = [hashlib.sha256(np.ascontiguousarray(image).data) for image in images]
     generator = torch.Generator()
@@ -108,3 +146,8 @@ def _noises(images: npt.NDArray[np.uint8], draws: int, seed: int, device: torch.
             generator.manual_seed(int.from_bytes(own.digest()[:8], "big", signed=True))
             torch.rand(row.shape, generator=generator, out=row)
         yield noise.to(device)
+
+
+def _version(name: str) -> str:
+    """Return the version in use, without the build that it came from (2.13.0+cpu), which a registry may not have."""
+    return importlib.metadata.version(name).partition("+")[0]

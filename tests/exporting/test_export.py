@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from PIL import Image
 from small_run import commit, small_flow, tracked
@@ -14,24 +16,23 @@ from small_run import commit, small_flow, tracked
 from eiwtrain import export, flow, storage
 from eiwtrain.exporting import assemble, models, pyfunc
 
-NO_EIWTRAIN = """
+WITHOUT = """
 import importlib.abc, sys
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {hidden}:
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError("No module named " + repr(name))
 sys.meta_path.insert(0, Hidden())
+sys.path.insert(0, {root!r})
 """
 
 
 def run_without(hidden, code, folder):
-    """What the code prints in a process that cannot import these packages."""
-    code = NO_EIWTRAIN.replace("{hidden}", repr(set(hidden))) + code
-    done = subprocess.run(
+    """Run the code in a process that cannot import these packages."""
+    code = WITHOUT.format(hidden=set(hidden), root=str(Path(flow.__file__).parents[2])) + code
+    return subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -73,39 +74,35 @@ def test_an_exported_model_has_the_bits_of_the_trained_one(folder):
 
 
 def test_the_weights_load_where_only_torch_and_safetensors_are(folder, tmp_path):
-    """To the last bit, by the copy of the flow that travels with the model."""
-    (package,) = (folder / "code").iterdir()
     code = f"""
-import sys
-sys.path.insert(0, {str(folder / "code")!r})
 import torch
-from {package.name} import flow
+from eiwtrain import flow
 g = torch.Generator().manual_seed
 pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=g(1))
 noise = torch.rand(5, 3, 8, 8, generator=g(2))
 torch.set_num_threads({torch.get_num_threads()})
 print(flow.load({str(folder)!r}).bits_per_dim(pixels, noise).tolist())
 """
-    hidden = ["eiwtrain", "mlflow", "numpy", "fsspec", "yaml", "pydantic", "PIL", "ray", "deepspeed"]
+    done = run_without(["mlflow", "numpy", "fsspec", "yaml", "pydantic", "PIL", "ray", "deepspeed"], code, tmp_path)
     noise = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     expected = small_flow(seed=6).bits_per_dim(pixels(), noise).tolist()
-    assert json.loads(run_without(hidden, code, tmp_path)) == expected
+    assert json.loads(done.stdout) == expected, done.stderr[-2000:]  # to the last bit
 
 
-def test_mlflow_loads_it_without_eiwtrain_and_gives_bits_per_dim_of_each_image(folder, tmp_path):
-    images = pixels().permute(0, 2, 3, 1).contiguous().numpy()
-    np.save(tmp_path / "images.npy", images)
-    code = f"""
-import mlflow, numpy, json
-model = mlflow.pyfunc.load_model({str(folder)!r})
-images = numpy.load({str(tmp_path / "images.npy")!r})
-print(json.dumps([model.predict(images).tolist(), model.predict(images, params={{"draws": 8, "seed": 1}}).tolist()]))
-"""
-    one, eight = json.loads(run_without(["eiwtrain"], code, tmp_path))
-    noise = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    other_draw = small_flow(seed=6).bits_per_dim(pixels(), noise).detach()
-    np.testing.assert_allclose(one, other_draw, atol=0.1)  # near, not the same
-    assert all(a != b for a, b in zip(one, eight, strict=True))
+def test_loading_a_model_runs_only_code_that_is_installed(folder, tmp_path):
+    copy, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(folder, copy)
+    assert yaml.safe_load((copy / "MLmodel").read_text())["flavors"]["python_function"]["code"] is None
+    for planted in ("code/eiwtrain", "code/eiwtrain/exporting", "eiwtrain"):
+        (copy / planted).mkdir(parents=True)
+        for name in ("__init__.py", "pyfunc.py"):
+            (copy / planted / name).write_text(f"open({str(ran)!r}, 'w')\n")
+    load = f"import mlflow; mlflow.pyfunc.load_model({str(copy)!r}); print('loaded')"
+    done = run_without([], load, tmp_path)
+    assert done.stdout == "loaded\n", done.stderr[-2000:]
+    without = run_without(["eiwtrain"], load, tmp_path)
+    assert without.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'eiwtrain'"
+    assert not ran.exists()
 
 
 def test_an_image_scores_the_same_at_any_place_of_any_batch(folder):
@@ -114,6 +111,9 @@ def test_an_image_scores_the_same_at_any_place_of_any_batch(folder):
     scores = model.predict(images)
     assert scores.dtype == np.float32
     assert (model.predict(images) == scores).all()
+    noise = torch.rand(70, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    other_draw = small_flow(seed=6).bits_per_dim(pixels(70), noise).detach()
+    np.testing.assert_allclose(scores, other_draw, atol=0.1)  # near, not the same
     np.testing.assert_allclose(model.predict(images[::-1].copy()), scores[::-1], rtol=1e-5)
     np.testing.assert_allclose(np.concatenate([model.predict(images[i : i + 1]) for i in range(3)]), scores[:3], 1e-5)
     assert (model.predict(images, params={"seed": 1}) != scores).mean() > 0.9
@@ -145,8 +145,7 @@ def test_predict_says_what_it_takes(folder, tmp_path):
 
 def test_nothing_in_the_folder_is_pickled_and_the_weights_are_there_once(folder):
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    files = {p: size for p, size in files.items() if "__pycache__" not in p}  # of loading it
-    assert {p.rpartition(".")[2] for p in files} == {"safetensors", "json", "md", "png", "yaml", "txt", "py", "MLmodel"}
+    assert {p.rpartition(".")[2] for p in files} == {"safetensors", "json", "md", "png", "yaml", "txt", "MLmodel"}
     assert [p for p in files if p.endswith(".safetensors")] == ["model.safetensors"]
     described = mlflow.models.Model.load(str(folder))
     assert described.model_size_bytes == pytest.approx(sum(files.values()), rel=0.01)
@@ -154,7 +153,7 @@ def test_nothing_in_the_folder_is_pickled_and_the_weights_are_there_once(folder)
     assert described.load_input_example(str(folder)).shape == (2, 8, 8, 3)
     assert Image.open(folder / "samples.png").width > 500
     requirements = (folder / "requirements.txt").read_text().split()
-    assert sorted(r.split("==")[0] for r in requirements) == ["mlflow", "numpy", "safetensors", "torch"]
+    assert sorted(r.split("==")[0] for r in requirements) == ["eiwtrain", "mlflow", "numpy", "safetensors", "torch"]
     assert not any("+" in r for r in requirements)
 
 
