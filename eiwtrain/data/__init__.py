@@ -1,6 +1,7 @@
-"""Shards to batches: what a data set is (manifest), in which order it is seen, how its images are read and batched.
+"""Turn shards into batches: what a data set is (manifest), the order of its samples, and how they are read.
 
-Names are imported on first use, so that `data_prep`, which needs the manifest alone, does not wait for torch.
+Not for making shards: that is `data_prep`, which needs the manifest only. Names are imported on first use, so that it
+does not wait for torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files of a remote data set, kept on local disk within a bound and shared by all processes of the node.
+"""Keep files of a remote data set on local disk, within a bound and shared by all processes of the node.
 
-Not for local data sets, which are read in place; only the note that their checksum was seen to hold is kept here.
+Not for local data sets, which are read in place; only a note that their checksum was right is kept here.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
 
 DEFAULT_CACHE_BYTES = 64 << 30
-_ABANDONED = 3600.0  # seconds after which a partial download is taken for left by a killed process
+_ABANDONED = 3600.0  # seconds after which a partial download counts as left by a killed process
 
 
 def default_cache_dir() -> Path:
-    """A folder of this user's in the machine's temporary folder, made for nobody else's eyes.
+    """Return this user's folder in the machine's temporary folder, which nobody else can read.
 
     Raises:
-        StorageError: somebody else has made it, who could put other images there.
+        StorageError: it belongs to somebody else, who could put other images there.
     """
     folder = Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    if folder.lstat().st_uid not in (0, os.getuid()):  # root, who could do so anyway, makes volumes
+    if folder.lstat().st_uid not in (0, os.getuid()):  # root, which could do so anyway, creates volumes
         raise storage.StorageError(f"data.cache_dir: {folder} belongs to somebody else; name another folder")
     return folder
 
 
 class ShardCache:
-    """Files named by checksum, the least recently used removed when a new one would pass `limit` bytes.
+    """Hold files by their checksum; remove the least recently used ones when a new one would exceed `limit` bytes.
 
-    One shard is always kept, however small the limit; shards that are being downloaded at the same moment by other
-    processes can pass it for that moment.
+    One shard is always kept, however small the limit. Shards that other processes are downloading can exceed the limit
+    for that moment.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def path(self, shard: Shard) -> Path:
-        """Where the shard lies when it is here."""
+        """Return the local path of the shard, whether or not it is there."""
         return self.folder / f"{shard.sha256}.tar"
 
     def fetch(self, url: str, shard: Shard) -> Path:
-        """The local path of the shard of the data set at `url`, downloaded and verified when it is not here yet.
+        """Return the local path of a shard of the data set at `url`; download and verify it where it is not here yet.
 
         Raises:
             DataError: it is missing, or its size or checksum is not the manifest's.
@@ -61,11 +61,11 @@ class ShardCache:
         )
 
     def has(self, shard: Shard) -> bool:
-        """Whether the shard is here."""
+        """Return whether the shard is on this machine."""
         return self.path(shard).exists()
 
     def sidecar(self, url: str, shard: Shard) -> Sidecar:
-        """The shard's sidecar, verified, and kept as the shard is where the data set is remote; raises as `fetch`."""
+        """Return the verified sidecar of a shard, cached like it if the data set is remote. Raises as `fetch`."""
         where = storage.join(url, sidecar_name(shard.name))
         if storage.is_local(url):
             text = read_sidecar(url, shard.name)
@@ -74,11 +74,11 @@ class ShardCache:
         path = self.folder / f"{shard.sidecar_sha256}.json"
         while True:
             self._fetch(where, path, 0, lambda part: _check_sidecar(part.read_bytes(), shard))
-            with suppress(FileNotFoundError):  # it may be evicted between the two
+            with suppress(FileNotFoundError):  # another process may evict it in between
                 return sidecar_from_json(path.read_bytes(), where)
 
     def _fetch(self, url: str, path: Path, size: int, check: Callable[[Path], None]) -> Path:
-        """Have the file of `size` bytes at `url` at `path`, checked; what arrives as another is asked for once more."""
+        """Bring the file of `size` bytes at `url` to `path` and check it; if it arrives damaged, fetch it once more."""
         began = time.monotonic()
         with self._lock(f"fetch-{path.name[:3]}"), storage.waited(time.monotonic() - began):
             for last in (False, True):
@@ -104,7 +104,7 @@ class ShardCache:
         return path
 
     def verify_local(self, path: Path, shard: Shard) -> None:
-        """Check a shard that is read in place: its size always, its checksum once per node and change of the file.
+        """Check a shard that is read in place: its size every time, its checksum once a node and change of the file.
 
         Raises:
             DataError: it is missing, or its size or checksum is not the manifest's.
@@ -119,11 +119,11 @@ class ShardCache:
             if stat.st_size == shard.bytes and seen.read_text() == state:
                 return
         check_shard(path, shard)
-        with suppress(OSError, storage.StorageError):  # without the note other processes only check again
+        with suppress(OSError, storage.StorageError):  # without the note, other processes just check again
             storage.write_bytes(str(seen), state.encode())
 
     def _evict(self, incoming: int) -> None:
-        """Make room for `incoming` bytes: partial downloads count, and go when they have been left behind."""
+        """Make room for `incoming` bytes. Partial downloads count; those that a killed process left are deleted."""
         files = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
@@ -139,7 +139,7 @@ class ShardCache:
         for _, size, path in sorted(files):
             if total <= self.limit:
                 return
-            Path(path).unlink(missing_ok=True)  # who has it mapped keeps reading; the disk is free when they let go
+            Path(path).unlink(missing_ok=True)  # processes that have it mapped keep reading
             total -= size
 
     @contextmanager
@@ -154,10 +154,10 @@ class ShardCache:
 
 
 def check_shard(path: Path, shard: Shard) -> None:
-    """Compare a local file with what the manifest says of the shard.
+    """Compare a local file with the size and checksum of the shard in the manifest.
 
     Raises:
-        DataError: names the shard and what differs.
+        DataError: they differ; the message names the shard and the difference.
     """
     size = path.stat().st_size
     if size != shard.bytes:

@@ -1,12 +1,12 @@
-"""What the shards of a data set are: the manifest of the whole, the sidecar of each shard, and their JSON.
+"""Describe the shards of a data set: the manifest of the whole, the sidecar of each shard, and their JSON.
 
-The one thing that `data_prep` (which writes) and `eiwtrain.data` (which reads) share. Holds no pixels and no order.
+This is all that `data_prep` (which writes) and `eiwtrain.data` (which reads) share. It holds no pixels and no order.
 
 A data set is a folder at any fsspec URL:
 
     manifest.json        written last: without it there is no data set
     train-000000.tar     WebDataset tar: key.png (or key.npy) + key.json per image
-    train-000000.json    its sidecar: checksum, what was left out, and where each image lies inside the tar
+    train-000000.json    its sidecar: checksum, what was left out, and where each image is inside the tar
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _USUAL_SPLITS = ("train", "val", "test", "valid", "validation", "testing", "eval
 
 
 class DataError(ValueError):
-    """A data set is absent, damaged or not what was asked for; the message is one line."""
+    """A data set is absent, damaged or not the one that was asked for; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: its file name, how many images it holds, its size in bytes, its hex SHA-256 and that of its sidecar.
+    """One tar: its file name, its number of images, its size in bytes, its hex SHA-256 and that of its sidecar.
 
-    Inside the sidecar itself the last is empty.
+    Inside the sidecar itself, `sidecar_sha256` is empty.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """A named part of the data set. Sample i of it is image i of its shards laid end to end."""
+    """A named part of the data set. Its sample i is image i of its shards laid end to end."""
 
     name: str
     samples: int
@@ -59,16 +59,16 @@ class Manifest:
     """A whole data set.
 
     Attributes:
-        name: what people call it; not part of the fingerprint.
+        name: for people; not part of the fingerprint.
         resolution: height and width of every image, in pixels.
         channels: 3 (RGB).
-        preprocessing: {"name", "version", "params"} of what was done to the pixels.
+        preprocessing: {"name", "version", "params"}: what was done to the pixels.
         splits: by name.
         fingerprint: SHA-256 over the shards' checksums and the preprocessing: equal exactly when the bytes are.
         classes: class names; a sample's label is an index into them, -1 where it has none.
-        plan: SHA-256 of what was asked of `data_prep`; tells an unfinished or repeated run from another data set.
-        duplicates: by split, how many of its images have the very pixels of another one, of any split, that comes
-            before it when the splits for evaluation come first.
+        plan: SHA-256 of the task of `data_prep`; shows whether an unfinished data set belongs to the same task.
+        duplicates: by split, how many of its images have exactly the pixels of an earlier one, in any split; the
+            splits for evaluation come first.
     """
 
     name: str
@@ -83,12 +83,12 @@ class Manifest:
 
     @property
     def encoding(self) -> str:
-        """How the images are stored, one of `ENCODINGS`."""
+        """The format of the stored images, one of `ENCODINGS`."""
         return str(self.preprocessing["params"].get("encoding", "png"))
 
     @property
     def protocol(self) -> str:
-        """What tells figures on this data set from figures on others of its name; empty where nothing does."""
+        """The settings with which scores on this data set cannot be compared with others; else empty."""
         params = self.preprocessing["params"]
         source = params.get("source", {})
         of_source = str(source.get("protocol", "")) if isinstance(source, dict) else ""
@@ -99,14 +99,14 @@ class Manifest:
 
     @property
     def title(self) -> str:
-        """What to call it beside a score: its name, and its protocol where it has one."""
+        """The name to print beside a score, with the protocol where there is one."""
         return f"{self.name} ({self.protocol})" if self.protocol else self.name
 
     def split(self, name: str) -> Split:
-        """The split of that name.
+        """Return the split of that name.
 
         Raises:
-            DataError: there is none, or it holds no samples.
+            DataError: there is no such split, or it holds no samples.
         """
         if name not in self.splits:
             raise DataError(f"data set '{self.name}' has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
@@ -117,14 +117,14 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of one shard: its checksum, what was left out of it, and where each image lies inside it.
+    """The facts about one shard: its checksum, what was left out of it, and where each image is inside it.
 
     Attributes:
         shard: name, samples, bytes, sha256.
         plan: the plan of the data set it belongs to.
         rejects: {"key", "source", "reason"} of each item that could not be decoded.
-        keys, labels, offsets, sizes, digests: one entry per image: WebDataset key, class index, first byte and length
-            of the image inside the tar, digest of its pixels.
+        keys, labels, offsets, sizes, digests: one entry an image: WebDataset key, class index, first byte and length of
+            the image inside the tar, digest of its pixels.
         dropped: {"key", "source", "digest", "reason"} of each image that was left out as a duplicate.
     """
 
@@ -140,23 +140,23 @@ class Sidecar:
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of shard `number` of `split`."""
+    """Return the file name of shard `number` of `split`."""
     return f"{split}-{number:06d}.tar"
 
 
 def sidecar_name(shard: str) -> str:
-    """File name of the sidecar of the shard of that file name."""
+    """Return the file name of the sidecar of a shard."""
     return shard.removesuffix(".tar") + ".json"
 
 
 def is_shard_file(name: str, splits: Iterable[str]) -> bool:
-    """Whether a file of that name is a shard or a sidecar of one of these splits, or of a split with a usual name."""
+    """Return whether a file name is that of a shard or sidecar of one of these splits, or of a usual split."""
     known = "|".join(map(re.escape, {*splits, *_USUAL_SPLITS}))
     return re.fullmatch(rf"({known})-\d{{6,}}\.(tar|json)", name) is not None
 
 
 def fingerprint(splits: Mapping[str, Split], preprocessing: Mapping[str, Any]) -> str:
-    """Hex SHA-256 over the checksums of all shards, in order, and the preprocessing."""
+    """Return the hex SHA-256 over the checksums of all shards, in order, and the preprocessing."""
     content = {
         "preprocessing": preprocessing,
         "splits": {name: [s.sha256 for s in split.shards] for name, split in splits.items()},
@@ -165,27 +165,27 @@ def fingerprint(splits: Mapping[str, Split], preprocessing: Mapping[str, Any]) -
 
 
 def canonical_json(content: Any) -> bytes:
-    """The same bytes for equal content: sorted keys, no spaces, ASCII."""
+    """Return the same bytes for equal content: sorted keys, no spaces, ASCII."""
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def digest(content: Any) -> str:
-    """Hex SHA-256 of the canonical JSON of `content`."""
+    """Return the hex SHA-256 of the canonical JSON of `content`."""
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def load_manifest(url: str) -> Manifest:
-    """The data set at `url`.
+    """Read the manifest of the data set at `url`.
 
     Raises:
-        DataError: nothing there, or not a data set of this format; says which field is wrong.
+        DataError: there is no data set, or its format is another one; the message names the field that is wrong.
         StorageError: storage cannot be reached.
     """
     return manifest_from_json(read_manifest(url), storage.join(url, MANIFEST_NAME))
 
 
 def read_manifest(url: str) -> bytes:
-    """The bytes of the manifest of the data set at `url`; raises as `load_manifest` where nothing is there."""
+    """Return the bytes of the manifest of the data set at `url`. Raises as `load_manifest`."""
     try:
         return storage.read_bytes(storage.join(url, MANIFEST_NAME))
     except (FileNotFoundError, NotADirectoryError):
@@ -193,7 +193,7 @@ def read_manifest(url: str) -> bytes:
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:
-    """`manifest` as the bytes of `manifest.json`."""
+    """Return the bytes of `manifest.json`."""
     content = {
         "format": MANIFEST_FORMAT,
         "name": manifest.name,
@@ -213,10 +213,10 @@ def manifest_to_json(manifest: Manifest) -> bytes:
 
 
 def manifest_from_json(text: bytes, where: str) -> Manifest:
-    """The manifest in `text`; `where` names it in errors.
+    """Parse a manifest; `where` names it in errors.
 
     Raises:
-        DataError: not JSON, another format, a field missing or of the wrong type, or figures that contradict.
+        DataError: it is not JSON, has another format, lacks a field, has one of a wrong type, or contradicts itself.
     """
     top = _Fields(_parse(text, where), where)
     _check_format(top, MANIFEST_FORMAT)
@@ -251,17 +251,17 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
 
 
 def load_sidecar(url: str, shard: str) -> Sidecar:
-    """The sidecar of the shard named `shard` of the data set at `url`.
+    """Read the sidecar of the shard named `shard` of the data set at `url`.
 
     Raises:
-        DataError: absent or damaged.
+        DataError: it is absent or damaged.
         StorageError: storage cannot be reached.
     """
     return sidecar_from_json(read_sidecar(url, shard), storage.join(url, sidecar_name(shard)))
 
 
 def read_sidecar(url: str, shard: str) -> bytes:
-    """The bytes of the sidecar of the shard named `shard`; raises as `load_sidecar`."""
+    """Return the bytes of the sidecar of the shard named `shard`. Raises as `load_sidecar`."""
     where = storage.join(url, sidecar_name(shard))
     try:
         return storage.read_bytes(where)
@@ -270,7 +270,7 @@ def read_sidecar(url: str, shard: str) -> bytes:
 
 
 def sidecar_to_json(sidecar: Sidecar) -> bytes:
-    """`sidecar` as the bytes of its file."""
+    """Return the bytes of the sidecar's file."""
     shard = vars(sidecar.shard)
     content = {
         "format": SIDECAR_FORMAT,
@@ -284,7 +284,7 @@ def sidecar_to_json(sidecar: Sidecar) -> bytes:
 
 
 def sidecar_from_json(text: bytes, where: str) -> Sidecar:
-    """The sidecar in `text`; `where` names it in errors.
+    """Parse a sidecar; `where` names it in errors.
 
     Raises:
         DataError: as `manifest_from_json`.
@@ -310,7 +310,7 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
 
 
 def _columns(sidecar: Sidecar) -> dict[str, tuple[Any, ...]]:
-    """The index, one entry per image in each column."""
+    """Return the index by column, with one entry an image."""
     return {
         "key": sidecar.keys,
         "label": sidecar.labels,
@@ -321,7 +321,7 @@ def _columns(sidecar: Sidecar) -> dict[str, tuple[Any, ...]]:
 
 
 def _texts(entries: list[_Fields], *names: str) -> tuple[dict[str, str], ...]:
-    """The entries, which must have strings of these names."""
+    """Return the entries; each must have strings of these names."""
     return tuple({name: entry.text(name) for name in names} for entry in entries)
 
 
@@ -349,7 +349,7 @@ def _shard(fields: _Fields, sidecar_sha256: str = "") -> Shard:
 
 @dataclass(frozen=True)
 class _Fields:
-    """A JSON object whose fields are taken by name and type; an error says which field of which file."""
+    """A JSON object whose fields are read by name and type; an error names the field and the file."""
 
     values: dict[str, Any]
     where: str

@@ -1,7 +1,7 @@
-"""Random numbers that belong to a sample: functions of (seed, stream, epoch, sample index), not of when or where.
+"""Make random numbers that belong to a sample: functions of (seed, stream, epoch, sample index), not of time or place.
 
-A counter-based generator: a sample has a key, and each of its numbers is a hash of the key and of its place.
-Whole-number arithmetic alone, so that CPUs and GPUs give the same bits, and only the key travels with an image.
+This is a counter-based generator: a sample has a key, and each of its numbers is a hash of the key and of its place.
+It uses integer arithmetic only, so that CPUs and GPUs give the same bits, and only the key travels with an image.
 
 The hash is the finalizer of SplitMix64 in its variant 13: Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014; D. Stafford, "Better bit mixing", 2011.
@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_GAMMA = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: keeps keys of small numbers apart
+_GAMMA = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: keeps the keys of small numbers apart
 _MULTIPLIERS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _SHIFTS = 30, 27, 31
-_COIN = 0xD1B54A32D192ED03  # any odd number; takes coins away from noise
+_COIN = 0xD1B54A32D192ED03  # any odd number; makes coins independent of noise
 _WORD = 1 << 64
 
 Keys = npt.NDArray[np.uint64]
 
 
 def sample_keys(seed: int, stream: int, epochs: npt.NDArray[np.int64], indices: npt.NDArray[np.int64]) -> Keys:
-    """A key for each sample, (n,), from its epoch and its index, (n,) each."""
+    """Return a key for each sample, (n,), from its epoch and its index, (n,) each."""
     keys = np.full(len(indices), seed % _WORD, np.uint64)
     for word in (np.uint64(stream), epochs.astype(np.uint64), indices.astype(np.uint64)):
         keys = _mix(keys + np.uint64(_GAMMA)) ^ word
@@ -34,12 +34,12 @@ def sample_keys(seed: int, stream: int, epochs: npt.NDArray[np.int64], indices: 
 
 
 def coins(keys: Keys) -> npt.NDArray[np.bool_]:
-    """A toss for each sample, (n,)."""
+    """Return a coin toss for each sample, (n,)."""
     return (_mix(keys + np.uint64(_COIN)) >> np.uint64(63)).astype(bool)
 
 
 def uniform(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers in [0, 1), multiples of 2^-24, for each sample: float32 (n, *shape), on the device of the keys.
+    """Return numbers in [0, 1), multiples of 2^-24, for each sample: float32 (n, *shape), on the device of the keys.
 
     Args:
         keys: int64 (n,), the bits of `sample_keys`.
@@ -49,14 +49,14 @@ def uniform(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     spare = torch.empty_like(hashed)
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, None), strict=True):
         torch.bitwise_right_shift(hashed, shift, out=spare)
-        hashed ^= spare.bitwise_and_((1 << (64 - shift)) - 1)  # the shift of a signed word drags its sign along
+        hashed ^= spare.bitwise_and_((1 << (64 - shift)) - 1)  # shifting a signed word copies its sign
         if multiplier is not None:
             hashed *= multiplier - _WORD
     return ((hashed >> 40).bitwise_and_((1 << 24) - 1).float() * 2**-24).reshape(len(keys), *shape)
 
 
 def _mix(words: Keys) -> Keys:
-    """A bijection of 64-bit words in which every bit of the input turns about half of the output's."""
+    """Map 64-bit words one to one; each bit of the input flips about half of the output's bits."""
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
         words = (words ^ (words >> np.uint64(shift))) * np.uint64(multiplier)
     return words
@@ -64,5 +64,5 @@ def _mix(words: Keys) -> Keys:
 
 @lru_cache(maxsize=16)
 def _places(count: int, device: torch.device) -> torch.Tensor:
-    """A word for each place in a sample, int64 (count,)."""
+    """Return a word for each place in a sample, int64 (count,)."""
     return torch.from_numpy(_mix(np.arange(count, dtype=np.uint64) * np.uint64(_GAMMA)).view(np.int64)).to(device)

@@ -1,13 +1,12 @@
-"""The order in which samples are seen: a pure function from position to sample. No files, no state worth saving.
+"""Define the order in which samples are seen: a pure function from position to sample, without files or saved state.
 
-Position counts samples seen since the start of training, over all epochs, so it is all that a checkpoint keeps
+The position counts the samples seen since the start of training, over all epochs. It is all that a checkpoint keeps
 of the data stream. Epoch e covers the positions e*N .. e*N + N - 1 of a split of N samples, each sample once.
 
 Within an epoch the shards are laid end to end in a shuffled order and cut into `lanes` consecutive slices of
-near-equal length. Positions go round the lanes (position q of the epoch is in lane q mod lanes), and inside a
-lane samples are shuffled within blocks of `block` samples. So the samples that are close in position lie in few
-shards, always the same number, and a rank that is dealt the same lanes at every step reads each of its shards
-once.
+near-equal length. Positions cycle through the lanes (position q of the epoch is in lane q mod lanes), and inside a
+lane samples are shuffled within blocks of `block` samples. So samples that are close in position are in few shards,
+and a rank that gets the same lanes at every step reads each of its shards once.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-DEFAULT_LANES = 64  # as many nodes can each own shards of their own
+DEFAULT_LANES = 64  # up to this many nodes can each read shards of their own
 DEFAULT_BLOCK = 1024  # about one shard; lanes * block samples are mixed at any time
 _KEPT_EPOCHS = 4  # shard permutations kept; a batch straddles two epochs
 
 
 class SampleOrder:
-    """The endless shuffled order of a split.
+    """The endless, shuffled order of a split.
 
     Args:
-        shard_sizes: samples of each shard, in manifest order; zeros are fine.
+        shard_sizes: number of samples of each shard, in manifest order; zeros are allowed.
         fingerprint: of the data set.
-        seed: another seed, another order.
-        lanes: slices of an epoch that are read side by side; independent of the number of ranks.
-        block: samples inside a lane that are shuffled among each other.
+        seed: another seed gives another order.
+        lanes: number of slices of an epoch that are read side by side; independent of the number of ranks.
+        block: number of samples inside a lane that are shuffled among each other.
 
     Raises:
-        ValueError: no samples, or lanes or block below 1.
+        ValueError: there are no samples, or lanes or block is below 1.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class SampleOrder:
         return SampleOrder, (self._sizes.tolist(), self.fingerprint, self.seed, self.lanes, self.block)
 
     def at(self, positions: npt.ArrayLike) -> tuple[Ints, Ints]:
-        """Epochs and sample indices within the split (unshuffled) of the positions, in the shape of `positions`."""
+        """Return the epochs and the sample indices within the split of the positions, in the shape of `positions`."""
         epochs, local = self._locate(positions)
         shape, epochs, local = epochs.shape, epochs.reshape(-1), local.reshape(-1)
         lanes, turns = local % self.lanes, local // self.lanes
@@ -89,8 +88,10 @@ class SampleOrder:
         return epochs.reshape(shape), indices.reshape(shape)
 
     def shards_near(self, positions: npt.ArrayLike) -> list[int]:
-        """The shards, each once, of all samples that lie in one block with one of the positions: as long as its lanes
-        stay in these blocks, a stream reads from no others."""
+        """Return the shards, each once, that the blocks of these positions are in.
+
+        As long as the lanes of a stream stay in these blocks, it reads from no other shards.
+        """
         epochs, local = self._locate(np.reshape(positions, -1))
         lanes, blocks = local % self.lanes, local // self.lanes // self.block
         found: dict[int, None] = {}
@@ -99,18 +100,18 @@ class SampleOrder:
         return list(found)
 
     def lanes_of(self, positions: npt.ArrayLike) -> Ints:
-        """The lane of each position."""
+        """Return the lane of each position."""
         return np.asarray(self._locate(positions)[1] % self.lanes)
 
     def batch_positions(self, step: int, global_batch: int) -> Ints:
-        """Positions of step `step`, sorted stably by lane; their set is the same at any world size."""
+        """Return the positions of a step, sorted stably by lane; their set is the same at any world size."""
         positions = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
         return positions[np.argsort(self.lanes_of(positions), kind="stable")]
 
     def rank_positions(self, step: int, global_batch: int, rank: int, world_size: int) -> Ints:
-        """The share of `rank` in the positions of step `step`: a contiguous chunk, lane by lane.
+        """Return the share of `rank` in the positions of a step: a contiguous chunk, lane by lane.
 
-        The chunks of all ranks are the batch, and differ in length by at most one.
+        The chunks of all ranks together are the batch; their lengths differ by at most one.
         """
         start, stop = (global_batch * r // world_size for r in (rank, rank + 1))
         return self.batch_positions(step, global_batch)[start:stop]
@@ -122,13 +123,13 @@ class SampleOrder:
         return np.divmod(positions, self.samples)
 
     def _shuffle_shards(self, epoch: int) -> tuple[Ints, Ints, Ints]:
-        """The epoch's order of shards; for each, where it ends in the concatenation, and sample index minus slot."""
+        """Return the epoch's order of shards; for each, its end in the concatenation, and sample index minus slot."""
         order = seeded_permutation(len(self._sizes), self.fingerprint, self.seed, epoch)
         ends = np.cumsum(self._sizes[order])
         return order, ends, self._starts[order] - (ends - self._sizes[order])
 
     def _find_shards(self, epoch: int, lane: int, block: int) -> list[int]:
-        """The shards that the block lies in."""
+        """Return the shards that the block is in."""
         start = int(self._lane_starts[lane]) + block * self.block
         stop = min(start + self.block, int(self._lane_starts[lane] + self._lane_lengths[lane]))
         order, ends, _ = self._shards_of(epoch)
@@ -141,9 +142,9 @@ class SampleOrder:
 
 
 def seeded_permutation(n: int, *key: str | int) -> Ints:
-    """A permutation of range(n) that depends on `key` alone.
+    """Return a permutation of range(n) that depends on `key` alone.
 
-    Sorts the raw words of a Philox generator, which NumPy keeps the same in every version, unlike
+    It sorts the raw words of a Philox generator: NumPy keeps these the same in every version, unlike
     `Generator.permutation`.
     """
     seed = hashlib.sha256(repr(key).encode()).digest()[:16]

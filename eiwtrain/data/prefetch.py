@@ -1,6 +1,6 @@
-"""Remote shards brought to this machine before they are read: which ones come soon, and the threads that fetch them.
+"""Fetch remote shards before they are read: which ones are needed soon, and the threads that bring them.
 
-What a shard is, and where it is kept, is the business of the reader and its cache.
+Not for where a shard is kept: that is the business of the reader and its cache.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from eiwtrain.data.order import SampleOrder
 from eiwtrain.data.stream import ShardReader
 from eiwtrain.storage import StorageError, impatient
 
-_LOOK_EVERY = 5.0  # seconds between two looks at whether all that is wanted is still here
-_THREADS = 4  # downloads side by side of one process
+_LOOK_EVERY = 5.0  # seconds between two checks that all wanted shards are still on this machine
+_THREADS = 4  # simultaneous downloads of one process
 
 
 class Prefetcher:
-    """Fetches the shards that are wanted, in the order in which they are told, each once.
+    """Fetch the shards that are wanted, each once, in the order of the calls.
 
-    Failures are left to the reader, which meets them when it needs the shard. Picklable; threads start with the first
-    wish, and never keep a process from ending.
+    Failures are left to the reader, which meets them when it needs the shard. It can be pickled. Its threads start with
+    the first call and never keep a process from exiting.
     """
 
     def __init__(self, reader: ShardReader) -> None:
@@ -37,11 +37,11 @@ class Prefetcher:
         self._looked = -_LOOK_EVERY
 
     def want(self, shards: Iterable[int]) -> None:
-        """These shards are wanted, the first ones first; what was wanted before and is not among them no longer is."""
+        """Fetch these shards, the first ones first, and forget earlier ones that are not among them."""
         if self.reader.is_local:
             return
         asked, now = list(shards), time.monotonic()
-        again = now - self._looked > _LOOK_EVERY  # what was fetched may have been evicted since
+        again = now - self._looked > _LOOK_EVERY  # a fetched shard may have been evicted since
         self._looked = now if again else self._looked
         new = [n for n in asked if (again or n not in self._known) and not self.reader.has(n)]
         self._known = frozenset(asked)
@@ -55,7 +55,7 @@ class Prefetcher:
         while True:
             number = self._wanted.get()
             if number in self._known:
-                with suppress(DataError, StorageError), impatient():  # the reader has the patience
+                with suppress(DataError, StorageError), impatient():  # the reader retries for longer
                     self.reader.fetch(number)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,24 +63,24 @@ class Prefetcher:
 
 
 class Lookahead:
-    """What a rank's training stream reads from, now and for about a block of each of its lanes.
+    """The shards that a rank's training stream reads from, now and for about a block of each of its lanes.
 
     Args:
         reader, order: of the stream.
-        global_batch: samples of a step, of all ranks.
+        global_batch: number of samples of a step, over all ranks.
         rank, world_size: whose share of each step.
     """
 
     def __init__(self, reader: ShardReader, order: SampleOrder, global_batch: int, rank: int, world_size: int) -> None:
         self.reader, self.order = reader, order
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
-        self._steps = max(1, order.lanes * order.block // global_batch)  # that a block of each lane lasts
+        self._steps = max(1, order.lanes * order.block // global_batch)  # for which a block of each lane lasts
         self._prefetcher = Prefetcher(reader)
-        self._seen = 0  # steps before this one have been looked at
+        self._seen = 0  # earlier steps have been looked at
         self._until: dict[int, int] = {}  # by shard, in the order of need: the last of those steps that reads from it
 
     def at(self, step: int) -> None:
-        """The stream is at this step: have its shards fetched and, where the cache has room, those after them."""
+        """Fetch the shards of this step and, where the cache has room, those of the steps after it."""
         if self.reader.is_local or step + self._steps < self._seen:  # another micro-batch of the same step
             return
         for later in range(max(step, self._seen), step + self._steps + 1):
@@ -93,16 +93,16 @@ class Lookahead:
         self._prefetcher.want(wanted)
 
     def shards(self, step: int) -> list[int]:
-        """Those that the present blocks of the rank's lanes lie in."""
+        """Return the shards that the blocks of the rank's lanes are in at this step."""
         return self.order.shards_near(self.order.rank_positions(step, self.global_batch, self.rank, self.world_size))
 
     def node_bytes(self, shards: list[int]) -> int:
-        """Bytes of as many shards for each rank of this node."""
+        """Return the bytes of these shards times the number of ranks of this node."""
         return _ranks_here() * sum(self.reader.split.shards[number].bytes for number in shards)
 
 
 def short_cache(ahead: Lookahead, step: int) -> str | None:
-    """A line that says so when the cache cannot hold what is read from at any one time; None when it can."""
+    """Return a line of warning when the cache cannot hold all shards that are read from at one time; else None."""
     needed, limit = ahead.node_bytes(ahead.shards(step)), ahead.reader.cache.limit
     if ahead.reader.is_local or needed <= limit:
         return None
@@ -113,5 +113,5 @@ def short_cache(ahead: Lookahead, step: int) -> str | None:
 
 
 def _ranks_here() -> int:
-    """Ranks of this node, as Ray Train and torchrun tell them."""
+    """Return the number of ranks of this node, from the variable of Ray Train and torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Images by index: which shard, which bytes, decoded. Knows nothing of order, ranks or batches."""
+"""Read images by index: which shard, which bytes, decoded. Not for order, ranks or batches."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from eiwtrain.data.manifest import DataError, Manifest
 
 Pixels = npt.NDArray[np.uint8]
 
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and 1,024 a process is a common limit
+_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and a common limit is 1,024 a process
 _TOUCH_EVERY = 30.0  # seconds between two marks of use on a cached shard
 
 
 class _Index(NamedTuple):
-    """Of a shard's images: where their bytes are, and their classes."""
+    """The places of the bytes of a shard's images, and their classes."""
 
     offsets: array[int]
     sizes: array[int]
@@ -37,8 +37,8 @@ class _Index(NamedTuple):
 
 @dataclass
 class _Open:
-    """A mapped shard. Its index goes with it: kept for all shards, indices would fill a loader's memory, at 24 bytes an
-    image of the data set."""
+    """A mapped shard with its index. The index is dropped with it: at 24 bytes an image, indices of all shards would
+    fill a loader's memory."""
 
     path: Path
     data: mmap.mmap
@@ -49,19 +49,18 @@ class _Open:
 class ShardReader:
     """The images of one split.
 
-    Picklable, and opened lazily in each process that reads: send it to loader workers as it is.
-    Local shards are mapped in place; remote ones are downloaded to `cache_dir`, verified, and kept within
-    `cache_bytes`.
+    It can be pickled and opens shards lazily, so it can be sent to loader workers as it is. Local shards are mapped in
+    place; remote ones are downloaded to `cache_dir`, verified, and kept within `cache_bytes`.
 
     Args:
-        url: the data set; a path or any fsspec URL.
+        url: of the data set: a path or any fsspec URL.
         manifest: of that data set.
         split: name of the split.
         cache_dir: a folder on local disk, shared by the processes of a node; by default in the temporary folder.
         cache_bytes: bound for remote shards on local disk.
 
     Raises:
-        DataError: no such split, or it has no samples.
+        DataError: there is no such split, or it has no samples.
     """
 
     def __init__(
@@ -86,34 +85,34 @@ class ShardReader:
 
     @property
     def is_local(self) -> bool:
-        """Whether shards are read where they are, and none is fetched."""
+        """Whether shards are read in place, and none is fetched."""
         return storage.is_local(self.url)
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Samples of each shard, in manifest order."""
+        """The number of samples of each shard, in manifest order."""
         return [s.samples for s in self.split.shards]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
+        """The shape (C, H, W) of every image."""
         return self.manifest.channels, self.manifest.resolution, self.manifest.resolution
 
     def __len__(self) -> int:
         return self.split.samples
 
     def __getitem__(self, index: int) -> Pixels:
-        """Image `index` of the split: uint8 (C, H, W).
+        """Return image `index` of the split: uint8 (C, H, W).
 
         Raises:
-            IndexError: there are fewer.
+            IndexError: the split has fewer images.
             DataError: its shard is missing or damaged; the message names it.
             StorageError: storage cannot be reached.
         """
         return self.read([index])[0]
 
     def read(self, indices: Iterable[int]) -> Pixels:
-        """The images of the indices: uint8 (n, C, H, W). Raises as `reader[index]`."""
+        """Return the images of the indices: uint8 (n, C, H, W). Raises as `reader[index]`."""
         wanted = np.fromiter(indices, np.int64)
         channels, height, width = self.image_shape
         pixels = np.empty((len(wanted), height, width, channels), np.uint8)
@@ -121,7 +120,7 @@ class ShardReader:
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
     def read_into(self, out: Pixels, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read the images of the indices, (n,), into `out`, (n, H, W, C); returns their classes, (n,), -1 for none.
+        """Read the images of the indices, (n,), into `out`, (n, H, W, C); return their classes, (n,), -1 for none.
 
         Raises as `reader[index]`.
         """
@@ -139,10 +138,10 @@ class ShardReader:
         return labels
 
     def place(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Which shards the images are in, and their numbers there; (n,) each.
+        """Return the numbers of the images' shards, and the images' numbers inside them; (n,) each.
 
         Raises:
-            IndexError: there are fewer.
+            IndexError: the split has fewer images.
         """
         if outside := [i for i in indices.tolist() if not 0 <= i < len(self)]:
             raise IndexError(f"sample {outside[0]} of split '{self.split.name}', which has {len(self)}")
@@ -150,17 +149,17 @@ class ShardReader:
         return numbers, indices - self._starts[numbers]
 
     def has(self, number: int) -> bool:
-        """Whether shard `number` can be read without asking remote storage."""
+        """Return whether shard `number` can be read without remote storage."""
         return self.is_local or self.cache.has(self.split.shards[number])
 
     def fetch(self, number: int) -> None:
-        """Bring shard `number` and its sidecar to this machine. Safe in any thread. Raises as `reader[index]`."""
+        """Bring shard `number` and its sidecar to this machine; safe in any thread. Raises as `reader[index]`."""
         if not self.is_local:
             self.cache.sidecar(self.url, self.split.shards[number])
             self.cache.fetch(self.url, self.split.shards[number])
 
     def close(self) -> None:
-        """Unmap all shards; the next read maps anew."""
+        """Unmap all shards; the next read maps them again."""
         while self._open:
             self._open.popitem()[1].data.close()
 
@@ -168,7 +167,7 @@ class ShardReader:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def _map(self, number: int) -> tuple[mmap.mmap, _Index]:
-        """The bytes of shard `number`, mapped now if they were not, and where its images are in them."""
+        """Map shard `number` unless it is mapped; return its bytes and the places of its images."""
         remote = not self.is_local
         if number in self._open:
             self._open.move_to_end(number)
@@ -188,7 +187,7 @@ class ShardReader:
                 if attempt == 2:
                     raise
         self._open[number] = _Open(path, data, index, time.monotonic())
-        if remote:  # let go of what has been evicted: its disk space is freed only then
+        if remote:  # unmap evicted shards: only that frees their disk space
             for other in [n for n, o in self._open.items() if n != number and not o.path.exists()]:
                 self._open.pop(other).data.close()
         while len(self._open) > _OPEN_SHARDS:
@@ -207,19 +206,19 @@ class ShardReader:
         shard = self.split.shards[number]
         sidecar = self.cache.sidecar(self.url, shard)
         if replace(sidecar.shard, sidecar_sha256=shard.sidecar_sha256) != shard:
-            raise DataError(f"shard {shard.name}: its sidecar is of other bytes than the manifest")
+            raise DataError(f"shard {shard.name}: its sidecar describes other bytes than the manifest")
         columns = sidecar.offsets, sidecar.sizes, sidecar.labels
         return _Index(*(array("q", column) for column in columns))
 
 
 def _decode_png(data: bytes, out: Pixels) -> None:
-    """The pixels of a PNG into `out`, (H, W, C)."""
+    """Decode a PNG into `out`, (H, W, C)."""
     imagecodecs.png_decode(data, out=out)
 
 
 @dataclass(frozen=True)
 class _DecodeNpy:
-    """The pixels of a .npy file of that header into `out`, (H, W, C)."""
+    """Copy the pixels of a .npy file with that header into `out`, (H, W, C)."""
 
     header: bytes
 
@@ -230,7 +229,7 @@ class _DecodeNpy:
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """What NumPy writes before uint8 of that shape."""
+    """Return the header that NumPy writes before a uint8 array of that shape."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
