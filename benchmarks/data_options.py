@@ -1,4 +1,4 @@
-"""What the commands of the two data benchmarks have in common: options, their defaults, and where the figures go."""
+"""Share the options of the two data benchmarks, their defaults, and the report. Not for what is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.environments import DEFAULT_VENVS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of both."""
+    """Add the options of both benchmarks."""
     parser.add_argument("--source", type=Path, help="folder or uncompressed tar of images (default: made here)")
     parser.add_argument("--encoding", nargs="+", choices=("png", "npy"), help="default both, quick png")
     parser.add_argument("--codec", nargs="+", choices=("own", "ours"), help="of the peers: default both, quick own")
@@ -30,7 +30,7 @@ def report(
     run: Callable[[argparse.Namespace, Path], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
 ) -> None:
-    """Run in a temporary folder, print the table, and write the rows if asked."""
+    """Run the benchmark in a temporary folder, print the table, and write the rows with `--json`."""
     args.encoding = args.encoding or (["png"] if args.quick else ["png", "npy"])
     args.codec = args.codec or (["own"] if args.quick else ["own", "ours"])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -1,19 +1,19 @@
-"""What each peer of the data benchmarks does: write a data set, read it back, give batches in training order.
+"""Run one peer of the data benchmarks: write a data set, read it back, or give batches in training order.
 
     webdataset 1.0     `ShardWriter` in a multiprocessing pool, a writer a process; `WebDataset` with its shuffle
     LitData            `optimize`; `StreamingDataset` and `StreamingDataLoader`
     MosaicML Streaming `MDSWriter` in a pool, a writer a process, and `merge_index`; `StreamingDataset`
 
-Each stores an image, its class and its name, as its documentation says. An image is stored
+Each peer stores an image, its class and its name, as its documentation recommends. An image is stored
 
-- "png", by the peer's own codec: what it makes of an image of Pillow, and what it decodes of it by itself (webdataset
-  and MDS: Pillow; LitData: Pillow writes, torchvision reads);
-- "png" by "ours": as bytes that this package's functions make from the same file, and decoded by imagecodecs, so that
-  the encoder's part of a difference can be told from the rest;
-- "npy", raw: uint8 (3, H, W), as a training job wants it.
+- as "png" with the codec "own": the peer encodes an image of Pillow and decodes it itself (webdataset and MDS: Pillow;
+  LitData: Pillow writes, torchvision reads);
+- as "png" with the codec "ours": this package's functions encode the same file and imagecodecs decodes it, which
+  separates the encoder's part of a difference from the rest;
+- as "npy", raw: uint8 (3, H, W), the form that training uses.
 
-Run by the benchmarks as `python -m benchmarks.data_peers TASK` by an interpreter that has the peer; imports no more of
-this package than `data_prep.pixels`, and that only for "ours".
+The benchmarks run it as `python -m benchmarks.data_peers TASK` with an interpreter that has the peer. It imports only
+`data_prep.pixels` of this package, and that only for "ours".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from benchmarks.images import Entry, entries
 PEERS = ("webdataset", "LitData", "MosaicML")
 PACKAGES = {"webdataset": "webdataset", "LitData": "litdata", "MosaicML": "mosaicml-streaming"}
 CODECS = (("png", "own"), ("png", "ours"), ("npy", "own"))
-"""(encoding, whose codec)"""
+"""Pairs of (encoding, whose codec)."""
 
 Pixels = npt.NDArray[np.uint8]
 _SHUFFLED = 1000  # samples that webdataset mixes at a time, as in its documentation
@@ -47,12 +47,12 @@ _SHUFFLED = 1000  # samples that webdataset mixes at a time, as in its documenta
 
 @dataclass(frozen=True)
 class Writing:
-    """What is to be written.
+    """A data set to write.
 
     Attributes:
         source: a folder of class folders.
-        output: a folder that is not there yet.
-        shard_size: images a shard, where the peer counts images (the others: their default of 64 MB).
+        output: a folder that does not exist yet.
+        shard_size: images a shard, where the peer counts images (the others use their default of 64 MB).
     """
 
     peer: str
@@ -66,12 +66,12 @@ class Writing:
 
 
 def write(task: Writing) -> None:
-    """Write the data set of a task."""
+    """Write the data set of a task with its peer."""
     {"webdataset": _write_webdataset, "LitData": _write_litdata, "MosaicML": _write_mosaicml}[task.peer](task)
 
 
 def read_back(peer: str, folder: str, encoding: str, codec: str) -> Iterator[tuple[str, int, Pixels]]:
-    """Every image of a data set: its name, its class, its pixels, (H, W, 3)."""
+    """Yield every image of a data set: its name, its class, its pixels, (H, W, 3)."""
     read = {"webdataset": _read_webdataset, "LitData": _read_litdata, "MosaicML": _read_mosaicml}[peer]
     planes = encoding == "npy" or (peer == "LitData" and codec == "own")
     for name, label, image in read(folder, encoding):
@@ -80,38 +80,38 @@ def read_back(peer: str, folder: str, encoding: str, codec: str) -> Iterator[tup
 
 
 def key_of(name: str) -> str:
-    """The name of an image file without its suffix: a key as webdataset wants it."""
+    """Return the name of an image file without its suffix, which is a valid webdataset key."""
     return name.rpartition(".")[0]
 
 
 def digest(pixels: Pixels) -> str:
-    """Equal for equal pixels, (H, W, 3)."""
+    """Return a hash of pixels, (H, W, 3)."""
     return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=8).hexdigest()
 
 
 def decode_png(data: bytes | memoryview) -> Pixels:
-    """As this package does it."""
+    """Decode a PNG with the decoder of this package."""
     import imagecodecs
 
-    return imagecodecs.png_decode(cast(Any, data))  # a memoryview is fine
+    return imagecodecs.png_decode(cast(Any, data))  # it also accepts a memoryview
 
 
 def epochs(
     peer: str, url: str, cache: str, encoding: str, codec: str, batch: int, workers: int
 ) -> Callable[[], Iterable[tuple[Any, Any]]]:
-    """A function that starts an epoch each time: batches of uint8 (n, 3, H, W) and of classes, (n,), shuffled.
+    """Return a function that starts an epoch at each call: shuffled batches of uint8 (n, 3, H, W) and classes, (n,).
 
     Args:
-        url: the data set: a folder, or s3:// with the server and its keys in the environment.
-        cache: a folder for what is fetched.
-        workers: processes of the DataLoader.
+        url: of the data set: a folder, or s3:// with the server and its keys in the environment.
+        cache: a folder for fetched files.
+        workers: number of processes of the DataLoader.
     """
     make = {"webdataset": _webdataset_loader, "LitData": _litdata_loader, "MosaicML": _mosaicml_loader}[peer]
     return make(url, cache, encoding, codec, batch, workers)
 
 
 def square(path: str, resolution: int) -> Image.Image:
-    """What `data_prep` makes of an image file, by Pillow."""
+    """Read an image file as `data_prep` does, with Pillow alone: upright, RGB, the central square resized."""
     with Image.open(path) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     if image.size != (resolution, resolution):
@@ -123,7 +123,7 @@ def square(path: str, resolution: int) -> Image.Image:
 
 
 def _stored(task: Writing, name: str) -> Any:
-    """What the peer is given to store: an image of Pillow, a PNG's bytes, or uint8 (3, H, W)."""
+    """Return the image for the peer to store: an image of Pillow, a PNG's bytes, or uint8 (3, H, W)."""
     path = f"{task.source}/{name}"
     if task.codec == "ours":
         from data_prep.pixels import Preprocess, encode, fit
@@ -169,7 +169,7 @@ def _webdataset_loader(
     import webdataset
 
     remote = url.startswith("s3://")
-    if remote:  # which webdataset does not open by itself
+    if remote:  # webdataset has no opener for s3://
 
         def opened(url: str, mode: str = "rb", bufsize: int = 8192, **_: Any) -> Any:
             return fsspec.open(url, mode).open()
@@ -287,7 +287,7 @@ def _collated(samples: list[dict[str, Any]]) -> Any:
 
 
 def _sample(stored: dict[str, Any]) -> tuple[Any, int]:
-    """Of what LitData or MosaicML gives: uint8 (3, H, W) and the class."""
+    """Return the pixels, uint8 (3, H, W), and the class of a sample of LitData or MosaicML."""
     image = stored["image"]
     if isinstance(image, (bytes, memoryview)):
         image = _planes(image)
@@ -301,7 +301,7 @@ def _planes(png: bytes | memoryview) -> Pixels:
 
 
 def torch_from(image: Any) -> Any:
-    """The tensor of an array; a tensor as it is."""
+    """Return the tensor of an array; a tensor is returned unchanged."""
     import torch
 
     if isinstance(image, torch.Tensor):
@@ -314,7 +314,7 @@ def _same(thing: Any) -> Any:
 
 
 def main() -> None:
-    """Do a task, and print its result as JSON on the last line."""
+    """Run the task in the arguments and print its result as JSON on the last line."""
     task = json.loads(sys.argv[1])
     what = task.pop("do")
     if what == "write":

@@ -1,25 +1,29 @@
-"""Images a second of `python -m data_prep`, beside the writers of webdataset, LitData and MosaicML Streaming.
+"""Measure the images a second of `python -m data_prep`, beside webdataset, LitData and MosaicML Streaming.
 
     python -m benchmarks.data_prep [--quick] [--source PATH] [--images N] [--resolution 64] [--processes P]
                                    [--encoding png npy] [--codec own ours] [--rounds 1]
                                    [--peers webdataset LitData MosaicML] [--json FILE]
 
 All read the same files, take the central square, resize it with Pillow's box filter, and write to the same disk with
-the same number of processes. Each writes the data set twice, of few images and of many, as a command of its own:
-"images/s" is by the difference of the two times, "CPU us" that of the CPU time, an image, of all its processes, which
-wanders less where others use the machine; "start" is what a command takes beside that (imports, processes, closing),
-and "total" the time for many. "-" where many took no longer than few: they were too few, or others had the machine. Of
-several rounds the best times count, as what others do only adds.
+the same number of processes. Each writes a data set of few images and one of many, each with a command of its own:
 
-Every data set is read back once by its peer's own reader; names, classes and pixels have to be the ones that Pillow
-finds in ours, or there is no figure.
+- "images/s": from the difference of the two times; "-" if many took no longer than few, because they were too few or
+  other programs used the machine.
+- "CPU us": from the difference of the CPU times of all processes, an image; it varies less on a shared machine.
+- "start s": the rest of the command's time (imports, processes, closing).
+- "total s": the time for many.
 
-What the rows of a peer are, says `data_peers`: with its own codec, as its users write, and with ours, so that the
-codec's part can be told from the rest. Ours also checks what it read for truncation, hashes pixels and shards, writes
-sidecars and a manifest, and flushes to disk; no peer does by default.
+Of several rounds the best times count, because other programs only add to them.
 
-`--source` is a folder or an uncompressed tar of images (copied into the folder of this run first); by default crops of
-photographs that other packages ship, 256-pixel JPEGs. `--folder` is where all of it is kept meanwhile. The peers are
+Every data set is read back once by its peer's own reader. Its names, classes and pixels must be those that Pillow finds
+in ours, or there is no figure.
+
+A peer has rows with its own codec, as its users write, and with ours, which separates the codec's part from the rest
+(see `data_peers`). Ours also checks its input for truncation, hashes pixels and shards, writes sidecars and a manifest,
+and flushes to disk; no peer does so by default.
+
+`--source` is a folder or an uncompressed tar of images, which is first copied into the folder of this run; the default
+is crops of photographs that other packages ship, 256-pixel JPEGs. `--folder` holds all files of a run. The peers are
 installed on first use (`environments`).
 """
 
@@ -44,23 +48,23 @@ from benchmarks.data_options import add_options, report
 from benchmarks.data_peers import CODECS, PACKAGES, digest, key_of
 
 OURS = "eiwtrain"
-SIDE = 256  # of the JPEGs that are made
+SIDE = 256  # pixels, of the made JPEGs
 Row = dict[str, Any]
 Times = tuple[float, float]
-"""Seconds of a command: by the clock, and of CPU time."""
+"""A command's seconds by the clock and of CPU time."""
 Found = dict[str, list[Any]]
-"""Of each image by name: class, digest of its pixels."""
+"""The class and the digest of the pixels of each image, by name."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table; write the rows if asked."""
+    """Print the table; write the rows with `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data_prep", description=(__doc__ or "").split("\n")[0])
     add_options(parser)
     parser.add_argument("--images", type=int, help="default 14000, quick 2000")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--shard-size", type=int, help="images, where they are counted: default 500, quick 100")
-    parser.add_argument("--rounds", type=int, default=1, help="the best of so many")
+    parser.add_argument("--rounds", type=int, default=1, help="of which the best counts (default: %(default)s)")
     args = parser.parse_args(argv)
     args.images = args.images or (2000 if args.quick else 14000)
     args.shard_size = args.shard_size or (100 if args.quick else 500)
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the table is made of: {"rows", "about", "machine", "versions"}."""
+    """Measure all writers; return {"rows", "about", "machine", "versions"}."""
     sources = _sources(args, folder)
     pythons, notes = pythons_of(args.peers, args.venvs)
     plan = [(OURS, encoding, "own") for encoding in args.encoding]
@@ -77,7 +81,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seconds: dict[tuple[str, str, str], list[tuple[Times, Times]]] = {key: [] for key in plan}
     rows: list[Row] = []
     expected: dict[str, Found] = {}
-    if not args.quick:  # once before it counts, so that nobody's code has yet to come from the disk
+    if not args.quick:  # once before it counts, so that all code is in the page cache
         for key in {key[0]: key for key in plan if key[0] not in notes}.values():
             with suppress(environments.FailedError):
                 _timed(_command(args, key, sources[0], folder / "warm", pythons), folder / "warm")
@@ -128,7 +132,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def pythons_of(peers: list[str], venvs: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """By peer: the interpreter that has it, or why there is none."""
+    """Return the interpreter of each peer, and for peers without one the reason."""
     pythons, notes = {"webdataset": sys.executable}, {}
     if apart := [peer for peer in peers if peer != "webdataset"]:
         try:
@@ -139,7 +143,7 @@ def pythons_of(peers: list[str], venvs: Path) -> tuple[dict[str, str], dict[str,
 
 
 def versions_of_peers(pythons: dict[str, str]) -> dict[str, str]:
-    """Of the peers, and of what they run with that is not as here."""
+    """Return the versions of the peers, and of their torch and numpy where they have their own."""
     found = {}
     for peer, python in pythons.items():
         if python != sys.executable:
@@ -150,7 +154,7 @@ def versions_of_peers(pythons: dict[str, str]) -> dict[str, str]:
 
 
 def read_ours(folder: Path, encoding: str) -> Found:
-    """A data set of ours, by tarfile and Pillow or NumPy: nothing of this package."""
+    """Read a data set of ours with tarfile and Pillow or NumPy, without code of this package."""
     found: Found = {}
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as tar:
@@ -165,7 +169,7 @@ def read_ours(folder: Path, encoding: str) -> Found:
 
 
 def compare(expected: Found, found: Found) -> str:
-    """What is wrong with `found`, in a few words; empty where nothing is."""
+    """Return the differences of `found` in a few words; empty for the same images."""
     lost, more = expected.keys() - found.keys(), found.keys() - expected.keys()
     other = [name for name in expected.keys() & found.keys() if expected[name] != found[name]]
     said = ((lost, "lost"), (more, "too many"), (other, "with another class or other pixels"))
@@ -173,7 +177,7 @@ def compare(expected: Found, found: Found) -> str:
 
 
 def rates(measured: list[tuple[Times, Times]], few: int, many: int) -> Row:
-    """Of the times for few and for many images, a pair a round: the steady rate, and what a command takes beside."""
+    """Return the steady rate and the start time from the times for few and for many images, a pair a round."""
     short, long = (min(both[i][0] for both in measured) for i in (0, 1))
     rate = (many - few) / (long - short) if long > short else None
     cpu = min(both[1][1] for both in measured) - min(both[0][1] for both in measured)
@@ -186,7 +190,7 @@ def rates(measured: list[tuple[Times, Times]], few: int, many: int) -> Row:
 
 
 def _sources(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
-    """Folders of few and of many images: whole shards for each process, or one process would wait for another."""
+    """Return folders of few and of many images: whole shards for each process, so that none waits for another."""
     _say("making the images" if args.source is None else f"copying {args.source}")
     everything, few, many = (folder / name for name in ("everything", "few", "many"))
     whole = args.processes * args.shard_size
@@ -240,7 +244,7 @@ def _say(text: str) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, in Markdown."""
+    """Return the report as Markdown."""
     about = report["about"]
     few, many = about["images"]
     lines = [

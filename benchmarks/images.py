@@ -1,6 +1,6 @@
-"""The images that the data benchmarks are run on: a folder of class folders, from any folder or tar, or made here.
+"""Provide the images of the data benchmarks: a folder of class folders, from any folder or tar, or made here.
 
-Made ones are crops of the photographs inside scikit-image and scikit-learn, saved as JPEG: anyone can make the same.
+The made ones are crops of the photographs inside scikit-image and scikit-learn, saved as JPEG: the same everywhere.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-QUALITY = 90  # of the JPEGs that are made
+QUALITY = 90  # of the made JPEGs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
 
 Entry = tuple[str, int]
-"""(path below the folder, number of the class)"""
+"""A pair of (path below the folder, number of the class)."""
 
 
 def entries(folder: str | Path) -> list[Entry]:
-    """Every image, in an order that mixes the classes and is the same on every machine."""
+    """Return every image, in an order that mixes the classes and is the same on every machine."""
     paths = sorted(p.relative_to(folder) for p in Path(folder).rglob("*.*"))
     classes = {name: i for i, name in enumerate(sorted({p.parts[0] for p in paths}))}
     found = [(str(p), classes[p.parts[0]]) for p in paths]
@@ -29,7 +29,7 @@ def entries(folder: str | Path) -> list[Entry]:
 
 
 def make(folder: Path, count: int, side: int, processes: int) -> None:
-    """`count` square crops of `side` pixels as JPEGs, at places that are the same on every machine."""
+    """Write `count` square crops of `side` pixels as JPEGs, at places that are the same on every machine."""
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(_make, *zip(*((folder, i, processes, count, side) for i in range(processes)), strict=True)))
 
@@ -53,9 +53,9 @@ def _make(folder: Path, first: int, step: int, count: int, side: int) -> None:
 
 
 def take(source: Path, folder: Path, count: int) -> int:
-    """Copy up to `count` images of a folder or an uncompressed tar, evenly spread; returns how many.
+    """Copy up to `count` images of a folder or an uncompressed tar, evenly spread; return their number.
 
-    The class of an image is the name of the folder that it lies in.
+    The class of an image is the name of its folder.
     """
     if source.is_dir():
         paths = sorted(p for p in source.rglob("*") if _is_image(p.name))
@@ -73,7 +73,7 @@ def take(source: Path, folder: Path, count: int) -> int:
 
 
 def limit(folder: Path, other: Path, count: int) -> None:
-    """Make `other` hold the first `count` entries of `folder`, as links."""
+    """Link the first `count` entries of `folder` into `other`."""
     for name, _ in entries(folder)[:count]:
         (other / name).parent.mkdir(parents=True, exist_ok=True)
         (other / name).hardlink_to(folder / name)

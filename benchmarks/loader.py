@@ -1,26 +1,29 @@
-"""Images a second inside a DataLoader: this package's stream, beside webdataset, LitData and MosaicML Streaming.
+"""Measure the images a second of this package's stream, beside webdataset, LitData and MosaicML Streaming.
 
     python -m benchmarks.loader [--quick] [--place local|s3] [--source PATH] [--images N] [--resolution 32]
                                 [--batch 256] [--encoding png npy] [--codec own ours] [--workers 1 2] [--seconds 3]
                                 [--peers webdataset LitData MosaicML] [--json FILE]
 
-All give batches of uint8 images and their classes, shuffled, from the same images. `eiwtrain stream` is
-`train_batches`, flips and the exact order included; `with noise` the same and the noise, which the process that takes
-the batches makes on its device, here the CPU; `reader` is `ShardReader` alone, the pixels in that order. One worker is
-pinned to a core of its own, and "images/s a core" is by the CPU time of all processes below the one that takes the
-batches: what a core gives when it does nothing else. "wall" is by the clock. With other numbers of workers than the
-first of `--workers`, only the stream and the peers' own codecs are measured. All run under the allocator setting that
-this package's workers have.
+All give shuffled batches of uint8 images and their classes, from the same images and inside a DataLoader:
 
-- "first s": from nothing to the first batch: opening the data set, starting the worker, and what that fetches.
+- `eiwtrain stream`: `train_batches`, with flips and the exact order.
+- `eiwtrain with noise`: also the noise, which the process that takes the batches makes on its device, here the CPU.
+- `eiwtrain reader`: `ShardReader` alone, the pixels in that order.
+- a peer: with its own codec, as its users read, and with PNGs of our encoder decoded by imagecodecs (`data_peers`).
+
+A single worker is pinned to a core of its own. With other numbers of workers than the first of `--workers`, only the
+stream and the peers' own codecs are measured. All run under the allocator setting of this package's workers.
+
+- "images/s a core": by the CPU time of all processes below the one that takes the batches, that is, the rate of a core
+  that does nothing else. "wall" is by the clock.
+- "first s": from the start to the first batch: opening the data set, starting the worker, fetching.
 - "cold": the rest of the first epoch. On a disk the shards are in the page cache, which a program may not empty; from
   S3 (`--place s3`: SeaweedFS on this machine, whose work is in "wall" and not in "a core") the cache folder is empty.
-- "warm": whole epochs after it, for at least `--seconds`, without what passes between two epochs.
-- "taker us": CPU time of the process that takes the batches, an image: that is time taken from the training step.
+- "warm": whole epochs after it, for at least `--seconds`, without the time between two epochs.
+- "taker us": CPU time, an image, of the process that takes the batches: the training step loses that time.
 
-What the rows of a peer are, says `data_peers`: with its own codec, as its users read, and with PNGs of our encoder
-decoded by imagecodecs. After the figures an epoch of every loader is counted: an image that is lost or repeated, or
-whose pixels or class are others, is told in the row's last column.
+After the figures an epoch of every loader is counted. The last column names images that are lost or repeated, or that
+have other pixels or another class.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table; write the rows if asked."""
+    """Print the table; write the rows with `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=(__doc__ or "").split("\n")[0])
     add_options(parser)
     parser.add_argument("--place", choices=("local", "s3"), default="local")
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.child:
         print("\n" + json.dumps(measure(**json.loads(args.child))))
         sys.stdout.flush()
-        os._exit(0)  # what a peer does at exit is no part of this, and some take long
+        os._exit(0)  # the exit is not measured, and that of some peers takes long
     args.images = args.images or (2048 if args.quick else 16384)
     args.workers = args.workers or ([1] if args.quick or args.place == "s3" else [1, 2])
     args.seconds = args.seconds or (0.5 if args.quick else 3.0)
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the table is made of: {"rows", "about", "machine", "versions"}."""
+    """Measure all loaders; return {"rows", "about", "machine", "versions"}."""
     from benchmarks.data_prep import pythons_of, versions_of_peers
     from eiwtrain.on_ray.session import WORKER_ENV
 
@@ -164,7 +167,7 @@ def _write(
 
 
 def expected_marks(source: Path, resolution: int) -> list[int]:
-    """`mark` of every image, by Pillow."""
+    """Return `mark` of every image, read with Pillow."""
     import numpy as np
 
     from benchmarks.data_peers import square
@@ -176,7 +179,7 @@ def expected_marks(source: Path, resolution: int) -> list[int]:
 
 
 def mark(image: Any, label: int) -> int:
-    """A number of an image, uint8 (3, H, W), and its class; that of its mirror image is the same."""
+    """Return a number for an image, uint8 (3, H, W), and its class; its mirror image has the same number."""
     import numpy as np
 
     one, other = (zlib.crc32(np.ascontiguousarray(a).data) for a in (image, image[:, :, ::-1]))
@@ -184,7 +187,7 @@ def mark(image: Any, label: int) -> int:
 
 
 class _Place:
-    """Where the data sets are read from. A context manager: the server runs inside."""
+    """The place of the data sets. A context manager: the S3 server runs inside."""
 
     def __init__(self, kind: str, folder: Path, sets: dict[tuple[str, str, str], Path]) -> None:
         self.sets, self.environment = sets, dict[str, str]()
@@ -211,7 +214,7 @@ class _Place:
             self.server.__exit__(*exc)
 
     def url(self, loader: str, encoding: str, codec: str) -> str:
-        """Of a data set."""
+        """Return the URL of a data set."""
         path = self.sets[loader, encoding, codec]
         return str(path) if self.server is None else f"s3://benchmark/{path.name}"
 
@@ -227,7 +230,7 @@ def measure(
     expected: str,
     seconds: float,
 ) -> Row:
-    """In a process of its own: what a row holds beside its name."""
+    """Return the figures of a row. Runs in a process of its own."""
     cores = sorted(os.sched_getaffinity(0))
     own = [core for core in cores if core != cores[0]] or cores
     if workers == 1:
@@ -257,7 +260,7 @@ def measure(
 
 
 def _epoch(start: Callable[[], Iterable[Any]], first_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """An epoch from its first batch on: seconds by the clock, of the processes below this one, and of this one."""
+    """Time an epoch from its first batch on: by the clock, the CPU of the processes below this one, and its own."""
     batches = iter(start())
     next(batches)
     first_batch()
@@ -274,13 +277,13 @@ def _epoch(start: Callable[[], Iterable[Any]], first_batch: Callable[[], None] =
 
 
 def _cpu_below() -> float:
-    """Seconds of CPU time of all processes below this one."""
+    """Return the seconds of CPU time of all processes below this one."""
     tree = environments.cpu_of_tree(os.getpid())
     return sum(seconds for process, seconds in tree.items() if process != os.getpid())
 
 
 def wrong_with(start: Callable[[], Iterable[Any]], expected: list[int]) -> str:
-    """What is wrong with an epoch, in a few words; empty where nothing is."""
+    """Return the errors of an epoch in a few words; empty for a right one."""
     found = Counter(
         mark(image, label)
         for pixels, labels in start()
@@ -317,7 +320,7 @@ def _our_epochs(loader: str, url: str, cache: str, batch: int, workers: int) -> 
     from torch.utils.data import DataLoader
 
     dataset, numbers = _Batches(reader, batch), _Steps(steps)
-    # As in `train_batches`: spawned, because remote file systems do not survive a fork, and no collating.
+    # As in `train_batches`: spawned, because remote file systems do not survive a fork, and not collated.
     pixels: Any = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=None,
@@ -331,7 +334,7 @@ def _our_epochs(loader: str, url: str, cache: str, batch: int, workers: int) -> 
 
 
 class _Batches:
-    """A dataset for torch: step i of the stream without noise and flips."""
+    """A dataset for torch whose item i is step i of the stream without noise and flips."""
 
     def __init__(self, reader: Any, batch: int) -> None:
         from eiwtrain.data import SampleOrder
@@ -350,7 +353,7 @@ class _Batches:
 
 
 class _Steps:
-    """The numbers of an epoch's steps, and of the next one's each time."""
+    """The numbers of an epoch's steps; each iteration gives those of the next epoch."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done = steps, 0
@@ -368,7 +371,7 @@ def _same(thing: Any) -> Any:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as text, in Markdown."""
+    """Return the report as Markdown."""
     about = report["about"]
     lines = [
         f"{about['images']:,} images of {about['source']} at {about['resolution']} pixels, "

@@ -1,4 +1,4 @@
-"""One shard read back, byte by byte and pixel by pixel: the unit of work of `data_prep.verify`. Mends nothing."""
+"""Check one shard byte by byte and pixel by pixel: the unit of work of `data_prep.verify`. Not for repairing it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from eiwtrain.data.manifest import (
 )
 from eiwtrain.terminal.lines import one_line
 
-_HEADER = {  # what the header of every member has in common: nothing of the machine or the moment
+_HEADER = {  # fields that are equal in every header: nothing depends on the machine or the moment
     "mtime": 0,
     "uid": 0,
     "gid": 0,
@@ -46,13 +46,13 @@ Row = tuple[int, int, int, str]  # of the index: label, offset, size, digest
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """All that a worker needs to check one shard: plain and picklable.
+    """All that a worker needs to check one shard: plain data that can be pickled.
 
     Attributes:
         number: of the shard within its split.
-        shard: as the manifest has it.
-        plan, resolution, encoding: of the manifest.
-        classes: how many there are.
+        shard: from the manifest.
+        plan, resolution, encoding: from the manifest.
+        classes: number of classes.
     """
 
     url: str
@@ -67,7 +67,7 @@ class ShardCheck:
 
 @dataclass(frozen=True)
 class ShardFound:
-    """What is wrong with one shard, a line each.
+    """The problems of one shard, a line each.
 
     Attributes:
         sidecar: without labels, offsets and sizes; None where it cannot be used.
@@ -79,7 +79,7 @@ class ShardFound:
 
 
 class Problems:
-    """Lines about files, of which those of one kind about one file are told by the first."""
+    """Lines about files. Lines of one kind about one file are shortened to the first and a count."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], list[str]] = {}
@@ -95,7 +95,7 @@ class Problems:
 
 
 def verify_shard(check: ShardCheck) -> ShardFound:
-    """Check one shard with its sidecar. What cannot be read is a problem like others: nothing is raised."""
+    """Check one shard with its sidecar. A file that cannot be read is a problem like others: nothing is raised."""
     found = Problems()
     expected = shard_name(check.split, check.number)
     if check.shard.name != expected:
@@ -113,10 +113,10 @@ def verify_shard(check: ShardCheck) -> ShardFound:
 
 
 def read_image(data: bytes, encoding: str, resolution: int) -> Pixels:
-    """A stored image, decoded: uint8 (resolution, resolution, 3).
+    """Decode a stored image to uint8 (resolution, resolution, 3).
 
     Raises:
-        ValueError: it is not just that; the message is one line that goes on from the image's name.
+        ValueError: the image is anything else; the message is one line, to be read after the image's name.
     """
     try:
         if encoding == "npy":
@@ -126,7 +126,7 @@ def read_image(data: bytes, encoding: str, resolution: int) -> Pixels:
                 mode, pixels = image.mode, np.asarray(image)
     except UnidentifiedImageError:
         raise ValueError("is no PNG") from None
-    except Exception as e:  # both decoders raise whatever they stumble over
+    except Exception as e:  # both decoders raise errors of many types
         raise ValueError(f"cannot be decoded ({type(e).__name__}: {one_line(e)})") from None
     if encoding == "png" and mode != "RGB":
         raise ValueError(f"has mode {mode}, not RGB")
@@ -136,7 +136,7 @@ def read_image(data: bytes, encoding: str, resolution: int) -> Pixels:
 
 
 def _check_sidecar(check: ShardCheck, found: Problems) -> Sidecar | None:
-    """The sidecar, where it can be used for more."""
+    """Return the sidecar, or None where it is too damaged for further checks."""
     name = sidecar_name(check.shard.name)
     try:
         text = read_sidecar(check.url, check.shard.name)
@@ -278,7 +278,7 @@ def _check_end(name: str, tar: BinaryIO, end: int, found: Problems) -> None:
 
 @contextlib.contextmanager
 def _local_file(url: str) -> Iterator[Path]:
-    """The file itself, or for the time of the context a copy of it."""
+    """Give the local file itself, or a copy of a remote one for the time of the context."""
     if storage.is_local(url):
         yield Path(url)
         return

@@ -1,4 +1,7 @@
-"""Read a whole data set back and say all that is wrong with it. Mends nothing: the command that wrote it does that."""
+"""Read a whole data set back and list everything that is wrong with it.
+
+Not for repairing it: the command that wrote it does that.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from eiwtrain.data.manifest import (
     sidecar_name,
 )
 
-_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")  # what `storage` leaves when it is killed
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")  # files that a killed write of `storage` leaves
 
 Run = Callable[[Callable[[ShardCheck], ShardFound], Iterable[ShardCheck]], Iterable[ShardFound]]
 
@@ -33,16 +36,16 @@ Run = Callable[[Callable[[ShardCheck], ShardFound], Iterable[ShardCheck]], Itera
 def verify(url: str, *, run: Run = map, quiet: bool = True) -> list[str]:
     """Read back all of the data set at `url`: the manifest, every sidecar, every tar and every image in it.
 
-    Each tar is walked without its index, which is compared with what is found; each image is decoded and the digest of
-    its pixels compared. A remote tar is copied to this machine for as long as it is read.
+    Each tar is read by the webdataset library and compared with its index; each image is decoded and the digest of its
+    pixels compared. A remote tar is copied to this machine while it is read.
 
     Args:
         run: like `map`, but free to yield in any order: for workers elsewhere.
         quiet: show no progress.
 
     Returns:
-        The problems, one line each, in the order of the manifest; empty when all is well. Those of one kind in one
-        shard are one line: the first, and how many there are.
+        The problems, one line each, in the order of the manifest; empty for a sound data set. Problems of one kind in
+        one shard are one line: the first of them, and the number of the others.
 
     Raises:
         DataError: there is no data set.
@@ -64,7 +67,7 @@ def verify(url: str, *, run: Run = map, quiet: bool = True) -> list[str]:
 
 
 def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
-    """The manifest and what is wrong with it; figures that contradict the rest of it are mended, to go on with."""
+    """Return the manifest and its problems; wrong totals are corrected, so that the shards can still be checked."""
     text = read_manifest(url)
     try:
         return manifest_from_json(text, MANIFEST_NAME), []
@@ -84,7 +87,7 @@ def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
             problems.append(f"{MANIFEST_NAME}: the fingerprint is not that of the shards and the preprocessing")
         content["fingerprint"] = fingerprint(splits, content["preprocessing"])
         return manifest_from_json(json.dumps(content).encode(), MANIFEST_NAME), problems
-    except (DataError, ValueError, TypeError, KeyError, AttributeError):  # more than those figures is wrong
+    except (DataError, ValueError, TypeError, KeyError, AttributeError):  # more than the totals is wrong
         return None, [problem]
 
 
@@ -96,7 +99,7 @@ def _checks(url: str, manifest: Manifest) -> Iterator[ShardCheck]:
 
 
 def _across_shards(manifest: Manifest, found: list[ShardFound]) -> list[str]:
-    """Keys that come twice, and the figure of duplicates, as far as the sidecars tell."""
+    """Return keys that come twice and wrong counts of duplicates, as far as the sidecars show them."""
     sidecars: dict[str, list[Sidecar]] = {split: [] for split in manifest.splits}
     problems = Problems()
     seen: dict[tuple[str, str], str] = {}
@@ -121,7 +124,7 @@ def _across_shards(manifest: Manifest, found: list[ShardFound]) -> list[str]:
 
 
 def _strays(manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Files as `data_prep` writes them that belong to no shard; what else is there is nobody's business."""
+    """Return the files that only `data_prep` writes and that belong to no shard. Other files are ignored."""
     shards = {shard.name for split in manifest.splits.values() for shard in split.shards}
     own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
     strays = []

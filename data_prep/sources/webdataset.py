@@ -1,4 +1,4 @@
-"""The `webdataset` source: images that already lie in WebDataset tars, which are read in place.
+"""Read the `webdataset` source: images that are already in WebDataset tars, which are read in place.
 
 A sample is a run of members with one key, the name up to the first dot of its last part, as webdataset reads tars.
 Not for decoding the images: that is the business of `data_prep.pixels`.
