@@ -33,6 +33,7 @@ from benchmarks.scaling_model import Network, calls, passes, transfer_seconds
 from eiwtrain import data
 from eiwtrain.config import Config, batching
 from eiwtrain.train.engine import MOST_IN_BUCKET
+from eiwtrain.train.objective import MicroBatch
 from eiwtrain.train.state import TrainState, sum_over_ranks
 
 RESOLUTION = 16
@@ -223,9 +224,6 @@ class Subject:
     """A training state and its batches, on this rank."""
 
     def __init__(self, setting: Setting, folder: Path, name: str) -> None:
-        from eiwtrain.train.loop import MicroBatch  # which imports Ray
-
-        self._micro_batch = MicroBatch
         self.config = config_of(setting, dist.get_world_size(), folder, name)
         t = self.config.train
         rows, accumulation = batching(t, dist.get_world_size())
@@ -245,7 +243,7 @@ class Subject:
 
     def step(self) -> None:
         """As `eiwtrain.train.loop` makes one."""
-        own = [self._micro_batch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
+        own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
         self.state.advance([m.loss for m in own], 1e-4)
         sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)
 

@@ -26,7 +26,7 @@ from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from eiwtrain.terminal.signals import end_on_signals
+from eiwtrain.terminal.signals import exit_on_signals
 
 # All that `weed mini` listens on. Each is given a number of its own: the defaults are the same for every user.
 _LISTENERS = (
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bucket", default="eiwtrain", help="made if it is not there (default: %(default)s)")
     parser.add_argument("--port", type=int, help="of the S3 endpoint (default, and 0: a free one)")
     args = parser.parse_args(argv)
-    end_on_signals()
+    exit_on_signals()
     server = S3Server(args.folder, args.bucket, args.port)
     try:
         with server:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import NoReturn, TypeVar
 
 from data_prep.inspect import contact_sheet, describe, size_estimate
@@ -26,11 +24,14 @@ from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
-from eiwtrain.on_ray.session import is_running
+from eiwtrain.on_ray import session
 from eiwtrain.storage import anchored
+from eiwtrain.terminal.signals import exit_on_signals
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_STOPPED = "data_prep: stopped; the same command resumes"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _stop)
+    exit_on_signals(_STOPPED)
     try:
         if args.command == "verify":
             return _verify(args)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data_prep: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("data_prep: stopped; the same command goes on where it was", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         return 130
     return 0
 
@@ -223,19 +224,9 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends as Ctrl-C does, with the code that the shell expects."""
-    signal.signal(number, signal.SIG_IGN)
-    print("data_prep: stopped; the same command goes on where it was", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
 def _leave(code: int) -> NoReturn:
     """End now: threads that still wait for storage, for minutes maybe, are not waited for."""
-    if is_running():
-        import ray
-
-        ray.shutdown()
+    session.stop()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -53,3 +53,9 @@ def test_every_file_of_the_package_is_a_command_or_in_a_room():
 def test_the_flow_imports_torch_and_safetensors_alone():
     found = {package for file in (ROOT / "eiwtrain" / "flow").rglob("*.py") for package, _ in imports(file)}
     assert found - set(sys.stdlib_module_names) == {"torch", "safetensors"}
+
+
+def test_ray_is_imported_in_one_room_alone():
+    files = [*(ROOT / "eiwtrain").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")]
+    rooms = {file.parent for file in files if "ray" in {package for package, _ in imports(file)}}
+    assert rooms == {ROOT / "eiwtrain" / "on_ray"}

@@ -17,7 +17,7 @@ import time
 
 from cluster.local.cluster import LocalCluster
 from cluster.local.state import LocalError, down, status, write
-from eiwtrain.terminal.signals import end_on_signals
+from eiwtrain.terminal.signals import exit_on_signals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             for port in ("gcs", "job", "s3", "mlflow"):
                 command.add_argument(f"--{port}-port", type=int, help="(default, and 0: a free one)")
     args = parser.parse_args(argv)
-    end_on_signals()
+    exit_on_signals()
     try:
         return {"up": _up, "down": _down, "status": _status}[args.command](args)
     except LocalError as e:

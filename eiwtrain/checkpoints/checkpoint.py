@@ -229,18 +229,21 @@ def sweep(root: str, keep_last: int, keep_every: int = 0, guard: Callable[[], No
     failpoints.reach("checkpoint.swept")
 
 
-def clean(root: str, guard: Callable[[], None] = lambda: None) -> None:
+def clean(root: str, guard: Callable[[], None] = lambda: None, outwait: Callable[[], None] | None = None) -> None:
     """Delete what dead attempts left half written: parts without a manifest, temporary files, unfinished uploads.
 
     A checkpoint that is condemned or cannot be read stays until training has passed its step. Call it only where no
-    commit is under way and nobody else writes the run; `guard` as for `sweep`.
+    commit is under way and nobody else writes the run.
+
+    Args:
+        guard: as for `sweep`.
+        outwait: called where a folder would be deleted; a commit that a dead attempt completes meanwhile stays.
     """
-    _clean(root, *survey(root), guard)
-
-
-def unfinished(root: str) -> list[str]:
-    """URLs of the folders of `root` that `clean` would delete now."""
-    return _unfinished(root, *survey(root))
+    found, unreadable = survey(root)
+    if outwait is not None and _unfinished(root, found, unreadable):
+        outwait()
+        found, unreadable = survey(root)
+    _clean(root, found, unreadable, guard)
 
 
 def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None) -> list[str]:

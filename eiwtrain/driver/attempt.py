@@ -1,32 +1,39 @@
-"""One attempt: workers of a fixed number under Ray Train, what they say, and what they are asked.
+"""One attempt: a fixed number of workers from their start to their end, what they report, and what they are asked.
 
 Ray places the workers, makes the process group, and sees when one dies. It does not restart or resize them: it would do
-so without a checkpoint, and onto nodes that are about to go. The next attempt (`eiwtrain.driver.launch`) is as good.
+so without a checkpoint, and onto nodes that are about to go. The next attempt (`eiwtrain.driver.launch`) does as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import shutil
-import tempfile
-import threading
 import time
-from pathlib import Path
-from typing import Any
-
-import ray
+from dataclasses import replace
 
 from eiwtrain.config import Config
 from eiwtrain.on_ray import session
-from eiwtrain.on_ray.autoscaling import NodeRequest, without_request
-from eiwtrain.on_ray.mailbox import Request, start_mailbox
+from eiwtrain.on_ray.autoscaling import NodeRequest
+from eiwtrain.on_ray.mailbox import DriverEnd, MailboxLost
+from eiwtrain.on_ray.messages import (
+    Again,
+    Assignment,
+    Crashed,
+    Failed,
+    Finished,
+    Heard,
+    Lost,
+    Note,
+    Outcome,
+    Progress,
+    Request,
+    Stopped,
+    Training,
+)
+from eiwtrain.on_ray.trainer import Fit, cause_of
 from eiwtrain.storage.lease import Lease
 from eiwtrain.terminal.console import Console
-from eiwtrain.terminal.signals import Stop, Stopped
+from eiwtrain.terminal.signals import Interrupted, Stop
 from eiwtrain.tracking import TrackedRun
-from eiwtrain.train.loop import Job
 from eiwtrain.train.loop import train as train_worker
 
 _POLL_SECONDS = 0.25
@@ -52,7 +59,7 @@ class Attempt:
         attempt_began: float,
         skip_to: int | None,
     ) -> None:
-        """Start them.
+        """Start the workers.
 
         Args:
             data_fingerprint: of the data set that they must find.
@@ -60,16 +67,16 @@ class Attempt:
             workers: how many.
             number: of this attempt under this driver, from 1.
             began, attempt_began: Unix times at which the driver started, and at which the attempt before ended.
-            skip_to: step to go on with, from the weights of the last good checkpoint.
+            skip_to: step to resume at, with the weights of the last good checkpoint.
         """
         self._config, self._lease, self._node_request, self._workers = config, lease, node_request, workers
-        self._mailbox = start_mailbox()
-        environment = session.forwarded_environment()
-        job = Job(
-            config, data_fingerprint, tracked, self._mailbox, lease.guard(), environment, began, lease.earlier_seconds,
-            attempt_began, lease.failures, skip_to,
+        self._driver_end = DriverEnd()
+        assignment = Assignment(
+            config, data_fingerprint, tracked, self._driver_end.mailbox, lease.guard(), session.forwarded_environment(),
+            began, lease.earlier_seconds, attempt_began, lease.failures, skip_to,
         )  # fmt: skip
-        self._fit = _Fit(config, job, workers, f"{config.run.name}-{int(began)}-{number}")
+        name = f"{config.run.name}-{int(began)}-{number}"
+        self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)
         self._nodes: list[str] = []
         self._looked_at = self._room_since = 0.0
         self._asked: Request | None = None
@@ -78,71 +85,72 @@ class Attempt:
 
     @property
     def holds_on(self) -> bool:
-        """Whether workers that should have ended have not."""
+        """Whether workers that should have returned have not."""
         return self._fit.is_alive()
 
-    def follow(self, console: Console, stop: Stop) -> dict[str, Any]:
-        """Print what the workers say and ask them to end where they must, until they have; returns how they ended:
-        a dictionary that has one of finished, stopped, again, failed, crashed, lost."""
+    def follow(self, console: Console, stop: Stop) -> Outcome:
+        """Print what the workers report and ask them to return where they must, until they have; return how that
+        ended."""
         try:
             return self._follow(console, stop)
-        except ray.exceptions.RayError as e:  # the mailbox is gone, or Ray's head was away
-            return {"crashed": _cause(e)}
+        except MailboxLost as e:
+            return Crashed(cause_of(e))
 
-    def _follow(self, console: Console, stop: Stop) -> dict[str, Any]:
+    def _follow(self, console: Console, stop: Stop) -> Outcome:
         asked_at = 0.0
         while True:
             ended = not self._fit.is_alive()  # before the mail is read: nothing comes after it
             if (outcome := self._read(console, stop)) is not None:
                 return self._ended(outcome, console, stop)
             if stop.number and not stop.training:
-                raise Stopped(stop.number)
+                raise Interrupted(stop.number)
             if lost := self._lease.lost:
-                return {"lost": lost}
+                return Lost(lost)
             if ended:
-                return {"crashed": _cause(self._fit.error)}
+                return Crashed(self._fit.cause)
             if (request := self._request(stop)) is not None:
-                ray.get(self._mailbox.ask.remote(request))
+                self._driver_end.ask(request)
                 self._asked, self._heard, asked_at = request, False, time.monotonic()
                 if request.kind == "again":
-                    console.note(f"{request.reason}: a checkpoint, then on with the workers that there is room for")
+                    console.note(f"{request.reason}: a checkpoint first, then on the workers that there is room for")
             if stop.number and not self._heard and time.monotonic() - asked_at > _HEAR_SECONDS:
-                return {"crashed": "no worker heard of the stop"}  # they died, or have not started
+                return Crashed("no worker heard of the stop")  # they died, or have not started
             time.sleep(_POLL_SECONDS)
 
-    def _read(self, console: Console, stop: Stop) -> dict[str, Any] | None:
-        """Read the mail: print, take note; returns how the workers ended, if they have said so."""
-        outcome: dict[str, Any] | None = None
-        for kind, content in ray.get(self._mailbox.take.remote()):
-            if kind == "training":
-                stop.training = True
-                self._nodes = content["nodes"]
-                console.note(
-                    f"training from step {content['step']:,} to {content['of']:,} "
-                    f"on {content['workers']} workers; Ctrl-C writes a checkpoint and stops"
-                )
-            elif kind == "progress":
-                console.progress(content)
-            elif kind == "note":
-                console.note(content)
-            elif kind == "heard":
-                self._heard = True
-            elif kind == "end":
-                outcome = outcome or dict(content)
+    def _read(self, console: Console, stop: Stop) -> Outcome | None:
+        """Read the mail: print, take note; return how the workers ended, if they have said so."""
+        outcome: Outcome | None = None
+        for message in self._driver_end.take():
+            match message:
+                case Training(step, of, nodes):
+                    stop.training = True
+                    self._nodes = nodes
+                    console.note(
+                        f"training from step {step:,} to {of:,} on {len(nodes)} workers; "
+                        "Ctrl-C writes a checkpoint and stops"
+                    )
+                case Progress():
+                    console.progress(message)
+                case Note(text):
+                    console.note(text)
+                case Heard():
+                    self._heard = True
+                case Finished() | Stopped() | Again() | Failed() | Crashed() | Lost():
+                    outcome = outcome or message
         return outcome
 
-    def _ended(self, outcome: dict[str, Any], console: Console, stop: Stop) -> dict[str, Any]:
+    def _ended(self, outcome: Outcome, console: Console, stop: Stop) -> Outcome:
         # let the workers return, so that nothing is cut off
-        self._fit.join(timeout=_LAST_WORDS_SECONDS if "failed" in outcome else _END_SECONDS)
+        self._fit.join(timeout=_LAST_WORDS_SECONDS if isinstance(outcome, Failed) else _END_SECONDS)
         self._read(console, stop)
-        if "again" in outcome and self.holds_on:
-            return {"crashed": f"workers that should have ended did not within {_END_SECONDS:g} s"}
-        if "stopped" in outcome and self._asked is not None and self._asked.kind == "stop":
-            outcome["stopped"] = self._asked.reason  # rank 0 may have learned of it from another rank alone
+        if isinstance(outcome, Again) and self.holds_on:
+            return Crashed(f"workers that should have returned did not within {_END_SECONDS:g} s")
+        if isinstance(outcome, Stopped) and self._asked is not None and self._asked.kind == "stop":
+            return replace(outcome, reason=self._asked.reason)  # rank 0 may have learned of it from another rank alone
         return outcome
 
     def _request(self, stop: Stop) -> Request | None:
-        """What the workers are to be asked for, if it has not been asked yet."""
+        """Return what the workers are to be asked for, if it has not been asked yet."""
         if stop.number:
             return Request("stop", stop.reason) if self._asked is None or self._asked.kind == "again" else None
         if self._asked is not None or time.monotonic() - self._looked_at < _LOOK_SECONDS:
@@ -154,7 +162,7 @@ class Attempt:
         return None
 
     def _look(self, now: float) -> Request | None:
-        """What the state of the cluster asks for."""
+        """Return what the state of the cluster asks for."""
         if session.own_node_drains():
             return Request("stop", session.OWN_DRAIN)
         if not self._nodes:  # they are starting
@@ -167,68 +175,3 @@ class Attempt:
             if self._room_since and now - self._room_since >= self._config.workers.grow_seconds:
                 return Request("again", f"there is room for {found} workers")
         return None
-
-
-class _Fit(threading.Thread):
-    """Ray Train's blocking `fit` in a thread, where it leaves the signals to us."""
-
-    def __init__(self, config: Config, job: Job, workers: int, name: str) -> None:
-        super().__init__(daemon=True, name="fit")
-        self._config, self._job, self._workers, self._name = config, job, workers, name
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
-        from eiwtrain.on_ray.network import NodeTorchConfig
-
-        class Trainer(TorchTrainer):
-            """One that starts no detached actor to tidy up after a dead driver: Ray does so itself, and the actor stays
-            in the cluster for good. Nor does it ask for nodes, which the driver does."""
-
-            def _create_default_callbacks(self) -> list[Any]:
-                callbacks = super()._create_default_callbacks()
-                return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
-
-            def _initialize_and_run_controller(self, **options: Any) -> Any:
-                options["scaling_policy"] = without_request(options["scaling_policy"])
-                return super()._initialize_and_run_controller(**options)
-
-        w = self._config.workers
-        notes = Path(tempfile.gettempdir(), f"eiwtrain-ray-{os.getuid()}")  # Ray's own, of no use to us
-        try:
-            Trainer(
-                train_worker,
-                train_loop_config={"job": self._job},
-                torch_config=NodeTorchConfig(backend="nccl" if w.gpus else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=self._workers,
-                    use_gpu=bool(w.gpus),
-                    resources_per_worker=session.resources(w),
-                ),
-                run_config=RunConfig(
-                    name=self._name,
-                    storage_path=str(notes),
-                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                    worker_runtime_env={"env_vars": session.worker_environment()},
-                ),
-            ).fit()
-        except BaseException as e:
-            self.error = e
-        shutil.rmtree(notes / self._name, ignore_errors=True)
-
-
-def _cause(error: BaseException | None) -> str:
-    """What Ray gave up on, in one line: a rank that died before one that lost its connection to it."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    for rank, text in ((rank, str(failure)) for rank, failure in failures.items()):
-        if re.search(r"actor (died|is dead)|health ?check", text, re.IGNORECASE):
-            why = re.search(r"Worker exit detail: ([^.]*)", text)
-            return f"the process of rank {rank} is gone" + (f" ({why[1]})" if why else "")
-    rank, first = next(iter(failures.items()), (-1, error))
-    lines = [line.strip() for line in str(first or "").splitlines() if line.strip()]
-    cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
-    where = f"rank {rank}: " if rank >= 0 else ""
-    return where + (cause or (lines[0] if lines else type(first).__name__))[:300]

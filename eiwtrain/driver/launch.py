@@ -6,16 +6,17 @@ import contextlib
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eiwtrain import storage
 from eiwtrain.checkpoints import checkpoint
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.autoscaling import NodeRequest
+from eiwtrain.on_ray.messages import Again, Crashed, Failed, Lost, Outcome, Stopped
 from eiwtrain.storage.lease import Lease, LeaseLost
 from eiwtrain.terminal.console import Console, duration
-from eiwtrain.terminal.signals import Stop, Stopped
+from eiwtrain.terminal.signals import Interrupted, Stop
 
 if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
@@ -28,27 +29,28 @@ _WAITING_SECONDS = 60.0  # after which a job for which there is no room says wha
 def train(
     config: Config,
     data_fingerprint: str,
+    newest: checkpoint.Checkpoint | None,
     tracked: TrackedRun,
     lease: Lease,
     began: float,
     console: Console,
     stop: Stop,
-) -> dict[str, Any]:
-    """Start or join Ray and train until the run is finished, stopped, failed or taken over; returns how it ended.
+) -> Outcome:
+    """Start or join Ray and train until the run is finished, stopped, failed or taken over; return how it ended.
 
-    An attempt that ends otherwise (a worker died, a node is going or has come) is followed by another, which goes on
+    An attempt that ends otherwise (a worker died, a node is going or has come) is followed by another, which resumes
     from the newest checkpoint on the workers that there is room for then.
-    """
-    _start_ray(config, stop)  # before Ray is imported, which it decides much by
-    import ray
 
+    Args:
+        newest: checkpoint that the run had at its start.
+    """
+    _start_ray(config)  # before Ray is imported, which decides much by the environment
     from eiwtrain.driver.attempt import Attempt
 
     node_request = NodeRequest(config)
     try:
         attempt_began, skip_to = began, None
         number = crashes = 0
-        newest = _newest(config)
         with stop.polled():
             while True:
                 number += 1
@@ -63,33 +65,35 @@ def train(
                     skip_to,
                 )  # fmt: skip
                 outcome = attempt.follow(console, stop)
-                attempt_began, skip_to = time.time(), outcome.get("skip_to")
-                if "crashed" not in outcome and "again" not in outcome:
-                    return outcome
-                if "crashed" in outcome:
-                    console.note(f"the workers failed: {outcome['crashed']}")
+                attempt_began, skip_to = time.time(), None
+                if isinstance(outcome, Again):
+                    skip_to = outcome.skip_to
+                elif isinstance(outcome, Crashed):
+                    console.note(f"the workers failed: {outcome.reason}")
                     lease.failed()
                     before, newest = newest, _newest(config) or newest
                     crashes = crashes + 1 if newest == before else 1
+                else:
+                    return outcome
                 if stop.number:  # meanwhile
                     return _stopped(config, stop)
-                if crashes > config.run.max_failures:
-                    return {"failed": _gave_up(config, outcome["crashed"], newest)}
+                if crashes > config.run.max_failures and isinstance(outcome, Crashed):
+                    return Failed(_gave_up(config, outcome.reason, newest))
                 if attempt.holds_on:  # to its place in the cluster, too
-                    ray.shutdown()
-                    _start_ray(config, stop)
+                    session.stop()
+                    _start_ray(config)
     except LeaseLost as e:
-        return {"lost": str(e)}
+        return Lost(str(e))
     finally:
         node_request.end()
-        ray.shutdown()
+        session.stop()
 
 
 def _clean(config: Config, lease: Lease, stop: Stop) -> None:
-    """Delete what attempts before have left half written, once none of their workers can publish it any more.
+    """Delete what earlier attempts have left half written, once none of their workers can publish it any more.
 
     Raises:
-        LeaseLost: the run is another's by now.
+        LeaseLost: another driver has the run by now.
         StorageError: storage does not answer, or the job is to stop.
     """
     guard = lease.guard()
@@ -98,50 +102,47 @@ def _clean(config: Config, lease: Lease, stop: Stop) -> None:
         return bool(stop.number)
 
     guard.check(stopped)
-    if checkpoint.unfinished(config.root):
-        guard.outwait(stopped)
-    checkpoint.clean(config.root, lambda: guard.check(stopped))
+    checkpoint.clean(config.root, lambda: guard.check(stopped), lambda: guard.outwait(stopped))
 
 
-def _stopped(config: Config, stop: Stop) -> dict[str, Any]:
-    """The outcome of a stop, or of the drain of this job's own node, that no worker has heard of."""
+def _stopped(config: Config, stop: Stop) -> Stopped:
+    """Return the outcome of a stop, or of the drain of this job's own node, that no worker has heard of."""
     newest = _newest(config)
-    step, url = (newest.step, newest.url) if newest else (0, "none yet")
-    return {"stopped": stop.reason or session.OWN_DRAIN, "step": step, "checkpoint": url}
+    reason = stop.reason or session.OWN_DRAIN
+    return Stopped(reason, newest.step, newest.url) if newest else Stopped(reason, 0, None)
 
 
 def _newest(config: Config) -> checkpoint.Checkpoint | None:
-    """The last checkpoint; None where there is none, or storage does not answer."""
+    """Return the newest checkpoint; None where there is none, or storage does not answer."""
     with contextlib.suppress(storage.StorageError), storage.impatient():
         return checkpoint.newest(config.root)
     return None
 
 
-def _start_ray(config: Config, stop: Stop) -> None:
+def _start_ray(config: Config) -> None:
     # else 10 minutes, after which one that does not answer counts as dead
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{config.workers.hang_seconds:g}")
     try:  # logical CPUs: also on one core
         session.start(max(config.max_workers * config.workers.cpus, os.cpu_count() or 1))
-    except SystemExit:  # how Ray answers SIGTERM meanwhile
-        raise Stopped(signal.SIGTERM) from None
+    except SystemExit:  # SIGTERM came where a stop is polled
+        raise Interrupted(signal.SIGTERM) from None
     except session.RayError as e:
         raise ConfigError(str(e)) from None
-    stop.listen()
 
 
 def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, console: Console, stop: Stop) -> int:
-    """For how many workers there is room, once it is for `workers.min` at least; 0 if the job is to stop.
+    """Wait for room for at least `workers.min` workers; return for how many there is, or 0 if the job is to stop.
 
     Raises:
-        LeaseLost: the run is another's by now.
-        Stopped: before anything was trained.
+        LeaseLost: another driver has the run by now.
+        Interrupted: before anything was trained.
     """
     began = said_at = time.monotonic()
     while True:
         if stop.number and stop.training:
             return 0
         if stop.number:
-            raise Stopped(stop.number)
+            raise Interrupted(stop.number)
         if lease.lost is not None:
             raise LeaseLost(lease.lost)
         if session.own_node_drains():  # and so would be killed while it waits
@@ -163,6 +164,6 @@ def _gave_up(config: Config, cause: str, newest: checkpoint.Checkpoint | None) -
     return (
         f"the workers failed more than run.max_failures = {config.run.max_failures} times in a row, the last time by "
         f"{cause}\n"
-        f"last good checkpoint: {newest.url if newest else 'none'}; the same command goes on from it\n"
+        f"last good checkpoint: {newest.url if newest else 'none'}; the same command resumes from it\n"
         "worker logs: /tmp/ray/session_latest/logs (on a cluster: its session folder)"
     )

@@ -1,12 +1,13 @@
-"""What a job asks of a cluster that starts nodes on demand: room for all its workers, for as long as the job lives.
+"""Asks a cluster that starts nodes on demand for room for all workers of a job, for as long as the job lives.
 
 Not for what the workers then run on (`eiwtrain.on_ray.session.room`). On this machine alone, or on a cluster of a fixed
 size, asking changes nothing.
 
-Ray keeps one target for the size of a cluster, which every `ray.autoscaler.sdk.request_resources` replaces. Ray Train
-and Ray Data therefore ask an actor of theirs, which puts the sum of what it was asked for there every 20 s, whatever
-else stood there. A job asks the same actor, and has Ray Train, which would ask for the workers of one attempt, ask for
-none (`without_request`): the two would add up.
+Ray keeps one target for the size of a cluster, which every call of its public `request_resources` replaces. Ray Train
+and Ray Data therefore ask an actor of theirs, which sets the target to the sum of its requests every 20 s, whatever it
+was. The public function does not do for a job: the next such sum would erase its request, two jobs would replace each
+other's, and that of a killed job would stay. A job therefore asks the same actor, and has Ray Train, which would ask
+for the workers of one attempt, ask for none (`without_request`): the two would add up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from eiwtrain.on_ray import session
 
 _RENEW_SECONDS = 20.0
 _EXPIRY_SECONDS = 120.0  # after which a job that was killed asks for nothing; a driver is silent for 60 s at most
-_RAISE_SECONDS = 300.0  # after which a job that lowered its request tries for one worker more
+_RAISE_SECONDS = 300.0  # after which a job that lowered its request asks for one worker more
 _ANSWER_SECONDS = 5.0
 
 
@@ -34,12 +35,12 @@ class NodeRequest:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._requester = f"eiwtrain {config.root}"  # a run has one job: who goes on with it takes the request over
+        self._requester = f"eiwtrain {config.root}"  # a run has one job: the next one takes the request over
         self._workers = config.max_workers
         self._renewed_at = self._changed_at = float("-inf")
 
     def renew(self) -> None:
-        """Ask, if it is time to; to be called often. Never fails and waits for no node: Ray's head may be away."""
+        """Ask, if it is time to; call it often. It never fails and waits for no node: Ray's head may be away."""
         now = time.monotonic()
         if not session.joins_cluster() or now - self._renewed_at < _RENEW_SECONDS:
             return
@@ -50,14 +51,13 @@ class NodeRequest:
             _ask(self._requester, [session.resources(self._config.workers)] * self._workers)
 
     def end(self) -> None:
-        """Ask for nothing any more."""
+        """Withdraw the request."""
         if not session.joins_cluster() or not session.is_running():
             return
         with contextlib.suppress(Exception):  # a head that has just gone
             import ray
 
-            if (answer := _ask(self._requester, [])) is not None:
-                ray.get(answer, timeout=_ANSWER_SECONDS)
+            ray.get(_ask(self._requester, []), timeout=_ANSWER_SECONDS)
 
     def _adapt(self, too_much: bool, now: float) -> None:
         before, least, most = self._workers, self._config.workers.min, self._config.max_workers
@@ -70,33 +70,21 @@ class NodeRequest:
 
 
 def without_request(policy: Any) -> Any:
-    """Ray Train's scaling policy, which then asks for no nodes.
+    """Return Ray Train's scaling policy, changed so that it asks for no nodes.
 
     Args:
         policy: `ray.train.v2._internal.execution.scaling_policy.FixedScalingPolicy` of Ray 2.60.
     """
-    policy._get_num_workers_for_resource_request = _none
+    policy._get_num_workers_for_resource_request = int  # which gives 0, and can be pickled
     return policy
 
 
-def _none() -> int:
-    return 0
-
-
 def _ask(requester: str, bundles: list[dict[str, float]]) -> Any:
-    """Have this requester ask for so much instead of what it asked for before; a reference to the actor's answer.
+    """Replace this requester's request; return a reference to the answer of the actor, which is that of Ray 2.60."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
 
-    The actor is that of Ray 2.60; in a Ray without it nobody else replaces the target, and there is no answer.
-    """
-    try:
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-    except ImportError:
-        from ray.autoscaler.sdk import request_resources
-
-        request_resources(bundles=bundles)
-        return None
     return get_or_create_autoscaling_coordinator().request_resources.remote(
         requester_id=requester, resources=bundles, expire_after_s=_EXPIRY_SECONDS
     )

@@ -1,60 +1,75 @@
-"""What the driver and the workers say to each other: a tiny Ray actor that lives with the driver.
+"""Carries messages between the driver and the workers: a tiny Ray actor that lives with the driver.
 
-Downwards one thing, how to end; upwards lines to print, and the end of the attempt. A worker asks from a background
-thread, so that the training loop reads a plain attribute and never waits for Ray.
+Downwards goes one request, to return; upwards go the messages of `eiwtrain.on_ray.messages`. A worker asks from a
+background thread, so that the training loop reads a plain attribute and never waits for Ray.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from eiwtrain.on_ray.messages import Heard, Message, Request
+
 POLL_SECONDS = 0.3
 
 
-class Request(NamedTuple):
-    """What the driver asks of the workers: a checkpoint, and then to end."""
-
-    kind: Literal["stop", "again"]
-    """stop: the run ends, to go on later. again: it goes on at once with other workers."""
-    reason: str
-    """For people, e.g. SIGTERM."""
+class MailboxLost(RuntimeError):
+    """The mailbox cannot be reached: it is gone, or Ray's head was away."""
 
 
 class Mailbox:
-    """Holds messages; every method returns at once. `start_mailbox` makes it an actor."""
+    """Holds messages; every method returns at once. `DriverEnd` makes it an actor."""
 
     def __init__(self) -> None:
         self._request: Request | None = None
-        self._messages: list[tuple[str, Any]] = []
+        self._messages: list[Message] = []
 
     def ask(self, request: Request) -> None:
-        """Ask the workers to checkpoint and end; a stop is not taken back."""
+        """Ask the workers to checkpoint and return; a stop is not taken back."""
         if self._request is None or self._request.kind == "again":
             self._request = request
 
     def asked(self) -> Request | None:
-        """How the workers should end, or None."""
+        """Return what the workers are asked for, or None."""
         return self._request
 
-    def put(self, kind: str, content: Any) -> None:
+    def put(self, message: Message) -> None:
         """Leave a message for the driver."""
-        self._messages.append((kind, content))
+        self._messages.append(message)
 
-    def take(self) -> list[tuple[str, Any]]:
-        """All messages that the driver has not seen yet, oldest first."""
+    def take(self) -> list[Message]:
+        """Return all messages that the driver has not seen yet, oldest first."""
         messages, self._messages = self._messages, []
         return messages
 
 
-def start_mailbox() -> Any:
-    """A mailbox as a Ray actor on this node; its handle may be sent to workers."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+class DriverEnd:
+    """The driver's end of a new mailbox on its node: it asks downwards, and reads what comes up."""
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+        """The actor's handle, which may be sent to workers."""
+
+    def ask(self, request: Request) -> None:
+        """Ask the workers. Raises MailboxLost."""
+        self._get(self.mailbox.ask.remote(request))
+
+    def take(self) -> list[Message]:
+        """Return the messages that are new, oldest first. Raises MailboxLost."""
+        messages: list[Message] = self._get(self.mailbox.take.remote())
+        return messages
+
+    def _get(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayError as e:
+            raise MailboxLost(str(e) or type(e).__name__) from e
 
 
 class WorkerEnd:
@@ -67,23 +82,23 @@ class WorkerEnd:
 
     @property
     def request(self) -> Request | None:
-        """How to end, as of less than a second ago; None while there is no reason to."""
+        """What the driver asks for, as of less than a second ago; None while it asks for nothing."""
         return self._request
 
-    def say(self, kind: str, content: Any) -> None:
+    def say(self, message: Message) -> None:
         """Send the driver a message; does not wait."""
-        self._mailbox.put.remote(kind, content)
+        self._mailbox.put.remote(message)
 
-    def finish(self, kind: str, content: Any) -> None:
+    def finish(self, message: Message) -> None:
         """Send the last message and wait until it has arrived."""
-        ray.get(self._mailbox.put.remote(kind, content))
+        ray.get(self._mailbox.put.remote(message))
 
     def _poll(self) -> None:
         while self._request is None or self._request.kind == "again":
             try:
                 request = ray.get(self._mailbox.asked.remote())
                 if request is not None and request != self._request:
-                    self.say("heard", None)  # so that the driver knows that somebody will end
+                    self.say(Heard())  # so that the driver knows that some worker will return
                 self._request = request
             except ray.exceptions.ActorDiedError:
                 return  # the driver is gone, and Ray ends this worker

@@ -1,11 +1,16 @@
-"""Start Ray on this machine, or join the cluster that `RAY_ADDRESS` names. Not for what runs on it."""
+"""Starts Ray on this machine, or joins the cluster that `RAY_ADDRESS` names, and looks at its nodes.
+
+Not for what runs on it. Importing this imports no Ray: `start` must set variables first, which Ray reads at its import.
+"""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Collection
 from typing import Any
 
@@ -16,8 +21,8 @@ _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0  # within which a node that lives starts a task
 
-# Told to glibc where workers start: a freed activation stays with the process, or each would be unmapped and faulted
-# in again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
+# Settings of glibc in workers: a freed activation stays with the process, or each would be unmapped and faulted in
+# again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
 WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
@@ -27,20 +32,20 @@ _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTR
 # address than that listens on all interfaces.
 _CLUSTERS_OF_MANY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-OWN_DRAIN = "the drain of this job's own node"  # why a job stops
+OWN_DRAIN = "the drain of this job's own node"  # a reason to stop
 
 
 class RayError(RuntimeError):
-    """Ray can neither be joined nor started; the message is one line."""
+    """Ray cannot be joined or started; the message is one line."""
 
 
 def joins_cluster() -> bool:
-    """Whether the job is to run on a cluster that is there: Ray sets the variable in a submitted job."""
+    """Whether the job runs on an existing cluster: Ray sets the variable in a submitted job."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def check_address() -> None:
-    """If `RAY_ADDRESS` names a cluster, something must answer there: `ray.init` would wait long, deaf to signals.
+    """Check that something answers where `RAY_ADDRESS` names a cluster: `ray.init` would wait long, deaf to signals.
 
     Raises:
         RayError: nothing answers.
@@ -63,13 +68,13 @@ def is_running() -> bool:
 
 
 def start(cpus: int) -> None:
-    """Join the cluster, or start a Ray of so many logical CPUs that listens on loopback and ends with this process.
+    """Join the cluster, or start a Ray of `cpus` logical CPUs that listens on loopback and ends with this process.
 
-    Ray takes SIGTERM for itself meanwhile and afterwards.
+    Ray takes SIGTERM for itself; afterwards its handler is again what it was, and has seen one that came meanwhile.
 
     Raises:
         RayError: it cannot.
-        SystemExit: SIGTERM came meanwhile.
+        SystemExit: SIGTERM came meanwhile, and its handler has raised nothing.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
@@ -80,7 +85,7 @@ def start(cpus: int) -> None:
     where: dict[str, Any] = {}
     if not joins_cluster():
         if "ray" not in sys.modules:  # which reads these when it is imported, once for all
-            # whoever else is on this machine needs a token, this cluster's own: left to itself Ray would keep one in
+            # anyone else on this machine needs a token, this cluster's own: left to itself Ray would keep one in
             # ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -95,38 +100,64 @@ def start(cpus: int) -> None:
     check_address()
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **where)
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", **where)
+        finally:
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+    except SystemExit:  # how Ray answers SIGTERM
+        signal.raise_signal(signal.SIGTERM)
+        raise
     except (ConnectionError, ValueError, RuntimeError) as e:
         what = "RAY_ADDRESS: Ray cannot be joined" if joins_cluster() else "Ray cannot be started"
         raise RayError(f"{what}: {one_line(e, 300)}") from None
 
 
+def stop() -> None:
+    """Leave the cluster, or stop the Ray of this process, also one whose start broke off."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+
+
 def resources(workers: Workers) -> dict[str, float]:
-    """What Ray is to reserve for each worker."""
+    """Return what Ray is to reserve for each worker."""
     wanted: dict[str, float] = {"CPU": workers.cpus}
     return wanted | ({"GPU": workers.gpus} if workers.gpus else {})
 
 
 def draining() -> set[str]:
-    """Ids of the nodes that are being drained: nothing new is placed on them, and soon they are gone."""
+    """Return the ids of the nodes that are being drained: nothing new is placed on them, and soon they are gone."""
     from ray._private.state import state  # there is no public way to know
 
     return set(state.get_draining_nodes())
 
 
-def own_node_drains() -> bool:
-    """Whether the node that this process is on is being drained."""
+def own_node() -> str:
+    """Return Ray's id of the node that this process is on."""
     import ray
 
-    return ray.get_runtime_context().get_node_id() in draining()
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def own_node_drains() -> bool:
+    """Whether the node that this process is on is being drained."""
+    return own_node() in draining()
+
+
+def worker_gpu() -> Any:
+    """Return the `torch.device` of the GPU that Ray Train has given this worker."""
+    from ray.train.torch import get_device
+
+    return get_device()
 
 
 def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SECONDS) -> int:
-    """How many workers there is room for, at most `config.max_workers`, on nodes that live and stay.
+    """Return for how many workers there is room, at most `config.max_workers`, on nodes that live and stay.
 
     Args:
-        own: the node of each worker that runs already; its place counts as free.
+        own: the node of each worker that already runs; its place counts as free.
         patience: seconds within which a node must answer to count.
     """
     import ray
@@ -147,7 +178,7 @@ def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SE
 
 
 def _answering(nodes: Collection[str], patience: float) -> list[str]:
-    """Those of the nodes that start a task: of one that died a moment ago Ray does not know yet."""
+    """Return those nodes that start a task: Ray does not know yet of one that died a moment ago."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -175,11 +206,13 @@ def _is_good(answer: Any) -> bool:
 
 
 def worker_environment() -> dict[str, str]:
-    """What a worker's process starts with. Ray shows it, so it is for no secret; gloo reads its settings before a
-    worker could set them for itself."""
+    """Return the variables that a worker's process starts with.
+
+    Ray shows them, so they hold no secret; gloo reads its settings before a worker could set them for itself.
+    """
     return WORKER_ENV | {k: v for k, v in os.environ.items() if k.startswith("GLOO_")}
 
 
 def forwarded_environment() -> dict[str, str]:
-    """The driver's credentials and settings that a worker is to set for itself."""
+    """Return the driver's credentials and settings that a worker is to set for itself."""
     return {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED)}

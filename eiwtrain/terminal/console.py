@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import Any
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The training line: where the run stands, and how fast it goes."""
+
+    step: int
+    max_steps: int
+    images: int
+    """Images that the run has trained on so far."""
+    bits_per_dim: float
+    images_per_second: float
+    """Over all workers."""
+    data_wait: float
+    """Share of the time of the steps that was spent waiting for data, 0..1."""
+    faults: int
+    """Storage failures that were retried with success."""
+    goodput: float
+    """Of the run so far, 0..1."""
+    eta: float
+    """Seconds until the last step."""
 
 
 class Console:
-    """Lines on standard output; on a terminal the training line is refreshed in place, else one line a time."""
+    """Lines on standard output; on a terminal the training line is refreshed in place, else each is a new line."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
@@ -19,8 +40,8 @@ class Console:
         self._clear()
         print(text, flush=True)
 
-    def progress(self, p: dict[str, Any]) -> None:
-        """Print the training line: see `training_line`."""
+    def progress(self, p: Progress) -> None:
+        """Print the training line."""
         line = training_line(p)
         if not self._terminal:
             print(line, flush=True)
@@ -35,14 +56,13 @@ class Console:
             self._transient = False
 
 
-def training_line(p: dict[str, Any]) -> str:
-    """Step, images, bits/dim, images/s, share of time spent waiting for data, goodput of the run so far, time left;
-    storage failures, if any."""
-    faults = f"  {p['faults']} storage faults ridden out" if p["faults"] else ""
+def training_line(p: Progress) -> str:
+    """Return the training line as text; storage failures are left out where there are none."""
+    faults = f"  {p.faults} storage faults retried" if p.faults else ""
     return (
-        f"step {p['step']:>6,}/{p['max_steps']:,}  {p['images']:>9,} images  {p['bits_per_dim']:.3f} bits/dim  "
-        f"{p['images_per_second']:,.1f} images/s  data wait {p['data_wait']:.0%}  "
-        f"goodput {p['goodput']:.0%}  ETA {duration(p['eta'])}{faults}"
+        f"step {p.step:>6,}/{p.max_steps:,}  {p.images:>9,} images  {p.bits_per_dim:.3f} bits/dim  "
+        f"{p.images_per_second:,.1f} images/s  data wait {p.data_wait:.0%}  "
+        f"goodput {p.goodput:.0%}  ETA {duration(p.eta)}{faults}"
     )
 
 

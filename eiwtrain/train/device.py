@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from eiwtrain.config import Workers
+from eiwtrain.on_ray import session
 
 
 def of_worker(workers: Workers) -> torch.device:
@@ -16,9 +17,7 @@ def of_worker(workers: Workers) -> torch.device:
     if not workers.gpus:
         torch.set_num_threads(workers.cpus)  # no more than its own cores: the same sums each time
         return torch.device("cpu")
-    from ray.train.torch import get_device
-
-    device = get_device()
+    device: torch.device = session.worker_gpu()
     torch.cuda.set_device(device)
     return device
 

@@ -1,15 +1,19 @@
-"""What a run that has made its last step leaves: sample grid, exported model, summary. Rank 0 alone does it."""
+"""Writes what a run leaves after its last step: sample grid, exported model, summary. Rank 0 alone does it.
+
+Not for what is written during training: that is `eiwtrain.train.keeper` and `eiwtrain.train.held_out`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
 
 import torch.distributed as dist
 
 from eiwtrain import storage
 from eiwtrain.exporting import assemble, models
+from eiwtrain.on_ray.messages import Summary
 from eiwtrain.sampling import pictures
 from eiwtrain.scoring.scores import Score
 from eiwtrain.scoring.yardsticks import Yardsticks
@@ -20,7 +24,7 @@ from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
 
 METRICS = "metrics.jsonl"
-"""Under the run's root: its curves (`eiwtrain.tracking.journal`)."""
+"""File under the run's root that holds its curves (`eiwtrain.tracking.journal`)."""
 
 
 def finish(
@@ -30,23 +34,24 @@ def finish(
     tracked: TrackedRun,
     tracker: Tracker,
     guard: Guard,
-    may_go_on: Callable[[str], bool],
-) -> dict[str, Any] | None:
-    """Draw, export and sum up; returns what `summary.json` under the run's root holds, or None if it may not go on.
+    may_continue: Callable[[str], bool],
+) -> Summary | None:
+    """Draw, export and sum up; return the content of `summary.json` under the run's root, or None if it may not
+    continue.
 
     Args:
         guard: asked before each thing is written; raises LeaseLost.
-        may_go_on: asked before that, and told what comes next.
+        may_continue: asked before that, with what comes next.
     """
     config, state = held_out.config, held_out.state
     root = config.root
     assert state.newest is not None
     samples, model = storage.join(root, "samples.png"), storage.join(root, "model")
-    if not may_go_on("drawing samples"):
+    if not may_continue("drawing samples"):
         return None
     guard.check()
     storage.write_bytes(samples, pictures.png(held_out.overview()))
-    if not may_go_on("the export"):
+    if not may_continue("the export"):
         return None
     guard.check()
     coders = Yardsticks(held_out.yardstick_images, held_out.yardsticks)
@@ -55,7 +60,7 @@ def finish(
     with assemble.assembled(state.averaged, *facts) as folder:
         assemble.publish(folder, model)
         if (name := config.tracking.registered_model) is not None:
-            if not may_go_on("registering the model"):
+            if not may_continue("registering the model"):
                 return None
             guard.check()
             try:
@@ -63,34 +68,34 @@ def finish(
             except (TrackingError, storage.StorageError) as e:
                 again = f"python -m eiwtrain.export {state.step} --run {root} --register '{name}'"
                 registered = f"not registered: {e}; to do so: {again}"
-    summary = {
-        "data": state.manifest.title,
-        "steps": state.step,
-        "images": state.samples_seen,
-        "test_bits_per_dim": score.bits_per_dim,
-        "test_standard_error": score.standard_error,
-        "test_images": score.images,
-        "png_bits_per_dim": held_out.yardsticks["png"],
-        "webp_bits_per_dim": held_out.yardsticks["webp"],
-        "yardstick_images": held_out.yardstick_images,
-        "images_per_second": state.samples_seen / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
-        "goodput": clock.goodput,
-        "goodput_shares": clock.shares(),
-        "goodput_line": goodput.describe(clock),
-        "wall_seconds": clock.wall,
-        "skipped_steps": state.skipped,
-        "drift": held_out.drift(),
-        "workers": dist.get_world_size(),
-        "metrics": storage.join(root, METRICS),
-        "samples": samples,
-        "exported_model": model,
-        "registered": registered,
-        "checkpoint": state.newest.url,
-        "mlflow_run_id": tracked.run_id,
-    }
-    if not may_go_on("the summary"):
+    summary = Summary(
+        data=state.manifest.title,
+        steps=state.step,
+        images=state.samples_seen,
+        test_bits_per_dim=score.bits_per_dim,
+        test_standard_error=score.standard_error,
+        test_images=score.images,
+        png_bits_per_dim=held_out.yardsticks["png"],
+        webp_bits_per_dim=held_out.yardsticks["webp"],
+        yardstick_images=held_out.yardstick_images,
+        images_per_second=state.samples_seen / max(1e-9, clock.seconds("productive") + clock.seconds("data_wait")),
+        goodput=clock.goodput,
+        goodput_shares=clock.shares(),
+        goodput_line=goodput.describe(clock),
+        wall_seconds=clock.wall,
+        skipped_steps=state.skipped,
+        drift=held_out.drift(),
+        workers=dist.get_world_size(),
+        metrics=storage.join(root, METRICS),
+        samples=samples,
+        exported_model=model,
+        registered=registered,
+        checkpoint=state.newest.url,
+        mlflow_run_id=tracked.run_id,
+    )
+    if not may_continue("the summary"):
         return None
     guard.check()
-    storage.write_bytes(storage.join(root, "summary.json"), json.dumps(summary, indent=1).encode())
+    storage.write_bytes(storage.join(root, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
     tracker.tags({"exported_model": model})
     return summary

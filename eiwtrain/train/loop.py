@@ -2,35 +2,45 @@
 
 Ray Train calls `train` in every worker, with the process group up. Rank 0 speaks for all: lines to the driver,
 metrics to MLflow. Whatever every rank must do alike (stop, save, evaluate) is decided from numbers that were
-all-reduced, so no rank is left waiting in a collective.
+all-reduced, so no rank is left waiting in a collective. Not for what a step minimises (`eiwtrain.train.objective`), nor
+for how workers are started (`eiwtrain.driver.attempt`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import fsspec.config
-import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from eiwtrain import data, flow, storage, tracking
+from eiwtrain import data, storage
 from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
-from eiwtrain.config import Config, Train, batching
+from eiwtrain.config import batching
+from eiwtrain.on_ray import session
 from eiwtrain.on_ray.mailbox import WorkerEnd
+from eiwtrain.on_ray.messages import (
+    Again,
+    Assignment,
+    Failed,
+    Finished,
+    Lost,
+    Message,
+    Note,
+    Outcome,
+    Stopped,
+    Training,
+)
 from eiwtrain.scoring.scores import Score
-from eiwtrain.storage.lease import Guard, LeaseLost
+from eiwtrain.storage.lease import LeaseLost
 from eiwtrain.testing import failpoints
 from eiwtrain.testing.audit import Audit
-from eiwtrain.tracking import TrackedRun, Tracker
+from eiwtrain.tracking import Tracker
 from eiwtrain.tracking.curves import SKIPPED_STEPS
 from eiwtrain.tracking.system import System
 from eiwtrain.train import device, goodput, report
@@ -38,77 +48,95 @@ from eiwtrain.train.finish import METRICS, finish
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
 from eiwtrain.train.keeper import Keeper
+from eiwtrain.train.objective import MicroBatch, learning_rate, step_seed
 from eiwtrain.train.state import TrainState, sum_over_ranks
 from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
-_FIRST_SEED = 0  # of their noise
-
-Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: go on, or one of the requests of the driver
+_FIRST_SEED = 0  # for their noise
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the driver tells every worker."""
+class StepSums(NamedTuple):
+    """What the ranks sum up in each step, so that all of them decide alike. In float64; flags are 0 or 1 a rank."""
 
-    config: Config
-    data_fingerprint: str
-    """Of the data set that the driver has found, and compared with the checkpoint."""
-    tracked: TrackedRun
-    mailbox: Any
-    guard: Guard
-    """Of the run's lease: asked before anything is written for others to read."""
-    environment: dict[str, str] = field(repr=False)  # Ray may show what a job was given
-    """Credentials and settings of the driver's environment that workers need."""
-    began: float
-    """Unix time at which the driver started."""
-    earlier: float
-    """Wall time of earlier drivers of this run, seconds."""
-    attempt_began: float
-    """Unix time at which this attempt began: the driver's start, or the end of the attempt before."""
-    failures: int
-    """Attempts that have died or failed so far."""
-    skip_to: int | None
-    """Step to go on with, from the weights of the last good checkpoint; None: that checkpoint's own."""
+    bits: float
+    """Bits/dim, summed over the images."""
+    penalty: float
+    """The shuffle's regulariser, summed over the images."""
+    faults: float
+    """Storage failures since the step before that were retried with success."""
+    again: float
+    """Whether to return for another attempt."""
+    stop: float
+    """Whether to stop the run."""
+    save: float
+    """Whether a checkpoint is due."""
+    look: float
+    """Whether to look at the machines' load."""
+
+    def over_ranks(self, device: torch.device) -> StepSums:
+        """Return the sums over all ranks. Collective."""
+        return StepSums(*sum_over_ranks(list(self), device))
+
+
+Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: continue, or one of the driver's requests
 
 
 class Fatal(RuntimeError):
-    """The run cannot go on and a restart would not help; the message is for the user."""
+    """The run cannot continue and a restart would not help; the message is for the user."""
 
 
-def train(settings: dict[str, Job]) -> None:
+def train(settings: dict[str, Assignment]) -> None:
     """Train until `max_steps`, a stop or a failure; Ray Train's entry point in each worker."""
-    job = settings["job"]
-    os.environ.update(job.environment)
+    assignment = settings["assignment"]
+    os.environ.update(assignment.environment)
     fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
-    driver = WorkerEnd(job.mailbox)
+    driver = WorkerEnd(assignment.mailbox)
     where = f"rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()})"
-    watchdog = Watchdog(job.config.workers.hang_seconds, lambda what: driver.finish("note", f"{where}: {what}"))
+    watchdog = Watchdog(assignment.config.workers.hang_seconds, lambda what: driver.finish(Note(f"{where}: {what}")))
     worker: Worker | None = None
     try:
-        worker = Worker(job, driver, watchdog)
+        worker = Worker(assignment, driver, watchdog)
         outcome = worker.run()
     except LeaseLost as e:
-        driver.finish("end", {"lost": str(e)})
+        driver.finish(Lost(str(e)))
     except (Fatal, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
-        # not raised: the workers would be started again, to fail in the same way. The driver ends the other ranks.
-        driver.finish("end", {"failed": str(e)})
+        # not raised: the workers would be started again, to fail in the same way. The driver stops the other ranks.
+        driver.finish(Failed(str(e)))
     except torch.OutOfMemoryError as e:
-        what = report.out_of_memory(e, job.config)
-        if job.failures or (worker is not None and worker.state.step > worker.first_step):
+        what = report.out_of_memory(e, assignment.config)
+        if assignment.failures or (worker is not None and worker.state.step > worker.first_step):
             raise RuntimeError(what) from e  # it did fit, or a process that died may not have let go of its memory yet
-        driver.finish("end", {"failed": what})
+        driver.finish(Failed(what))
     else:
-        if dist.get_rank() == 0:
-            driver.finish("end", outcome)
+        if outcome is not None:
+            driver.finish(outcome)
     finally:
         watchdog.close()
+
+
+def same_data(assignment: Assignment) -> data.Manifest:
+    """Return the data set, which has to be the one that the driver knows: an attempt must not resume on other images.
+
+    Raises:
+        Fatal: it was replaced.
+        data.DataError: there is none.
+    """
+    path, was = assignment.config.data.path, assignment.data_fingerprint
+    manifest = data.load_manifest(path)
+    if manifest.fingerprint != was:
+        raise Fatal(
+            f"data.path: {path} was replaced during the run (fingerprint {manifest.fingerprint[:12]}, was "
+            f"{was[:12]}); put back what it was, or train on what it is now under another run.name"
+        )
+    return manifest
 
 
 class Worker:
     """The loop, and what it does between steps."""
 
-    def __init__(self, job: Job, driver: WorkerEnd, watchdog: Watchdog) -> None:
+    def __init__(self, job: Assignment, driver: WorkerEnd, watchdog: Watchdog) -> None:
+        """Restore or initialise the state. Collective."""
         self.job, self.driver, self.watchdog, self.config = job, driver, watchdog, job.config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device.of_worker(job.config.workers)
@@ -147,19 +175,17 @@ class Worker:
         self.skipped: list[int] = []
         """Samples of this rank in the steps just before this one that were skipped."""
 
-    def run(self) -> dict[str, Any]:
-        """The loop. Returns `{"finished": summary}`, `{"stopped": reason, ...}` or `{"again": reason, ...}`; raises
-        `Fatal`."""
+    def run(self) -> Outcome | None:
+        """Train; return how it ended, on rank 0 at least. Collective. Raises `Fatal`."""
         c, state = self.config, self.state
         nodes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
-        about = {"step": state.step, "of": c.train.max_steps, "workers": self.world_size, "nodes": nodes}
-        self.say("training", about)
+        dist.all_gather_object(nodes, session.own_node())
+        self.say(Training(state.step, c.train.max_steps, nodes))
         self.system = System(nodes, self.device, self.note)
         batches = self._train_batches()
         try:
             if self.job.skip_to is not None:
-                self.keeper.save()  # or what comes would be tried with the same weights again, after a crash
+                self.keeper.save()  # or, after a crash, the next attempt would try these steps with the same weights
             while state.step < c.train.max_steps:
                 if self._evaluation_due():  # before a step, as a stop may have cut it short in the last attempt
                     ending, due = ("" if self._evaluate() else self._agreed()), True  # with the score
@@ -179,15 +205,15 @@ class Worker:
             if ending := self._agreed():
                 return self._ended(ending)
             assert score is not None  # or a reason to end was agreed on
-            return self._finish(score) if self.rank == 0 else {}
+            return self._finish(score) if self.rank == 0 else None
         finally:
             self.system.close()
             if self.tracker is not None:
                 self.tracker.close()
 
     def _train_step(self, batches: Iterator[list[data.Batch]]) -> tuple[Ending, bool]:
-        """One optimizer step on the global batch; returns whether all ranks agreed to end after it, and whether a
-        checkpoint is due."""
+        """Make one optimizer step on the global batch; return what all ranks agreed to do after it, and whether a
+        checkpoint is due. Collective."""
         state, images = self.state, self.config.train.global_batch
         self.watchdog.beat(f"step {state.step}")
         self.clock.training()
@@ -203,41 +229,43 @@ class Worker:
         indices = [i for b in own for i in b.indices[b.indices >= 0].tolist()]
         self.audit.made(state.step - 1, indices)
         self.skipped = [] if applied else self.skipped + indices
-        bits_and_penalty = [sum(column) for column in torch.stack([m.sums for m in micro_batches]).T.tolist()]
+        bits, penalty = (sum(column) for column in torch.stack([m.sums for m in micro_batches]).T.tolist())
+        again, stop = self._wants()
+        save = self.rank == 0 and self.keeper.due()
         logs = state.step % self.config.tracking.log_every == 0
-        due = [self.rank == 0 and self.keeper.due(), logs and self.system.due()]
-        measured = [*bits_and_penalty, data.new_faults(), *self._wants(), *due]
-        bits, penalty, faults, again, stop, save, look = sum_over_ranks(measured, self.device)
+        look = logs and self.system.due()
+        sums = StepSums(bits, penalty, data.new_faults(), again, stop, save, look).over_ranks(self.device)
+        bits, penalty, faults = sums.bits / images, sums.penalty / images, int(sums.faults)
         worked = time.perf_counter() - started - waited
         self.clock.spend("productive" if applied else "lost", worked)
         self.clock.spend("data_wait", waited)
-        self.meter.add(images, bits / images, waited, worked, int(faults))
-        self.faults += int(faults)
+        self.meter.add(images, bits, waited, worked, faults)
+        self.faults += faults
         if not applied:
             self.note(
-                f"step {state.step:,} skipped: {bits / images:g} bits/dim, gradient norm {norm:g} "
+                f"step {state.step:,} skipped: {bits:g} bits/dim, gradient norm {norm:g} "
                 f"({state.skipped_in_row} in a row, {state.skipped} in all)"
             )
-        of_machines = self.system.curves() if look else {}
+        of_machines = self.system.curves() if sums.look else {}
         if self.tracker is not None and logs:
             entropy, epoch = micro_batches[-1].entropy, state.samples_seen / len(self.train_set)
-            curves = report.curves(self.meter, bits / images, penalty / images, norm, lr, entropy, self.faults, epoch)
+            curves = report.curves(self.meter, bits, penalty, norm, lr, entropy, self.faults, epoch)
             curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self.clock) | of_machines
             self.tracker.metrics(state.step, curves)
         self.keeper.hear()
         self._progress()
-        return _ending(again, stop), save > 0
+        return _ending(sums.again, sums.stop), sums.save > 0
 
     def _progress(self) -> None:
-        """The training line, every few seconds."""
+        """Send the training line, every few seconds."""
         t, step = self.config.train, self.state.step
         if self.meter.seconds >= t.log_every_seconds or step == t.max_steps:
-            line = report.progress(self.meter, step, t.max_steps, t.global_batch, self.clock.goodput)
-            self.say("progress", line)
+            self.say(report.progress(self.meter, step, t.max_steps, t.global_batch, self.clock.goodput))
             self.meter = report.Meter()
 
-    def _give_up(self) -> dict[str, Any]:
-        """Too many steps in a row that are not finite: back to good weights if that is wanted, else the end."""
+    def _give_up(self) -> Again:
+        """Answer too many steps in a row that are not finite: return to good weights if the config allows it, or else
+        raise `Fatal`. Collective."""
         state, t = self.state, self.config.train
         self.watchdog.beat("the checkpoint before steps that are not finite")
         self.keeper.settle()
@@ -248,36 +276,34 @@ class Worker:
             f"{self.config.data.train_split}: {sorted(i for share in shares for i in share)}"
         )
         if state.rollbacks < t.rollbacks:
-            return {"again": what, "skip_to": state.step}
+            return Again(what, state.step)
         raise Fatal(
             f"{what}; last good checkpoint: {state.newest.url if state.newest else 'none'}. "
-            "A lower train.lr or train.clip, or model.trunk_dtype=float64, usually mends it; train.rollbacks=1 goes on "
+            "A lower train.lr or train.clip, or model.trunk_dtype=float64, usually fixes it; train.rollbacks=1 resumes "
             "from that checkpoint behind these steps"
         )
 
     def _wants(self) -> tuple[float, float]:
-        """Whether this rank knows of a reason to start again, and to stop."""
+        """Return whether this rank knows of a reason for another attempt, and to stop."""
         hours, request = self.config.train.max_hours, self.driver.request
         out_of_time = self.rank == 0 and hours is not None and time.time() - self.job.began > hours * 3600
         kind = request.kind if request else ""
         return float(kind == "again"), float(kind == "stop" or out_of_time)
 
     def _agreed(self) -> Ending:
-        """What any rank knows of a reason to end. Collective."""
+        """Return what to do, by what any rank knows. Collective."""
         return _ending(*sum_over_ranks([*self._wants()], self.device))
 
-    def _ended(self, ending: Ending) -> dict[str, Any]:
+    def _ended(self, ending: Ending) -> Stopped | Again:
+        """Close what is open, and return the outcome."""
         reason = self.driver.request.reason if self.driver.request else "its time limit (train.max_hours)"
-        newest = self.state.newest
-        saved = {"step": self.state.step, "checkpoint": newest.url if newest else None}
         if self.tracker is not None:
             self.tracker.flush()
             self.tracker.close(0.0)  # points that MLflow does not take now are in the checkpoint
         if ending == "again":
-            return {"again": reason} | saved
-        if self.rank == 0:  # the driver does it too, unless it is killed before it comes to it
-            tracking.end(self.job.tracked, "KILLED", f"stopped by {reason}; goes on with the same command")
-        return {"stopped": reason} | saved
+            return Again(reason)
+        newest = self.state.newest
+        return Stopped(reason, self.state.step, newest.url if newest else None)
 
     def _evaluation_due(self) -> bool:
         step = self.state.step
@@ -288,7 +314,7 @@ class Worker:
         )
 
     def _evaluate(self) -> Score | None:
-        """Held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
+        """Return the held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
         state = self.state
         if state.score is not None:
             return state.score
@@ -309,29 +335,30 @@ class Worker:
         )
         if self.tracker is not None:
             with self.clock.spending("evaluation"):
-                self.held_out.show(score, self.tracker, self.note, self._may_go_on)
+                self.held_out.show(score, self.tracker, self.note, self._may_continue)
         return score
 
-    def _finish(self, score: Score) -> dict[str, Any]:
-        """What the run leaves, looking between for a stop; rank 0 alone."""
+    def _finish(self, score: Score) -> Outcome:
+        """Write what the run leaves, looking between for a stop; rank 0 alone."""
         state = self.state
         if state.newest is None or state.newest.step != state.step:
             last = state.newest.url if state.newest else "the beginning"
-            raise Fatal(f"the last checkpoint could not be written; the same command goes on from {last}")
+            raise Fatal(f"the last checkpoint could not be written; the same command resumes from {last}")
         self.watchdog.beat("the end")
         failpoints.reach("worker.finish")
         assert self.tracker is not None
-        guard = self.job.guard
         try:
-            summary = finish(self.held_out, score, self.clock, self.job.tracked, self.tracker, guard, self._may_go_on)
+            summary = finish(
+                self.held_out, score, self.clock, self.job.tracked, self.tracker, self.job.guard, self._may_continue
+            )
         except (LeaseLost, storage.StorageError):
             raise
         except Exception as e:  # training is done; to start workers again for this would not help
             raise Fatal(f"training is done, but {type(e).__name__}: {e}; the same command tries the end again") from e
-        return self._ended(_ending(*self._wants())) if summary is None else {"finished": summary}
+        return self._ended(_ending(*self._wants())) if summary is None else Finished(summary)
 
-    def _may_go_on(self, what: str) -> bool:
-        """On rank 0 alone, before `what`: whether this rank knows of no reason to end."""
+    def _may_continue(self, what: str) -> bool:
+        """Whether this rank knows of no reason to stop before `what`; asked on rank 0 alone."""
         self.watchdog.beat(what)
         return not any(self._wants())
 
@@ -353,77 +380,18 @@ class Worker:
         )
 
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the flow takes: pixels, noise, labels."""
+        """Return what the flow takes: pixels, noise, labels."""
         return data.flow_inputs(batch, self.config.model.classes, self.device)
 
     def note(self, text: str) -> None:
         """Have the driver print a line; from rank 0 only."""
-        self.say("note", text)
+        self.say(Note(text))
 
-    def say(self, kind: str, content: Any) -> None:
-        """Tell the driver; from rank 0 only."""
+    def say(self, message: Message) -> None:
+        """Send the driver a message; from rank 0 only."""
         if self.rank == 0:
-            self.driver.say(kind, content)
-
-
-class MicroBatch:
-    """One forward pass of one rank: its part of the loss, and what it measured on the way."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        config: Config,
-        images: Tensor,
-        noise: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> None:
-        self.weight, self.config = weight.to(images.device), config
-        self.images, self.noise, self.labels = images, noise, labels
-        self.sums, self.entropy = torch.empty(2), torch.empty(0, 2)
-
-    def loss(self, module: nn.Module) -> Tensor:
-        """This micro-batch's share of the mean bits/dim, and of the shuffle's regulariser, over the global batch."""
-        t = self.config.train
-        out: flow.FlowOutput = module(self.images, self.noise, self.labels)
-        bits = flow.bits_per_dim(out.log_prob, self.images[0].numel(), self.config.model.n_bits)
-        # a padded row counts zero times; its image is a real one, so its loss is finite
-        bits, penalty = (self.weight * bits).sum(), (self.weight * out.penalty).sum()
-        # left on the device: to read them here would have the backward pass wait for the forward pass
-        self.sums, self.entropy = torch.stack([bits.detach().double(), penalty.detach().double()]), out.entropy
-        return (bits + t.shuffle_penalty * penalty) / t.global_batch
-
-
-def same_data(job: Job) -> data.Manifest:
-    """The data set, which has to be the one that the driver knows: an attempt must not go on with other images.
-
-    Raises:
-        Fatal: it was replaced.
-        data.DataError: there is none.
-    """
-    path, was = job.config.data.path, job.data_fingerprint
-    manifest = data.load_manifest(path)
-    if manifest.fingerprint != was:
-        raise Fatal(
-            f"data.path: {path} was replaced while the run went on (fingerprint {manifest.fingerprint[:12]}, was "
-            f"{was[:12]}); put back what it was, or train on what it is now under another run.name"
-        )
-    return manifest
+            self.driver.say(message)
 
 
 def _ending(again: float, stop: float) -> Ending:
     return "stop" if stop else "again" if again else ""
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Of what one rank draws at random in one step, besides its samples' noise: 64 bits, another for each."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:8], "big")
-
-
-def learning_rate(step: int, train: Train) -> float:
-    """Of optimizer step `step` (the first is 0): linear warm-up, then constant or half a cosine down to zero."""
-    if step < train.warmup_steps:
-        return train.lr * (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return train.lr
-    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
-    return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

@@ -1,20 +1,23 @@
-"""What rank 0 measures while it trains, as a line for people and as curves for MLflow."""
+"""Reports training: what rank 0 measures, as a line for people and as curves for MLflow, and two warnings.
+
+Not for where the time of the whole run goes: that is `eiwtrain.train.goodput`.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 from torch import Tensor
 
 from eiwtrain.config import Config
+from eiwtrain.terminal.console import Progress
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking import curves as names
 
 
 def drift_warning(drift: float, config: Config) -> str | None:
-    """What to tell a user whose flow has drifted too far for gradients to come of its inversion; None if it has not.
+    """Return a warning where a flow has drifted too far for gradients to come from its inversion, or else None.
 
     Args:
         drift: relative error of images through the flow and back (`EIWFlow.drift`).
@@ -24,17 +27,17 @@ def drift_warning(drift: float, config: Config) -> str | None:
         return None
     if m.anchor_every and drift < 1:
         return None  # drift is measured without anchors, and they bound it where gradients come from
-    remedies = [] if m.anchor_every or not drift < 1 else ["model.anchor_every=8"]  # which alone need not do beyond
+    remedies = [] if m.anchor_every or not drift < 1 else ["model.anchor_every=8"]  # beyond 1 it alone may not suffice
     remedies += [] if m.trunk_dtype == "float64" else ["model.trunk_dtype=float64"]
     remedies += ["model.backprop=checkpointed"]
     return (
         f"warning: drift {drift:.1e} is above eval.drift_warning = {limit:g}: inverted activations, and gradients with "
-        f"them, lose precision. {' or '.join(remedies)} mends it (docs/precision.md)"
+        f"them, lose precision. {' or '.join(remedies)} fixes it (docs/precision.md)"
     )
 
 
 def out_of_memory(error: Exception, config: Config) -> str:
-    """What to tell a user whose worker has run out of GPU memory: one line, with what lowers the need."""
+    """Return one line for a user whose worker has run out of GPU memory, with what lowers the need."""
     m, rows = config.model, config.train.micro_batch
     remedies = [f"a train.micro_batch below {rows}"] if rows > 1 else []
     if m.backprop == "auto":
@@ -48,7 +51,7 @@ def out_of_memory(error: Exception, config: Config) -> str:
 
 
 class Meter:
-    """Means over the steps since it was made."""
+    """Means over the steps since this meter was made."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -56,8 +59,13 @@ class Meter:
         self._bits = self._waited = self._worked = 0.0
 
     def add(self, images: int, bits_per_dim: float, waited: float, worked: float, faults: int = 0) -> None:
-        """Count one step that waited `waited` seconds for its data and then worked for `worked` seconds, while so many
-        failures of storage were ridden out."""
+        """Count one step.
+
+        Args:
+            waited: seconds for which the step waited for its data.
+            worked: seconds that it then took.
+            faults: storage failures during it that were retried with success.
+        """
         self._images += images
         if math.isfinite(bits_per_dim):  # else the step was skipped
             self._bits += bits_per_dim
@@ -73,12 +81,13 @@ class Meter:
 
     @property
     def bits_per_dim(self) -> float:
-        """Mean over the steps that were not skipped."""
+        """Mean bits/dim over the steps that were not skipped."""
         return self._bits / max(1, self._finite)
 
     @property
     def images_per_second(self) -> float:
-        """Over all ranks, in the time of the steps: what lies between them, evaluation say, does not count."""
+        """Images a second over all ranks, in the time of the steps: what lies between them, say an evaluation, does not
+        count."""
         return max(1, self._images) / max(1e-9, self._waited + self._worked)
 
     @property
@@ -97,14 +106,14 @@ def curves(
     faults: int,
     epoch: float,
 ) -> dict[str, float]:
-    """One point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
+    """Return one point of every training curve, grouped as the MLflow UI groups names: by what stands before the slash.
 
-    All but the times and the faults are of the step itself, so a step that is made again after a resume gives the same
+    All but the times and the faults describe the step itself, so a step that is run again after a resume gives the same
     point.
 
     Args:
         entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
-        faults: failures of storage that all workers have ridden out since they were started.
+        faults: storage failures that all workers have retried with success since they were started.
         epoch: how often each training image has been seen.
     """
     values = {
@@ -122,16 +131,16 @@ def curves(
     return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 
-def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> dict[str, Any]:
-    """What `eiwtrain.terminal.console.training_line` prints."""
-    return {
-        "step": step,
-        "max_steps": max_steps,
-        "images": step * global_batch,
-        "bits_per_dim": meter.bits_per_dim,
-        "images_per_second": meter.images_per_second,
-        "data_wait": meter.data_wait,
-        "faults": meter.faults,
-        "goodput": goodput,
-        "eta": (max_steps - step) * global_batch / meter.images_per_second,
-    }
+def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> Progress:
+    """Return the training line."""
+    return Progress(
+        step=step,
+        max_steps=max_steps,
+        images=step * global_batch,
+        bits_per_dim=meter.bits_per_dim,
+        images_per_second=meter.images_per_second,
+        data_wait=meter.data_wait,
+        faults=meter.faults,
+        goodput=goodput,
+        eta=(max_steps - step) * global_batch / meter.images_per_second,
+    )

@@ -131,7 +131,7 @@ def test_a_run_loses_a_node_goes_on_with_the_rest_and_takes_it_back(cluster, fol
     job.wait_for("on 1 workers")
     assert target(cluster) == [{"CPU": 1}] * 2  # also while an attempt runs on fewer, for which Ray Train would ask
     cluster.add_node()
-    job.wait_for("there is room for 2 workers: a checkpoint, then on")
+    job.wait_for("there is room for 2 workers: a checkpoint first")
     code, output = job.wait(300)
     assert code == 0, output
     assert target(cluster) == []
@@ -217,7 +217,7 @@ def test_a_submitted_job_that_is_stopped_writes_a_checkpoint_and_goes_on(cluster
     first = submit("train.max_steps=100000")
     wait_for(first, "bits/dim")
     job("stop", first)
-    logs = wait_for(first, "go on with")
+    logs = wait_for(first, "resume with")
     assert "by SIGTERM" in logs
     saved = checkpoint.newest(str(folder / "runs" / "submitted"))
     assert f"checkpoint  {saved.url}" in logs

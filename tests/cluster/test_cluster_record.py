@@ -94,6 +94,6 @@ def test_a_run_that_is_stopped_leaves_no_watcher(folder, environment):
     assert code == 143, output
     found = of_run(f"sqlite:///{folder}/runs/mlflow.db")
     assert (found.info.status, found.data.tags["eiwtrain.status"]) == (
-        "KILLED", "stopped by SIGTERM; goes on with the same command",
+        "KILLED", "stopped by SIGTERM; resumes with the same command",
     )  # fmt: skip
     wait_until(lambda: not watchers(environment))

@@ -68,7 +68,7 @@ def test_a_run_rides_out_a_server_that_is_away_and_changes_nothing_by_it(server,
     server.start()
     code, output = job.wait(300)
     assert code == 0, output
-    assert "storage faults ridden out" in output
+    assert "storage faults retried" in output
     faults = metric(tmp_path, "remote", "time/storage_faults")
     assert faults[0] <= faults[-1]
     assert faults[-1] > 0

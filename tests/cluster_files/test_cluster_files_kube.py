@@ -19,9 +19,9 @@ import yaml
 from packaging.requirements import Requirement
 
 from data_prep.__main__ import _parser
-from eiwtrain import run
 from eiwtrain.config.file import load_config
 from eiwtrain.data.cache import default_cache_dir
+from eiwtrain.driver.main_job import resume_command
 
 try:
     import tomllib
@@ -328,7 +328,7 @@ def test_a_stopped_run_names_the_page_that_resumes_it(clusters, folder, monkeypa
     (container,) = clusters[folder]["headGroupSpec"]["template"]["spec"]["containers"]
     (said,) = (each["value"] for each in container["env"] if each["name"] == "EIWTRAIN_COMMAND")
     monkeypatch.setenv("EIWTRAIN_COMMAND", said)
-    assert run._command(["x.yaml"]) == said
+    assert resume_command(["x.yaml"]) == said
     page, _, place = said.removeprefix("kubectl: ").partition(", ")
     assert f"\n## {place}\n" in (ROOT / page).read_text()
 

@@ -187,8 +187,8 @@ def test_an_s3_server_is_written_down_before_it_is_waited_for(tmp_path, capsys, 
 
 ENDED = """
 import os, signal, time
-from eiwtrain.terminal.signals import end_on_signals
-end_on_signals()
+from eiwtrain.terminal.signals import exit_on_signals
+exit_on_signals()
 try:
     print("up", flush=True)
     while os.getppid() == int(os.environ["PARENT"]): time.sleep(0.02)

@@ -8,6 +8,7 @@ from eiwtrain.checkpoints import checkpoint
 from eiwtrain.config import Config
 from eiwtrain.driver import launch
 from eiwtrain.on_ray import session
+from eiwtrain.on_ray.messages import Stopped
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
 
@@ -22,11 +23,7 @@ def test_a_job_whose_own_node_is_drained_while_it_waits_for_workers_stops_and_go
     node_request = SimpleNamespace(renew=lambda: renewed.append(True))
     assert launch._wait_for_room(config, node_request, lease, Console(), stop) == 0
     assert renewed
-    assert launch._stopped(config, stop) == {
-        "stopped": "the drain of this job's own node",
-        "step": 0,
-        "checkpoint": "none yet",
-    }
+    assert launch._stopped(config, stop) == Stopped("the drain of this job's own node", 0, None)
 
 
 class Guard:

@@ -11,7 +11,9 @@ from mlflow import MlflowClient
 
 from eiwtrain import run, tracking
 from eiwtrain.data import load_manifest
-from eiwtrain.driver import launch
+from eiwtrain.driver import launch, main_job
+from eiwtrain.driver.main_job import resume_command
+from eiwtrain.on_ray.messages import Failed, Lost, Stopped
 
 
 @pytest.fixture
@@ -39,8 +41,8 @@ def status(path: Path) -> str:
 @pytest.mark.parametrize(
     ("outcome", "code", "state"),
     [
-        ({"stopped": "its time limit", "step": 3, "checkpoint": "x"}, 75, "KILLED"),
-        ({"failed": "why"}, 1, "FAILED"),
+        (Stopped("its time limit", 3, "x"), 75, "KILLED"),
+        (Failed("why"), 1, "FAILED"),
     ],
 )
 def test_how_it_ended_is_the_exit_code_and_the_status(path, monkeypatch, capsys, outcome, code, state):
@@ -75,9 +77,9 @@ def test_an_exception_that_nobody_foresaw_leaves_no_run_running(path, monkeypatc
 
 def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert run._command(["a.yaml", "run.name=x y"]).endswith("-m eiwtrain.run a.yaml 'run.name=x y'")
+    assert resume_command(["a.yaml", "run.name=x y"]).endswith("-m eiwtrain.run a.yaml 'run.name=x y'")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    assert run._command(["a.yaml"]) == "ray job submit --working-dir . -- python -m eiwtrain.run a.yaml"
+    assert resume_command(["a.yaml"]) == "ray job submit --working-dir . -- python -m eiwtrain.run a.yaml"
 
 
 class Watched:
@@ -95,33 +97,33 @@ class Watched:
         Watched.told.append(("dismissed",))
 
 
-STOPPED = {"stopped": "SIGTERM", "step": 3, "checkpoint": "x"}
-WILL_END = ("will end", "KILLED", "stopped by SIGTERM; goes on with the same command")
+STOPPED = Stopped("SIGTERM", 3, "x")
+WILL_END = ("will end", "KILLED", "stopped by SIGTERM; resumes with the same command")
 
 
 def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch):
-    def train(config, data_fingerprint, tracked, lease, *rest):
+    def train(config, data_fingerprint, newest, tracked, lease, *rest):
         assert data_fingerprint == load_manifest(config.data.path).fingerprint
         assert Watched.told == [("watches", tracked.run_id, config.root, lease.owner)]
         return STOPPED
 
     monkeypatch.setattr(launch, "train", train)
-    monkeypatch.setattr(run, "Watcher", Watched)
+    monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 75
     assert Watched.told[1:] == [WILL_END, ("dismissed",)]
 
 
 def test_the_watcher_stays_when_mlflow_could_not_be_told(path, monkeypatch):
     monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
-    monkeypatch.setattr(run, "Watcher", Watched)
+    monkeypatch.setattr(main_job, "Watcher", Watched)
     monkeypatch.setattr(tracking, "end", lambda *args: False)
     run.main([str(path)])
     assert Watched.told[1:] == [WILL_END]
 
 
 def test_a_run_that_is_anothers_by_now_is_not_ended_nor_watched(path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "train", lambda *args: {"lost": "taken over"})
-    monkeypatch.setattr(run, "Watcher", Watched)
+    monkeypatch.setattr(launch, "train", lambda *args: Lost("taken over"))
+    monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 1
     assert Watched.told[-1] == ("dismissed",)
     assert status(path) == "RUNNING"
@@ -133,7 +135,7 @@ def test_the_page_of_a_run_tells_what_it_trains_on_with_what_and_how_it_goes_on(
     client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")
     (found,) = client.search_runs(["1"])
     assert [i.tags[0].value for i in found.inputs.dataset_inputs] == ["training", "evaluation"]
-    command = run._command([str(path)])
+    command = resume_command([str(path)])
     assert found.data.tags["eiwtrain.command"] == command
     assert f"`{command}`" in found.data.tags["mlflow.note.content"]
     assert "2 levels of 2 steps" in found.data.tags["mlflow.note.content"]
@@ -143,7 +145,7 @@ def test_the_page_of_a_run_tells_what_it_trains_on_with_what_and_how_it_goes_on(
 def test_a_start_says_which_runs_nobody_trains(path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
     monkeypatch.setattr(tracking, "end", lambda *args: False)
-    monkeypatch.setattr(run, "Watcher", Watched)  # a real one might be faster
+    monkeypatch.setattr(main_job, "Watcher", Watched)  # a real one might be faster
     run.main([str(path), "run.name=other"])  # its lease says that it was stopped
     run.main([str(path)])
     assert "MLflow had 'other' as RUNNING, and nobody trains it: now KILLED" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """What stands as the target of a cluster that grows: computed by Ray's own coordinator and scheduler, without a Ray."""
 
 import functools
-import sys
 import time
 from types import SimpleNamespace
 
@@ -166,18 +165,6 @@ def test_a_head_that_is_away_is_asked_again_later(cluster, job, monkeypatch):
     monkeypatch.setattr(coordinator, "get_or_create_autoscaling_coordinator", handle)
     cluster.pass_seconds(20, one)
     assert cluster.target == [WORKER] * 8
-
-
-def test_a_ray_without_the_coordinator_is_asked_by_its_public_function(cluster, job, monkeypatch):
-    import ray.autoscaler.sdk
-
-    asked = []
-    monkeypatch.setitem(sys.modules, coordinator.__name__, None)
-    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
-    one = job()
-    one.renew()
-    one.end()
-    assert asked == [[WORKER] * 8, []]
 
 
 class Scheduler:

@@ -1,15 +1,16 @@
 """What the driver asks reaches the workers, a stop above all."""
 
-from eiwtrain.on_ray.mailbox import Mailbox, Request
+from eiwtrain.on_ray.mailbox import Mailbox
+from eiwtrain.on_ray.messages import Note, Request
 
 STOP, AGAIN = Request("stop", "SIGTERM"), Request("again", "a node goes")
 
 
 def test_messages_are_taken_once_and_in_order():
     box = Mailbox()
-    box.put("note", "a")
-    box.put("note", "b")
-    assert box.take() == [("note", "a"), ("note", "b")]
+    box.put(Note("a"))
+    box.put(Note("b"))
+    assert box.take() == [Note("a"), Note("b")]
     assert box.take() == []
 
 

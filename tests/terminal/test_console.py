@@ -1,13 +1,14 @@
 import io
+from dataclasses import replace
 
 import pytest
 
 from eiwtrain.terminal import console
 
-PROGRESS = {
-    "step": 120, "max_steps": 6000, "images": 3840, "bits_per_dim": 5.1234,
-    "images_per_second": 85.31, "data_wait": 0.012, "eta": 3725.0, "faults": 0, "goodput": 0.87,
-}  # fmt: skip
+PROGRESS = console.Progress(
+    step=120, max_steps=6000, images=3840, bits_per_dim=5.1234, images_per_second=85.31, data_wait=0.012, faults=0,
+    goodput=0.87, eta=3725.0,
+)  # fmt: skip
 
 
 class Terminal(io.StringIO):
@@ -28,7 +29,7 @@ def test_the_training_line_has_what_a_person_needs():
     ):
         assert part in line
     assert "storage" not in line
-    assert "3 storage faults ridden out" in console.training_line(PROGRESS | {"faults": 3})
+    assert "3 storage faults retried" in console.training_line(replace(PROGRESS, faults=3))
 
 
 def test_without_a_terminal_each_line_stands_alone(capsys):

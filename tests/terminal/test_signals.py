@@ -6,18 +6,18 @@ import sys
 import pytest
 
 from eiwtrain.terminal.console import Console
-from eiwtrain.terminal.signals import Stop, Stopped
+from eiwtrain.terminal.signals import Interrupted, Stop
 
 
 def test_a_signal_while_nothing_is_trained_ends_the_job():
-    with pytest.raises(Stopped, match="SIGTERM") as e, Stop(Console()):
+    with pytest.raises(Interrupted, match="SIGTERM") as e, Stop(Console()):
         os.kill(os.getpid(), signal.SIGTERM)
     assert e.value.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_no_library_catches_a_stop():
-    assert not issubclass(Stopped, Exception)
+    assert not issubclass(Interrupted, Exception)
 
 
 def test_a_signal_in_training_is_noted_and_only_noted(capsys):
@@ -58,7 +58,7 @@ def test_a_polled_signal_is_left_to_the_block():
 
 def test_a_held_signal_takes_effect_after_the_block():
     done = []
-    with pytest.raises(Stopped), Stop(Console()) as stop, stop.held():  # noqa: PT012
+    with pytest.raises(Interrupted), Stop(Console()) as stop, stop.held():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         done.append(1)
     assert done == [1]

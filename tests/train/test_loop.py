@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eiwtrain import data, flow
-from eiwtrain.config import Config, Train
+from eiwtrain.config import Config, Train, batching
+from eiwtrain.on_ray.messages import Assignment, Failed
 from eiwtrain.train import device, loop
-from eiwtrain.train.loop import MicroBatch, batching, learning_rate
+from eiwtrain.train.objective import MicroBatch, learning_rate
 from eiwtrain.train.state import flow_config
 
 CONFIG = Config.model_validate(tiny_config(Path("/x")))
@@ -94,15 +95,15 @@ class Driver:
         self.said = []
         Driver.last = self
 
-    def say(self, kind, content):
-        self.said.append((kind, content))
+    def say(self, message):
+        self.said.append(message)
 
     finish = say
 
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts the only worker of a run, and gives what its driver is told."""
+    """Starts the only worker of a run, and gives what it sends to its driver."""
     monkeypatch.setattr(loop, "WorkerEnd", Driver)
     monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
     write_shards(tmp_path / "data")
@@ -110,8 +111,8 @@ def start(tmp_path, monkeypatch):
     def start(fingerprint="", failures=0, **sections):
         config = Config.model_validate(tiny_config(tmp_path, **sections))
         fingerprint = fingerprint or data.load_manifest(config.data.path).fingerprint
-        job = loop.Job(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
-        loop.train({"job": job})
+        assignment = Assignment(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
+        loop.train({"assignment": assignment})
         return Driver.last.said
 
     with lone_group(tmp_path):
@@ -119,11 +120,11 @@ def start(tmp_path, monkeypatch):
 
 
 def test_a_data_set_that_was_replaced_between_two_attempts_ends_the_run(start, tmp_path):
-    ((kind, said),) = start(fingerprint="0123456789abcdef")
+    (said,) = start(fingerprint="0123456789abcdef")
     now = data.load_manifest(str(tmp_path / "data")).fingerprint[:12]
-    assert kind == "end"
-    assert said["failed"].startswith(f"data.path: {tmp_path}/data was replaced while the run went on")
-    assert f"(fingerprint {now}, was 0123456789ab); put back" in said["failed"]
+    assert isinstance(said, Failed)
+    assert said.reason.startswith(f"data.path: {tmp_path}/data was replaced during the run")
+    assert f"(fingerprint {now}, was 0123456789ab); put back" in said.reason
     assert not (tmp_path / "runs").exists()
 
 
@@ -146,12 +147,12 @@ def test_a_worker_without_enough_gpu_memory_says_what_takes_less(model, rows, re
 
     monkeypatch.setattr(loop, "TrainState", no_room)
     sections = {"model": model, "train": {"micro_batch": rows}}
-    ((kind, said),) = start(**sections)
-    assert kind == "end"
-    assert said["failed"].startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    assert said["failed"].splitlines() == [said["failed"]]
-    assert "1.25 GiB is free" in said["failed"]
-    assert remedies in said["failed"]
+    (said,) = start(**sections)
+    assert isinstance(said, Failed)
+    assert said.reason.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    assert said.reason.splitlines() == [said.reason]
+    assert "1.25 GiB is free" in said.reason
+    assert remedies in said.reason
     with pytest.raises(RuntimeError, match=r"out of GPU memory: .* eval\.samples"):  # a dead worker may still hold it
         start(failures=1, **sections)
 
@@ -169,7 +170,7 @@ def test_what_did_fit_is_tried_again(start, monkeypatch):
 
     monkeypatch.setattr(loop, "Worker", Fits)
     Fits.steps = 0
-    assert start()[-1][0] == "end"
+    assert isinstance(start()[-1], Failed)
     Fits.steps = 1
     with pytest.raises(RuntimeError, match=r"out of GPU memory: CUDA out of memory; use a train\.micro_batch below 4"):
         start()

@@ -18,16 +18,16 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
     now[0] += 9.0  # steps, and an evaluation between them
     assert (meter.bits_per_dim, meter.images_per_second, meter.data_wait, meter.seconds) == (3.0, 4.0, 0.25, 9.0)
     p = report.progress(meter, step=2, max_steps=12, global_batch=8, goodput=0.5)
-    assert (p["images"], p["faults"], p["goodput"]) == (16, 3, 0.5)
-    assert p["eta"] == pytest.approx(10 * 8 / 4.0)
+    assert (p.images, p.faults, p.goodput) == (16, 3, 0.5)
+    assert p.eta == pytest.approx(10 * 8 / 4.0)
 
 
 @pytest.mark.parametrize(
     ("drift", "model", "remedies"),
     [
         (1e-3, {}, []),
-        (0.02, {}, [". model.anchor_every=8 or model.trunk_dtype=float64 or model.backprop=checkpointed mends it"]),
-        (1.5, {}, [". model.trunk_dtype=float64 or model.backprop=checkpointed mends it"]),
+        (0.02, {}, [". model.anchor_every=8 or model.trunk_dtype=float64 or model.backprop=checkpointed fixes it"]),
+        (1.5, {}, [". model.trunk_dtype=float64 or model.backprop=checkpointed fixes it"]),
         (math.nan, {}, [". model.trunk_dtype=float64 or"]),
         (0.02, {"backprop": "auto"}, ["model.trunk_dtype=float64"]),
         (0.02, {"backprop": "stored"}, []),

@@ -13,10 +13,10 @@ from torch import nn
 from eiwtrain import flow
 from eiwtrain.checkpoints import checkpoint
 from eiwtrain.checkpoints.saver import Saver
-from eiwtrain.config import Config
+from eiwtrain.config import Config, batching
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.train.engine import BETAS, Engine
-from eiwtrain.train.loop import MicroBatch, batching
+from eiwtrain.train.objective import MicroBatch
 from eiwtrain.train.state import TrainState, flow_config
 
 pytestmark = pytest.mark.cluster

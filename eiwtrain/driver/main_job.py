@@ -1,0 +1,147 @@
+"""One start of a run: prepare its data set if there is none, take its lease, begin its MLflow run, train, and end both.
+
+Not for the checks before (`eiwtrain.driver.preflight`), nor for the workers (`eiwtrain.driver.launch`).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eiwtrain import storage
+from eiwtrain.config import Config, ConfigError
+from eiwtrain.driver import launch, preflight
+from eiwtrain.driver.watcher import Watcher
+from eiwtrain.on_ray import session
+from eiwtrain.on_ray.messages import Finished, Lost, Outcome, Stopped
+from eiwtrain.storage.lease import Lease, LeaseHeld
+from eiwtrain.terminal.console import Console
+from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.signals import Interrupted, Stop
+
+if TYPE_CHECKING:
+    from eiwtrain.checkpoints.checkpoint import Checkpoint
+    from eiwtrain.data import Manifest
+    from eiwtrain.tracking import Status, TrackedRun
+
+_LEASE_OUTCOMES: dict[Status, Any] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
+_MOST_WORDS = 500  # characters of a reason in a tag of MLflow
+
+
+def prepare(config: Config, console: Console) -> Manifest:
+    """Write the data set that `data.prepare` names to `data.path`.
+
+    Raises:
+        ConfigError: it cannot be written, or does not fit the config.
+    """
+    import data_prep
+    from eiwtrain.data import DataError
+
+    d = config.data
+    assert d.prepare is not None
+    console.note(f"no data set at {d.path} yet: writing {d.prepare}")
+    try:
+        written = data_prep.prepare(d.prepare, d.path, d.resolution, quiet=False)
+    except (DataError, storage.StorageError) as e:
+        raise ConfigError(f"data.prepare: {e}") from None
+    for split in written.splits.values():
+        console.note(f"  {split.name}: {split.samples:,} images in {len(split.shards)} shards")
+    manifest = preflight.find_data(config)
+    assert manifest is not None
+    return manifest
+
+
+def train(
+    config: Config,
+    manifest: Manifest,
+    newest: Checkpoint | None,
+    began: float,
+    command: str,
+    console: Console,
+    stop: Stop,
+) -> tuple[Outcome, TrackedRun]:
+    """Train under the run's lease, and say in MLflow how that ended; return it, and where MLflow has the run.
+
+    Args:
+        newest: checkpoint that the run resumes from, as far as is known without the lease.
+        began: Unix time at which this program started.
+        command: resumes this run.
+
+    Raises:
+        ConfigError: somebody else trains this run, or storage or MLflow cannot be used, before training began.
+        Interrupted: a stop signal came before training began.
+        StorageError: storage failed after training began.
+    """
+    from eiwtrain import tracking
+    from eiwtrain.tracking import provenance
+
+    about = provenance.description(config, manifest, command, _parameters(config, manifest.channels))
+    tags = provenance.tags(config, command) | {provenance.NOTE_TAG: about}
+    tracked: TrackedRun | None = None
+    watcher: Watcher | None = None
+    status: Status = "FAILED"
+    detail = ""
+    lease: Lease | None = None
+    outcome: Outcome | None = None
+    try:
+        lease = Lease.acquire(config.root, config.run.name, console.note)
+        with stop.held():  # a run that was begun must be ended
+            tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
+            watcher = Watcher(tracked, config.root, lease.owner)
+        for line in tracking.reconcile(tracked):
+            console.note(line)
+        outcome = launch.train(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
+        status, detail = _in_mlflow(outcome)
+        return outcome, tracked
+    except (LeaseHeld, tracking.TrackingError) as e:
+        raise ConfigError(str(e)) from None
+    except storage.StorageError as e:
+        if stop.training:
+            raise
+        raise ConfigError(f"run.storage: {e}") from None
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        if tracked is not None and watcher is not None:
+            watcher.will_end(status, detail)
+            if isinstance(outcome, Lost) or tracking.end(tracked, status, detail):  # lost: the run is another's now
+                watcher.dismiss()
+        if lease is not None:
+            lease.release(_LEASE_OUTCOMES[status])
+
+
+def _in_mlflow(outcome: Outcome) -> tuple[Status, str]:
+    """Return the status and its detail with which MLflow has a run that ended so."""
+    if isinstance(outcome, Finished):
+        return "FINISHED", ""
+    if isinstance(outcome, Stopped):
+        return "KILLED", f"stopped by {outcome.reason}; resumes with the same command"
+    return "FAILED", f"failed: {one_line(outcome.reason, _MOST_WORDS)}"
+
+
+def _parameters(config: Config, channels: int) -> int:
+    """Return how many parameters the model has."""
+    from eiwtrain.train.state import outline
+
+    return sum(p.numel() for p in outline(config, channels).parameters())
+
+
+def resume_command(argv: list[str]) -> str:
+    """Return the command that resumes this run; EIWTRAIN_COMMAND says it where another program gives the command."""
+    if given := os.environ.get("EIWTRAIN_COMMAND"):
+        return given
+    command = ["-m", "eiwtrain.run", *argv]
+    if session.joins_cluster():
+        return "ray job submit --working-dir . -- " + shlex.join(["python", *command])
+    on_path = str(Path(sys.executable).parent) in os.environ.get("PATH", "").split(":")
+    return shlex.join(["python" if on_path else _shortest(sys.executable), *command])
+
+
+def _shortest(path: str) -> str:
+    """Return the path relative to the working directory where it is below it."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

@@ -1,0 +1,100 @@
+"""Runs a function in a fixed number of workers under Ray Train, and says why they failed.
+
+Not for what the workers do (`eiwtrain.train.loop`), nor for when they start and stop (`eiwtrain.driver.attempt`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from eiwtrain.config import Workers
+from eiwtrain.on_ray import session
+from eiwtrain.on_ray.autoscaling import without_request
+from eiwtrain.on_ray.network import NodeTorchConfig
+
+_MOST_WORDS = 300  # characters of a cause
+
+
+class Fit(threading.Thread):
+    """Ray Train's blocking `fit` in a thread, where it leaves the signals to the driver. Starts at once."""
+
+    def __init__(
+        self, call: Callable[[dict[str, Any]], None], settings: dict[str, Any], config: Workers, workers: int, name: str
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            call: runs in each worker, with the process group up.
+            settings: its argument.
+            workers: how many.
+            name: unique among the attempts on this machine.
+        """
+        super().__init__(daemon=True, name="fit")
+        self._call, self._settings, self._config, self._workers, self._name = call, settings, config, workers, name
+        self._error: BaseException | None = None
+        self.start()
+
+    @property
+    def cause(self) -> str:
+        """Why the workers failed, in one line."""
+        return cause_of(self._error)
+
+    def run(self) -> None:
+        notes = Path(tempfile.gettempdir(), f"eiwtrain-ray-{os.getuid()}")  # Ray's own, of no use to us
+        try:
+            _Trainer(
+                self._call,
+                train_loop_config=self._settings,
+                torch_config=NodeTorchConfig(backend="nccl" if self._config.gpus else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self._workers,
+                    use_gpu=bool(self._config.gpus),
+                    resources_per_worker=session.resources(self._config),
+                ),
+                run_config=RunConfig(
+                    name=self._name,
+                    storage_path=str(notes),
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+                    worker_runtime_env={"env_vars": session.worker_environment()},
+                ),
+            ).fit()
+        except BaseException as e:
+            self._error = e
+        shutil.rmtree(notes / self._name, ignore_errors=True)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which here starts no detached actor to tidy up after a dead driver: Ray does so itself, and the
+    actor stays in the cluster forever. It also asks for no nodes, which the driver does."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["scaling_policy"] = without_request(options["scaling_policy"])
+        return super()._initialize_and_run_controller(**options)
+
+
+def cause_of(error: BaseException | None) -> str:
+    """Return why Ray gave up, in one line: a rank that died comes before one that lost its connection to it."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    for rank, text in ((rank, str(failure)) for rank, failure in failures.items()):
+        if re.search(r"actor (died|is dead)|health ?check", text, re.IGNORECASE):
+            why = re.search(r"Worker exit detail: ([^.]*)", text)
+            return f"the process of rank {rank} is gone" + (f" ({why[1]})" if why else "")
+    rank, first = next(iter(failures.items()), (-1, error))
+    lines = [line.strip() for line in str(first or "").splitlines() if line.strip()]
+    cause = next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Died)\w*\b", line)), None)
+    where = f"rank {rank}: " if rank >= 0 else ""
+    return where + (cause or (lines[0] if lines else type(first).__name__))[:_MOST_WORDS]
