@@ -1,6 +1,6 @@
-"""What a raylet's command line says of its node, and the command that has Ray drain a node.
+"""Reads the node's id from a raylet's command line, and builds the command that makes Ray drain a node.
 
-Not for running either; whoever has Ray installed can use it.
+Not for running either; anyone who has Ray installed can use it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 
 
 def node_id(words: Sequence[str]) -> str | None:
-    """Ray's hex id of the node whose raylet has this command line; None where that is no raylet's."""
+    """Return Ray's hex id of the node whose raylet has this command line; None where it is not a raylet's."""
     found = re.search(r"--node_id=(\w+)", " ".join(words))
     return found[1] if found else None
 
 
 def drain_command(address: str, node_id: str, seconds: int, reason: str) -> list[str]:
-    """Has Ray put nothing new on a node and tell those on it to leave, as on a cloud's preemption notice.
+    """Return the command that makes Ray put nothing new on a node, as on a cloud's preemption notice; jobs on it leave.
 
     Args:
         address: HOST:PORT of the cluster.
-        seconds: until the node ends.
+        seconds: until the node stops.
         reason: for people.
     """
     return [

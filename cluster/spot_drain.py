@@ -1,9 +1,10 @@
-"""Tells Ray that this machine goes away, once the cloud says that it ends the spot instance: the job then leaves the
-node with a checkpoint (docs/resuming.md), where without the notice it would go on from the last one.
+"""Makes Ray drain this machine's worker nodes once the cloud announces that it ends the spot instance: the job then
+leaves them with a checkpoint (docs/resuming.md), where without the notice it would resume from the last one.
 
-    python -m cluster.spot_drain aws --address HOST:6379       # beside a worker node of Ray, until that ends
+    python -m cluster.spot_drain aws --address HOST:6379       # beside a worker node of Ray, until that stops
 
-AWS says so two minutes before, Google Cloud 30 seconds. Not for Kubernetes, which has its own way, nor for the head.
+AWS announces it two minutes before, Google Cloud 30 seconds. Not for Kubernetes, which has its own way, nor for the
+head.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _DRAIN_SECONDS, _LEAST_DRAIN_SECONDS = 60.0, 10.0  # for one try of Ray's comman
 
 
 def aws_notice(metadata: str = _AWS) -> float | None:
-    """Seconds until AWS ends this spot instance; None while it has not said that it will.
+    """Return the seconds until AWS ends this spot instance; None while it has not announced that.
 
     Raises:
         OSError, HTTPException: the metadata service does not answer.
@@ -49,7 +50,7 @@ def aws_notice(metadata: str = _AWS) -> float | None:
 
 
 def gcp_notice(metadata: str = _GCP) -> float | None:
-    """Seconds until Google Cloud ends this spot instance; None while it has not said that it will.
+    """Return the seconds until Google Cloud ends this spot instance; None while it has not announced that.
 
     Raises:
         OSError, HTTPException: the metadata service does not answer.
@@ -82,7 +83,7 @@ def own_nodes(address: str) -> list[str]:
 
 
 def drain(address: str, node: str, seconds: float) -> str:
-    """Have Ray put nothing new on the node, which ends in so many seconds; what Ray objected, empty if nothing."""
+    """Make Ray put nothing new on the node, which stops in `seconds`; return Ray's objection, or an empty text."""
     command = drain_command(address, node, int(seconds), "the cloud ends this spot instance")
     limit = max(_LEAST_DRAIN_SECONDS, min(_DRAIN_SECONDS, seconds))
     try:
@@ -93,7 +94,7 @@ def drain(address: str, node: str, seconds: float) -> str:
 
 
 def drain_all(address: str, end: float) -> None:
-    """Ask until Ray has agreed to drain each worker node of this machine, or the node has ended.
+    """Ask until Ray has agreed to drain each worker node of this machine, or the node has stopped.
 
     Args:
         end: when the instance ends, by `time.monotonic`.
@@ -114,7 +115,7 @@ def drain_all(address: str, end: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, Ray drains the nodes, or they have ended by themselves."""
+    """Run the command; return the exit code: 0, Ray drains the nodes, or they have stopped by themselves."""
     parser = argparse.ArgumentParser(prog="python -m cluster.spot_drain", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("cloud", choices=["aws", "gcp"])
     parser.add_argument("--address", required=True, help="HOST:PORT of the cluster, as `ray start` was given it")
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds, silent = notice(*where), False
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
             if not silent:
-                _say(f"no proper answer of the metadata service, asking on: {type(e).__name__}: {e}")
+                _say(f"no proper answer of the metadata service, asking again: {type(e).__name__}: {e}")
             seconds, silent = None, True
         if seconds is not None:
             _say(f"the instance ends in {seconds:.0f} s: draining {', '.join(nodes)}")

@@ -5,7 +5,7 @@
     python -m cluster.local down
 
 For trying things out and for tests. Not for production, and CPU only. All of it listens on loopback; Ray asks for a
-token, S3 for keys, MLflow for nothing: who else has an account on this machine can read and write its runs.
+token, S3 for keys, MLflow for nothing: anyone else with an account on this machine can read and write its runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from eiwtrain.terminal.signals import exit_on_signals
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("up", "start it"), ("down", "end all that `up` started"), ("status", "say what lives")):
+    for name, what in (("up", "start it"), ("down", "stop all that `up` started"), ("status", "print what runs")):
         command = commands.add_parser(name, help=what)
         command.add_argument("--folder", default="runs/cluster", help="where all is kept (default: %(default)s)")
         if name == "up":
@@ -89,7 +89,7 @@ def _down(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    """Prints a table; 0 where all lives, 1 where something does not."""
+    """Print a table; return 0 where all lives, 1 where something does not."""
     rows = status(args.folder)
     if not rows:
         print(f"{args.folder}: nothing runs")

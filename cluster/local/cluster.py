@@ -5,7 +5,7 @@
     python -m cluster.local down
 
 For trying things out and for tests. Not for production, and CPU only. All of it listens on loopback; Ray asks for a
-token, S3 for keys, MLflow for nothing: who else has an account on this machine can read and write its runs.
+token, S3 for keys, MLflow for nothing: anyone else with an account on this machine can read and write its runs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class LocalCluster:
         head: the head node.
 
     Args:
-        folder: where all is kept but Ray's own files, which are in a new folder under /tmp; made if absent. One that is
-            there is empty or a cluster's.
+        folder: where all is kept but Ray's own files, which are in a new folder under /tmp; made if absent. An existing
+            one must be empty or a cluster's.
         nodes: how many worker nodes.
         cpus: of each worker node, as Ray counts them.
         s3: whether to start an S3 server; without it MLflow keeps its artifacts in the folder.
@@ -109,7 +109,7 @@ class LocalCluster:
 
     @property
     def _shared_env(self) -> dict[str, str]:
-        """What the nodes have as well, as pods have the secrets that they are given."""
+        """Variables that the nodes also have, as pods have the secrets that they are given."""
         ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
         mlflow = {"MLFLOW_TRACKING_URI": self.mlflow_uri} if self._has_mlflow else {}
         return ray | self._s3_env | mlflow
@@ -126,7 +126,7 @@ class LocalCluster:
         return self.folder / TOKEN
 
     def start(self) -> None:
-        """Start all of it and wait until it can be used; what was started is ended where that fails.
+        """Start all of it and wait until it can be used; where that fails, stop what was started.
 
         Raises:
             LocalError: it cannot be started, or a cluster of this folder runs already or is being started.
@@ -161,7 +161,7 @@ class LocalCluster:
         self._record()
 
     def stop(self) -> None:
-        """End all that was started, jobs and their processes included. Nothing happens when nothing runs."""
+        """Stop all that was started, jobs and their processes included. Nothing happens when nothing runs."""
         for process in reversed(self._spawned):
             process.kill()
         self.stop_mlflow()
@@ -180,7 +180,7 @@ class LocalCluster:
         self.stop()
 
     def add_node(self) -> Node:
-        """Start one more worker node, as when one comes (back); it is also put at the end of `nodes`.
+        """Start one more worker node, as when one comes (back), and append it to `nodes`.
 
         Raises:
             LocalError: it does not come up.
@@ -199,19 +199,19 @@ class LocalCluster:
         self._await_mlflow()
 
     def stop_mlflow(self) -> None:
-        """End the MLflow server in order. Nothing happens when it is not running."""
+        """Stop the MLflow server in order. Nothing happens when it is not running."""
         if self._mlflow is not None:
             self._mlflow.stop(_STOP_SECONDS)
             self._mlflow = None
 
     def kill_mlflow(self) -> None:
-        """End the MLflow server by SIGKILL. Nothing happens when it is not running."""
+        """Kill the MLflow server by SIGKILL. Nothing happens when it is not running."""
         if self._mlflow is not None:
             self._mlflow.kill()
             self._mlflow = None
 
     def _join(self, spawn_node: Callable[[], Process]) -> Node:
-        """Start a node and wait for it; more than once where the machine is so busy that Ray's patience ends."""
+        """Start a node and wait for it; try again where the machine is so busy that Ray gives up."""
         for attempt in range(_TRIES):
             process = spawn_node()
             self._spawned.append(process)
@@ -243,7 +243,7 @@ class LocalCluster:
         self._await(f"{self.mlflow_uri}/health", "MLflow", self._mlflow)
 
     def _await(self, url: str, what: str, process: Process) -> None:
-        """Until the URL answers, or its server ends."""
+        """Wait until the URL answers. Raises LocalError where its server exits or takes too long."""
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self._token.read_text()}"})
         log = self.folder / f"{process.name}.log"
         end = time.monotonic() + _START_SECONDS
@@ -259,7 +259,7 @@ class LocalCluster:
             time.sleep(0.2)
 
     def _record(self) -> None:
-        """Write down what runs, for `status` and `down` in another process."""
+        """Record what runs, for `status` and `down` in another process."""
         processes = [*self._spawned, *([self._mlflow] if self._mlflow else [])]
         if self._has_s3 and self.s3.pid is not None:
             with contextlib.suppress(psutil.NoSuchProcess):  # it has died by itself
@@ -268,10 +268,10 @@ class LocalCluster:
 
 
 def _choose(wanted: Mapping[str, int | None]) -> dict[str, int]:
-    """A free port of the loopback interface for each name that has none, and those that have one.
+    """Return a port of the loopback interface for each name: the given one, or a free one where it is None or 0.
 
     Raises:
-        LocalError: one that is wanted is taken.
+        LocalError: a given port is taken.
     """
     with contextlib.ExitStack() as opened:
         ports = {}
@@ -281,6 +281,6 @@ def _choose(wanted: Mapping[str, int | None]) -> dict[str, int]:
             try:
                 listener.bind((HOST, port or 0))
             except (OSError, OverflowError) as e:
-                raise LocalError(f"port {port} for {name} cannot be had ({e})") from None
+                raise LocalError(f"port {port} for {name} is not available ({e})") from None
             ports[name] = listener.getsockname()[1]
     return ports

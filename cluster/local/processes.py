@@ -1,4 +1,5 @@
-"""Processes that outlive whoever started them, found again by pid and start time, ended with all their descendants.
+"""Processes that outlive the program that started them, are found again by pid and start time, and are killed with all
+their descendants.
 
 Not for what the processes are: `cluster.local` knows that.
 """
@@ -22,13 +23,13 @@ _SAME_SECONDS = 2.0  # by which a start time may seem to differ when the clock w
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine; a later one that was given the same pid is not it.
+    """A process of this machine; a later one that was given the same pid is another process.
 
     Attributes:
         name: what it is, for people.
-        pid: where it was started by `spawn`, also its session's.
+        pid: also its session's id, where it was started by `spawn`.
         started: seconds since the epoch, as psutil's `create_time`.
-        mark: what tells its descendants from others where the tree no longer does; empty where it has none.
+        mark: a value in the environment of its descendants, also of those whose parent has ended; may be empty.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Process:
 
     @classmethod
     def of(cls, name: str, pid: int) -> Process:
-        """The living process of that pid."""
+        """Return the living process of that pid."""
         return cls(name, pid, psutil.Process(pid).create_time())
 
     @property
@@ -53,7 +54,7 @@ class Process:
             return False
 
     def family(self) -> list[psutil.Process]:
-        """It and its living descendants, also those whose parent has ended, in whatever session they are."""
+        """Return it and its living descendants, also those whose parent has ended, in whatever session they are."""
         found = []
         if self.alive:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -70,9 +71,9 @@ class Process:
             return False
 
     def kill(self) -> None:
-        """SIGKILL to it and all its descendants, whatever their groups and sessions; returns when they are gone."""
+        """Kill it and all its descendants by SIGKILL, whatever their groups and sessions; return when they are gone."""
         family = self.family()
-        for process in family:  # first held still, so that none is born meanwhile
+        for process in family:  # first stopped, so that none is born meanwhile
             _send(process, signal.SIGSTOP)
         family = list({p.pid: p for p in [*family, *self.family()]}.values())
         for process in family:
@@ -83,12 +84,12 @@ class Process:
         psutil.wait_procs(family, _END_SECONDS)
 
     def terminate(self) -> None:
-        """SIGTERM to it alone; returns at once."""
+        """Send SIGTERM to it alone; return at once."""
         if self.alive:
             _send(psutil.Process(self.pid), signal.SIGTERM)
 
     def stop(self, seconds: float) -> None:
-        """SIGTERM, and SIGKILL to what is left after so many seconds."""
+        """Send SIGTERM, and SIGKILL to what is left after `seconds`."""
         family = self.family()
         self.terminate()
         end = time.monotonic() + seconds

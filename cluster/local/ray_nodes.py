@@ -52,10 +52,10 @@ class SlowError(LocalError):
 
 
 class Node:
-    """A Ray node: its processes and what can befall it.
+    """A Ray node: its processes, and the faults that can be made to happen to it.
 
     Attributes:
-        process: its `ray start`, of which all others of the node descend.
+        process: its `ray start`, from which all others of the node descend.
         node_id: Ray's hex id.
     """
 
@@ -65,29 +65,29 @@ class Node:
 
     @property
     def pid(self) -> int:
-        """Of its `ray start`."""
+        """The pid of its `ray start`."""
         return self.process.pid
 
     @property
     def alive(self) -> bool:
         """Whether its raylet runs; the cluster learns of a death a few seconds later (`ray.nodes()`).
 
-        The raylet of a node that was drained ends by itself, and leaves its `ray start` standing.
+        The raylet of a node that was drained exits by itself, and leaves its `ray start` running.
         """
         return self._raylet.alive
 
     def kill(self) -> None:
-        """SIGKILL to all its processes, Ray's and its workers', as when a machine loses its power."""
+        """Kill all its processes, Ray's and its workers', by SIGKILL, as when a machine loses its power."""
         self.process.kill()
 
     def terminate(self) -> None:
-        """SIGTERM to its `ray start`: Ray drains the node, for up to 30 s, and ends it. Returns at once."""
+        """Send SIGTERM to its `ray start`: Ray drains the node, for up to 30 s, and stops it. Return at once."""
         self.process.terminate()
 
     def drain(self, deadline_seconds: float = 30.0, reason: str = "preempted") -> None:
-        """Tell Ray that the node goes away in so many seconds, as a cloud's preemption notice does.
+        """Announce to Ray that the node goes away after a deadline, as a cloud's preemption notice does.
 
-        Nothing new is put on it, and Ray ends it once it has nothing to do. At the deadline nobody does: `kill` it.
+        Ray puts nothing new on it, and stops it once it has nothing to do. At the deadline nothing stops it: `kill` it.
 
         Args:
             deadline_seconds: rounded up to whole seconds.
@@ -110,8 +110,7 @@ class RayNodes:
         folder: where the output of each node's `ray start` goes.
         temp: Ray's own folder, for sockets and logs; its path must be short.
         ports: of the head, by name: gcs, jobs, client, metrics.
-        env: what the nodes find in their environment beside this process's own, which is given them without its Ray
-            settings, e.g. the token.
+        env: variables of the nodes, e.g. the token, in addition to this process's own without its Ray settings.
     """
 
     def __init__(self, folder: Path, temp: Path, ports: Mapping[str, int], env: Mapping[str, str]) -> None:
@@ -122,7 +121,7 @@ class RayNodes:
 
     @property
     def address(self) -> str:
-        """Of the cluster, for a driver that joins it."""
+        """The cluster's address, for a driver that joins it."""
         return f"{HOST}:{self._ports['gcs']}"
 
     def spawn_head(self, cpus: int) -> Process:
@@ -167,7 +166,7 @@ class RayNodes:
 
 
 def _raylet(process: Process) -> tuple[Process, str]:
-    """The node's raylet and the hex id that it was given."""
+    """Return the node's raylet and the hex id that it was given."""
     for each in process.family():
         try:
             if found := node_id(each.cmdline()):
@@ -178,6 +177,6 @@ def _raylet(process: Process) -> tuple[Process, str]:
 
 
 def last_line(text: str) -> str:
-    """What a program said at last, cut to a readable length."""
+    """Return the last line that a program printed, cut to a readable length."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "it said nothing"

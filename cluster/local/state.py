@@ -1,4 +1,4 @@
-"""What runs of a folder's cluster, written down so that another process can look at it and end it.
+"""Records what runs for a folder's cluster, so that another process can look at it and stop it.
 
 One cluster a folder. Not for how it is started: `cluster.local` does that.
 """
@@ -29,7 +29,7 @@ class LocalError(RuntimeError):
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Make a folder ready for a cluster to be started in it, by nobody else meanwhile, and close it to other users.
+    """Make a folder ready for the start of a cluster in it, lock it meanwhile, and close it to other users.
 
     Raises:
         LocalError: it cannot hold one, or holds something else, or a cluster of it runs already or is being started.
@@ -53,10 +53,10 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def record(folder: Path, processes: Sequence[Process], temp: Path | None) -> None:
-    """Write down what was started.
+    """Record what was started.
 
     Args:
-        processes: in the order in which they are to be ended.
+        processes: in the order in which they are to be stopped.
         temp: the folder of Ray's files.
     """
     said = [{"name": p.name, "pid": p.pid, "started": p.started, "mark": p.mark} for p in processes]
@@ -64,10 +64,10 @@ def record(folder: Path, processes: Sequence[Process], temp: Path | None) -> Non
 
 
 def down(folder: str | Path) -> list[str]:
-    """End what the cluster of a folder has still running, and nothing else; returns the names of what was ended.
+    """Stop what the cluster of a folder still runs, and nothing else; return the names of what was stopped.
 
     Raises:
-        LocalError: what runs is not known, or something does not end.
+        LocalError: what runs is not known, or something does not stop.
     """
     folder = Path(folder).absolute()
     living = [process for process in read(folder) if process.family()]
@@ -80,9 +80,9 @@ def down(folder: str | Path) -> list[str]:
 
 
 def status(folder: str | Path) -> list[tuple[str, int, bool, int]]:
-    """What was started for the cluster of a folder: name, pid, whether it lives, memory of it and its descendants.
+    """Return what was started for the cluster of a folder: name, pid, whether it lives, memory with its descendants'.
 
-    The memory is in bytes, resident; pages that processes share are counted once (PSS) where the system tells.
+    The memory is in bytes, resident; pages that processes share are counted once (PSS) where the system reports that.
 
     Raises:
         LocalError: what runs is not known.
@@ -99,7 +99,7 @@ def _memory(process: psutil.Process) -> int:
 
 
 def read(folder: Path) -> list[Process]:
-    """What the last cluster of a folder has started; empty where it was ended."""
+    """Return what the last cluster of a folder has started; empty where it was stopped."""
     return [Process(p["name"], p["pid"], p["started"], p["mark"]) for p in _state(folder).get("processes", [])]
 
 

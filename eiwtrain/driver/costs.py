@@ -1,10 +1,10 @@
-"""What a config costs, counted before anything runs: parameters, FLOPs, bytes. Not for measuring a run: that is
-`eiwtrain.train.report`, nor for printing this: that is `eiwtrain.driver.dry_run`.
+"""Counts what a config costs before anything runs: parameters, FLOPs, bytes. Not for measuring a run: that is
+`eiwtrain.train.report`, nor for printing the costs: that is `eiwtrain.driver.dry_run`.
 
 Counted means that a training step (forward and backward) is run on tensors that have shapes and no data (torch's
 FakeTensorMode), which takes seconds and no memory whatever the size. The steps of a level are alike, so flows of few
-steps are counted, and what a step adds is taken as often as the config has steps: the sum is exact, as is what a
-further image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or
+steps are counted, and what a step adds is multiplied by the number of steps: the sum is exact, as is what a further
+image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or
 what the host needs to start the operations at an assumed rate, `LAUNCH`, whichever is longer.
 
 Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses to rounding, CUDA's own memory.
@@ -52,9 +52,9 @@ class Gpu:
 
     name: str
     flops_per_second: float
-    """Its peak in dense bfloat16 matrix products, as published."""
+    """Peak in dense bfloat16 matrix products, as published."""
     bytes: float
-    """Its memory."""
+    """Memory."""
 
 
 GPUS = (
@@ -75,23 +75,23 @@ REFERENCE = GPUS[2]
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a config; dicts are by backpropagation mode, one of `COUNTED_MODES`."""
+    """The costs of a config; dicts are by backpropagation mode, one of `COUNTED_MODES`."""
 
     parameters: int
     flops_per_image: dict[str, float]
-    """Of a training step, forward and backward with what it recomputes, at the config's micro-batch. A multiplication
-    and an addition are two; convolutions and matrix products count, as torch's `FlopCounterMode` counts them."""
+    """FLOPs of a training step, forward and backward with what it recomputes, at the config's micro-batch. A
+    multiplication and an addition are two; convolutions and matrix products count, as in torch's `FlopCounterMode`."""
     operations: dict[str, int]
-    """That a training step starts for each micro-batch, forward and backward; views are none."""
+    """Operations that a training step starts for each micro-batch, forward and backward; views do not count."""
     activation_bytes: dict[str, int]
     """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
     fixed_bytes: dict[str, int]
-    """Kept besides, whatever the number of images: bfloat16 copies of weights, matrices of 1x1 convolutions."""
+    """Also kept, whatever the number of images: bfloat16 copies of weights, matrices of 1x1 convolutions."""
     workspace_bytes: int
-    """By each image, while it is gone through backward: what one step of the first level keeps, the most that
-    checkpointed and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
+    """Held for each image during the backward pass: what one step of the first level keeps, the most that checkpointed
+    and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
     checkpoint_bytes: int
-    """Of all its tensors: weights, their average and AdamW's two moments."""
+    """Bytes of all tensors of a checkpoint: weights, their average and AdamW's two moments."""
     train: Train
     backprop: str
     memory_budget: int | None
@@ -99,18 +99,20 @@ class Costs:
 
     @property
     def gradient_bytes(self) -> int:
-        """All-reduced in an optimizer step, of each worker: float32."""
+        """Bytes of gradients that each worker sends to the all-reduce of an optimizer step: float32."""
         return _FLOAT * self.parameters
 
     @property
     def mode(self) -> str:
-        """That of `mode_in` on `REFERENCE`."""
+        """The config's backpropagation mode on `REFERENCE`, see `mode_in`."""
         return self.mode_in(REFERENCE.bytes)
 
     def mode_in(self, memory: float) -> str:
-        """The config's backpropagation mode on a GPU of so many bytes. For auto: stored, if that fits its budget, or
-        else invertible, which bounds time from above and memory from below; without a budget of its own, it has what
-        would be free there."""
+        """Return the config's backpropagation mode on a GPU with `memory` bytes.
+
+        For auto: stored, if that fits its budget, or else invertible, which bounds time from above and memory from
+        below. Without a budget of its own it has what would be free on that GPU.
+        """
         if self.backprop != "auto":
             return self.backprop
         budget = self.memory_budget
@@ -121,44 +123,47 @@ class Costs:
         return "stored" if self.kept_bytes("stored", self.train.micro_batch) <= budget else "invertible"
 
     def kept_bytes(self, mode: str, images: int) -> int:
-        """Kept for the backward pass of a micro-batch of so many images."""
+        """Return the bytes that are kept for the backward pass of a micro-batch of `images` images."""
         return self.fixed_bytes[mode] + images * self.activation_bytes[mode]
 
     def state_bytes(self, workers: int) -> int:
-        """Held by one of so many workers between steps and through them, besides activations."""
+        """Return the bytes that one of `workers` workers holds between steps and through them, without activations."""
         return sum(self.state(workers).values())
 
     def state(self, workers: int) -> dict[str, int]:
-        """`state_bytes` by what it is. All is float32; the average is whole on every worker at any ZeRO stage."""
+        """Return `state_bytes` by kind. All is float32; the average is whole on every worker at any ZeRO stage."""
         whole = _FLOAT * self.parameters
         share = -(-whole // workers)
         zero = self.train.zero_stage
         return {
             "weights": share if zero == 3 else whole,
             "average": whole,
-            # at stage 3 DeepSpeed keeps what it accumulates in, and flattens another for the update
+            # at stage 3 DeepSpeed keeps a buffer to accumulate in, and flattens a second one for the update
             "gradients": (whole, whole, share, 2 * share)[zero],
             "moments": 2 * (share if zero else whole),
-            # DeepSpeed's, of the weights that it updates, in float32 also where they are float32 already
+            # DeepSpeed copies the weights that it updates in float32, also where they already are float32
             "master weights": share if zero else 0,
             "reduction buffer": _FLOAT * min(MOST_IN_BUCKET, self.parameters) if zero else 0,
         }
 
     def worker_bytes(self, mode: str, workers: int) -> int:
-        """Of one of so many workers in a training step: state, and what a full micro-batch keeps and recomputes."""
+        """Return the bytes of one of `workers` workers in a training step: its state, and what a full micro-batch keeps
+        and recomputes."""
         images = self.train.micro_batch
         recomputed = 0 if mode == "stored" else images * self.workspace_bytes
         return self.state_bytes(workers) + self.kept_bytes(mode, images) + recomputed
 
     def fits(self, gpu: Gpu, workers: int) -> bool:
-        """Whether a training step does, of one of so many workers, with `FREE` to spare; auto makes itself room by
+        """Whether a training step of one of `workers` workers fits into a GPU with `FREE` to spare; auto makes room by
         inverting."""
         least = "invertible" if self.backprop == "auto" else self.backprop
         return self.worker_bytes(least, workers) <= (1 - FREE) * gpu.bytes
 
     def step_seconds(self, gpu: Gpu, workers: int) -> float:
-        """Of an optimizer step on so many such GPUs, in the mode that the config has there: its micro-batches one
-        after the other, each of the images that are one worker's. Nothing that workers tell each other is in it."""
+        """Return the time of an optimizer step on `workers` such GPUs, in the mode that the config has there.
+
+        It is that of one worker's micro-batches one after the other; communication between workers is not in it.
+        """
         rows, accumulation = batching(self.train, workers)
         mode = self.mode_in(gpu.bytes)
         computed = rows * self.flops_per_image[mode] / (gpu.flops_per_second * MFU)
@@ -166,9 +171,9 @@ class Costs:
 
 
 def of(config: Config, channels: int = 3) -> Costs:
-    """The costs of a config for images of `channels` channels."""
+    """Return the costs of a config for images of `channels` channels."""
     shape = flow_config(config, channels)
-    shape = replace(shape, conditioner=replace(shape.conditioner, dropout=0.0))  # which wants numbers
+    shape = replace(shape, conditioner=replace(shape.conditioner, dropout=0.0))  # dropout needs real numbers
     model = outline(config, channels)
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values())
@@ -203,13 +208,14 @@ class Counted:
     operations: int
 
     def plus(self, times: int, more: Counted) -> Counted:
-        """This, and so many times what `more` is above it."""
+        """Return this, plus `times` times what `more` has above it."""
         mine, theirs = astuple(self), astuple(more)
         return Counted(*(a + times * (b - a) for a, b in zip(mine, theirs, strict=True)))
 
 
 def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
-    """As `count`, from flows of one step and of two: each adds the same. With anchors, so many do together."""
+    """Return `count` of the whole flow, from flows of one step and of two: each step adds the same. With anchors, each
+    period of steps does."""
     period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
     few = 1 + (shape.steps - 1) % period
     times = (shape.steps - few) // period
@@ -220,18 +226,18 @@ def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) ->
 
 
 def _of_a_step(shape: flow.FlowConfig) -> int:
-    """Bytes that one step of the first level keeps for an image if it keeps its activations."""
+    """Return the bytes that one step of the first level keeps for an image if it keeps its activations."""
     level = replace(shape, levels=1, shuffle="none", dequantization="uniform", classes=0, backprop="stored")
     of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))
     return (of_three[1] - of_three[0]) - (of_two[1] - of_two[0])
 
 
 def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
-    """Of one training step of a flow, run for this purpose.
+    """Run one training step of a flow and count it.
 
     Args:
-        backward: run it, or else count the FLOPs and operations of the forward pass alone.
-        fake: on tensors without data; or on real ones, which gives the same.
+        backward: also run the backward pass, or else count the FLOPs and operations of the forward pass alone.
+        fake: run on tensors without data; or on real ones, which gives the same.
     """
     started = _Started()
     with FakeTensorMode() if fake else nullcontext():
@@ -249,9 +255,9 @@ def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool
 
 
 def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:
-    """Bytes that autograd saves for the backward pass of `function()`, each storage once, and what that returned.
+    """Return the bytes that autograd saves for the backward pass of `function()`, each storage once, and its result.
 
-    As `flow.memory.bytes_saved` does, but for tensors that have no address.
+    `flow.memory.bytes_saved` does the same for tensors that have an address.
     """
     mine = {id(t.untyped_storage()) for t in own}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no identity is used twice

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved config, what it will cost, and what the world says to it.
+"""Prints what `--dry-run` shows: the resolved config, what it will cost, and whether data, storage and MLflow answer.
 
 Not for the arithmetic, which is `eiwtrain.driver.costs`, nor for the checks, which are `eiwtrain.driver.preflight`.
 """
@@ -18,17 +18,19 @@ if TYPE_CHECKING:
 
 
 def plan(config: Config, console: Console) -> Manifest | None:
-    """Print the config and its plan: parameters, FLOPs, memory, time. Nothing has to be there for it; what the data set
-    adds, its epochs and channels, is left out where there is none. Returns the data set if there is one."""
+    """Print the config and its plan: parameters, FLOPs, memory, time; return the data set if there is one.
+
+    Nothing has to exist for it: without a data set its epochs are left out, and three channels are assumed.
+    """
     import yaml
 
     console.note(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
-    from eiwtrain.driver import costs  # seconds, in which there is something to read
+    from eiwtrain.driver import costs  # takes seconds, in which there is already something to read
 
     try:
         manifest = preflight.find_data(config)
     except ConfigError:
-        manifest = None  # which is an error later, after what can be said without it
+        manifest = None  # an error later, after what can be printed without it
     found = costs.of(config, manifest.channels if manifest else 3)
     for line in lines(config, found, manifest):
         console.note(line)
@@ -36,7 +38,7 @@ def plan(config: Config, console: Console) -> Manifest | None:
 
 
 def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
-    """The plan; see `docs/numbers.md` for how its figures are made."""
+    """Return the lines of the plan; `docs/numbers.md` says how its figures are computed."""
     t, most, least = config.train, config.max_workers, config.workers.min
     images = t.max_steps * t.global_batch
     held = ", ".join(f"{what} {_gb(n)}" for what, n in found.state(most).items() if n)
@@ -59,7 +61,7 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
 
 
 def _rate(config: Config) -> str:
-    """The learning rate's way over the run."""
+    """Return how the learning rate changes over the run."""
     t = config.train
     if t.warmup_steps > t.max_steps:
         return f"rises over {t.warmup_steps:,} steps (train.warmup_steps), so train.lr = {t.lr:g} is not reached"
@@ -68,7 +70,7 @@ def _rate(config: Config) -> str:
 
 
 def _by_mode(config: Config, found: Costs) -> list[str]:
-    """Arithmetic and memory of each mode, the config's own marked."""
+    """Return a table of the arithmetic and memory of each mode, the config's own marked."""
     from eiwtrain.driver import costs
 
     most, images = config.max_workers, config.train.micro_batch
@@ -93,7 +95,7 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
 
 
 def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
-    """Speed and time on each kind of GPU, for each of these numbers of workers, the greatest first."""
+    """Return a table of speed and time on each kind of GPU for these numbers of workers, the greatest first."""
     from eiwtrain.driver import costs
 
     t, most = found.train, workers[0]
@@ -121,7 +123,7 @@ def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
 
 
 def look(config: Config, manifest: Manifest | None, console: Console) -> int:
-    """Print what the world says: data, checkpoint, storage, MLflow; returns the exit code.
+    """Check data, checkpoint, storage and MLflow and print what is found; return the exit code.
 
     Raises:
         ConfigError: one of them cannot be used.
@@ -148,5 +150,5 @@ def look(config: Config, manifest: Manifest | None, console: Console) -> int:
 
 
 def _gb(n: float) -> str:
-    """Bytes as a text, in MB below a GB."""
+    """Return a number of bytes as a text, in MB below a GB."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Looks at the world before anything starts: GPUs, data, storage, the checkpoint to go on from.
+"""Checks before anything starts: GPUs, the cluster, data, storage, the checkpoint to resume from.
 
 Every problem is a `ConfigError`, a line each, that names the field. Nothing here starts Ray or imports torch.
 """
@@ -19,8 +19,8 @@ from eiwtrain.on_ray import session
 
 
 def check_gpus(config: Config, joins_cluster: bool) -> None:
-    """On this machine (not on a cluster, whose GPUs may be elsewhere) there must be a GPU for each worker, and a torch
-    that can use it."""
+    """Check that this machine has a GPU for each worker, and a torch that can use it; not on a cluster, whose GPUs may
+    be elsewhere."""
     needed = config.workers.min * config.workers.gpus
     if not needed or joins_cluster:
         return
@@ -39,7 +39,7 @@ def check_gpus(config: Config, joins_cluster: bool) -> None:
 
 
 def gpus_here() -> int:
-    """NVIDIA GPUs that CUDA would show to this process (CUDA_VISIBLE_DEVICES counts)."""
+    """Return how many NVIDIA GPUs CUDA would show to this process (CUDA_VISIBLE_DEVICES counts)."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -51,13 +51,13 @@ def gpus_here() -> int:
 
 
 def torch_build() -> dict[str, Any]:
-    """What `torch.version` says of how torch was built, without the second that importing torch takes."""
+    """Return the names in `torch.version`, which say how torch was built, without the second that its import takes."""
     torch = importlib.util.find_spec("torch")
     return runpy.run_path(str(Path(torch.origin).with_name("version.py"))) if torch and torch.origin else {}
 
 
 def check_cluster() -> None:
-    """If `RAY_ADDRESS` names a cluster, something must answer there."""
+    """Check that something answers where `RAY_ADDRESS` names a cluster."""
     try:
         session.check_address()
     except session.RayError as e:
@@ -65,7 +65,7 @@ def check_cluster() -> None:
 
 
 def check_storage(config: Config) -> None:
-    """`run.storage` takes a file and gives it back."""
+    """Check that `run.storage` takes a file and gives it back."""
     try:
         storage.check_writable(config.root)
     except storage.StorageError as e:
@@ -73,7 +73,8 @@ def check_storage(config: Config) -> None:
 
 
 def find_data(config: Config) -> Manifest | None:
-    """The data set at `data.path`; None when it is absent but `data.prepare` says how to make it."""
+    """Return the data set at `data.path`, checked against the config; None when it is absent and `data.prepare` says
+    how to write it."""
     d = config.data
     try:
         if d.prepare and not storage.exists(storage.join(d.path, MANIFEST_NAME)):
@@ -94,14 +95,14 @@ def find_data(config: Config) -> Manifest | None:
         )
     for field, split in (("train_split", d.train_split), ("eval_split", d.eval_split)):
         if split not in manifest.splits:
-            raise ConfigError(f"data.{field}: {split!r} is no split of {d.path}; it has {', '.join(manifest.splits)}")
+            raise ConfigError(f"data.{field}: {d.path} has no split {split!r}; it has {', '.join(manifest.splits)}")
         if not manifest.splits[split].samples:
             raise ConfigError(f"data.{field}: {split!r} of {d.path} has no images; write the data set again")
     return manifest
 
 
 def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
-    """The checkpoint that the run would go on from, checked against config and data; None for a new run."""
+    """Return the checkpoint that the run would resume from, checked against config and data; None for a new run."""
     try:
         found, unreadable = checkpoint.survey(config.root)
     except storage.StorageError as e:
@@ -109,7 +110,7 @@ def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Che
     if unreadable and not found:
         raise ConfigError(
             f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoint.folder(config.root)} to "
-            "begin anew"
+            "start from step 0"
         )
     if not found:
         return None

@@ -22,11 +22,11 @@ class Assignment:
 
     config: Config
     data_fingerprint: str
-    """Of the data set that the driver has found, and compared with the checkpoint."""
+    """Fingerprint of the data set that the driver has found, and compared with the checkpoint."""
     tracked: TrackedRun
     mailbox: Any
     guard: Guard
-    """Of the run's lease: asked before anything is written for others to read."""
+    """The guard of the run's lease: asked before anything is written for others to read."""
     environment: dict[str, str] = field(repr=False)  # Ray may show what a worker was given
     """Credentials and settings of the driver's environment that workers need."""
     began: float

@@ -1,8 +1,8 @@
-"""Has the workers' torch talk where Ray does: gloo by the interface of the node's address, all of it on loopback alone
-where the node is there.
+"""Makes the workers' torch communicate where Ray does: gloo by the interface of the node's address, and all of it on
+loopback alone where the node is on loopback.
 
 Not for Ray's own servers (`eiwtrain.on_ray.session`, `cluster.local.ray_nodes`), and no protection on a node that has
-an address in a network: there workers are to be reached, and a firewall or network policy says by whom.
+an address in a network: other nodes must reach its workers, and a firewall or network policy says which ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # it has no pu
 
 
 class NodeTorchConfig(TorchConfig):
-    """Ray Train's process group of torch, but for this."""
+    """Ray Train's process group of torch, with `stay_with_ray` called before it is made."""
 
     @property
     def backend_cls(self) -> Any:
@@ -33,8 +33,8 @@ class NodeTorchConfig(TorchConfig):
 
 
 def stay_with_ray() -> None:
-    """Before there is a process group: have gloo use the interface of this node's address, and where that is on
-    loopback have torch's key-value store and NCCL stay there, too. What the environment says already counts."""
+    """Make gloo use the interface of this node's address, and on loopback make torch's key-value store and NCCL stay
+    there. Call it before the process group is made; variables that are already set take precedence."""
     import ray
 
     host = ray.util.get_node_ip_address()
@@ -44,14 +44,14 @@ def stay_with_ray() -> None:
     if not ipaddress.ip_address(host).is_loopback:
         return
     if interface is not None:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # else it passes loopback over; not tried
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # else it skips loopback; not tried
     module: Any = importlib.import_module("torch.distributed.rendezvous")  # the name is also a function's
     module.TCPStore = store
 
 
 def interface_of(host: str) -> str | None:
-    """The name of this machine's network interface that has the IP address `host`; None where none has it, as where
-    addresses are translated on the way."""
+    """Return the name of this machine's network interface that has the IP address `host`; None where no interface has
+    it, say because addresses are translated on the way."""
     import psutil
 
     wanted = ipaddress.ip_address(host)
@@ -64,7 +64,8 @@ def interface_of(host: str) -> str | None:
 
 
 def store(host_name: str, port: int, world_size: int, is_master: bool, **options: Any) -> Any:
-    """`torch.distributed.TCPStore`, which as the master listens on `host_name` alone and not on all interfaces."""
+    """Return a `torch.distributed.TCPStore` that, as the master, listens on `host_name` alone and not on all
+    interfaces."""
     from torch.distributed import TCPStore
 
     if is_master:

@@ -1,1 +1,1 @@
-"""How a program of ours speaks to the person at its terminal, and hears them: lines, hidden secrets, signals."""
+"""What passes between a program and the person at its terminal: lines, hidden secrets, signals."""

@@ -1,4 +1,7 @@
-"""What the main job prints: notes that stay, and a training line that a terminal overwrites."""
+"""Prints the main job's output: notes that stay, and a training line that a terminal overwrites.
+
+Not for where its figures come from: that is `eiwtrain.train.report`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Progress:
     faults: int
     """Storage failures that were retried with success."""
     goodput: float
-    """Of the run so far, 0..1."""
+    """Goodput of the run so far, 0..1."""
     eta: float
     """Seconds until the last step."""
 
@@ -67,7 +70,7 @@ def training_line(p: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1:05`, `2:03:04`, `3d 04:05`."""
+    """Return a time as people write it: `1:05`, `2:03:04`, `3d 04:05`."""
     minutes, s = divmod(round(max(0.0, seconds)), 60)
     hours, m = divmod(minutes, 60)
     if hours >= 24:
