@@ -1,7 +1,7 @@
-"""Images to shards: sources (where the images are), one writer (the shards), and a command line.
+"""Makes shards of images: sources (where the images are), one writer (the shards), and a command line.
 
-Not for reading shards: that is `eiwtrain.data`, which shares the manifest with this package.
-Both stand on `eiwtrain.storage`.
+Not for reading shards: that is `eiwtrain.data`, which shares the manifest with this package. Both use
+`eiwtrain.storage`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def prepare(
     drop_duplicates: bool = False,
     **run: Any,
 ) -> Manifest:
-    """Write the data set of `source` at `output`, or find it written, and return its manifest.
+    """Write the data set of `source` at `output`, unless it is there already, and return its manifest.
 
     Args:
         source: a name in `data_prep.sources.SOURCES`.
         output: folder of the data set; a path or any fsspec URL.
         resolution: height and width of the images, in pixels.
-        path: where the source's images are.
+        path: where the source's images are; a path or any fsspec URL.
         of_source: `split`, `only` and the source's own options, as for `data_prep.sources.read_source`.
         preprocess: other fields of `data_prep.pixels.Preprocess`.
         shard_size, drop_duplicates: as for `data_prep.writer.make_plan`.

@@ -1,4 +1,4 @@
-"""Images with the very same pixels, found by the digests in the sidecars. Near-duplicates are not its business."""
+"""Finds images with exactly the same pixels by the digests in the sidecars. Not for near-duplicates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Duplicate(NamedTuple):
 
 
 def find_duplicates(sidecars: Mapping[str, Iterable[Sidecar]]) -> list[Duplicate]:
-    """All images that equal one before them, dropped ones among them.
+    """Find all images that equal an earlier one, including those that were dropped.
 
-    The split `train` comes last, so that of an image in both it is the one to train on that counts as the duplicate,
-    and the held-out images stay those of the literature. Within a split the order is that of the keys.
+    The split `train` comes last: if an image is in two splits, the one in `train` counts as the duplicate, and the
+    held-out images stay those of the literature. Within a split the order is that of the keys.
     """
     seen: dict[str, str] = {}
     found = []

@@ -1,6 +1,6 @@
-"""What a data set holds, for people: a page of text, a sheet of its first images, and its size before it is made.
+"""Shows what a data set holds: a page of text, a sheet of its first images, and its size before it is written.
 
-Not whether it is whole: that is `data_prep.verify`.
+Not for checking it: that is `data_prep.verify`.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Manifest, Sidecar, Split, load_sidecar
 
 _READERS = 16  # sidecars that are read side by side
-_REASONS = 3  # of the most frequent ones
-_CLASSES = 10  # names of classes on the page
+_REASONS = 3  # how many of the most frequent reasons are printed
+_CLASSES = 10  # how many names of classes are printed
 _TILE = 64  # pixels to which an image is enlarged, so that small ones can be seen
 _GAP, _MARGIN = 4, 16
 _PAPER, _INK, _FAINT = (240, 240, 238), (30, 30, 30), (105, 105, 105)
 _NAME_SIZE, _CAPTION_SIZE = 10, 16
 _NAME_HEIGHT, _CAPTION_HEIGHT = 15, 30
-_SEED = 20240704  # of the items that are tried for `size_estimate`
+_SEED = 20240704  # chooses the items that `size_estimate` encodes
 _INDEX_ROW = 64  # bytes an image takes in a sidecar, roughly
 _ABOUT_SHARD = 400  # bytes a shard takes in the manifest and in the head of its sidecar, roughly
 
 
 class Size(NamedTuple):
-    """Bytes of a data set that is still to be made, estimated from so many images."""
+    """The size of a data set before it is written, in bytes, and how many images the estimate is from."""
 
     bytes: int
     images: int
 
 
 def describe(manifest: Manifest, where: str) -> str:
-    """The data set at `where` on a page: counts, sizes, what was left out and why, what was done to the pixels.
+    """Describe the data set at `where`: counts, sizes, what was left out and why, and what was done to the pixels.
 
     Raises:
         StorageError: storage cannot be reached.
@@ -66,16 +66,16 @@ def describe(manifest: Manifest, where: str) -> str:
 def contact_sheet(
     url: str, manifest: Manifest, split: str | None = None, columns: int = 16, rows: int = 8
 ) -> Image.Image:
-    """The first images of each split, or of the one named, in the data set's order, row by row.
+    """Draw the first images of each split, or of the one named, in the data set's order, row by row.
 
-    Each is enlarged by a whole factor without smoothing, where it is small; its class stands below it, where there are
-    classes. Of every shard only the part that is shown is read.
+    Small images are enlarged by a whole factor without smoothing. The class stands below an image, if there are
+    classes. Only the part of each shard that is shown is read.
 
     Args:
-        columns, rows: at most so many images of each split.
+        columns, rows: the most images of each split, across and down.
 
     Raises:
-        DataError: no such split; a shard is missing or an image damaged.
+        DataError: there is no such split, a shard is missing, or an image is damaged.
         StorageError: storage cannot be reached.
     """
     shown = [manifest.split(split)] if split is not None else [s for s in manifest.splits.values() if s.samples]
@@ -97,11 +97,10 @@ def contact_sheet(
 
 
 def size_estimate(plan: Plan, images: int = 64) -> Size:
-    """Bytes that the data set of `plan` will take, from encoding a few of its items, the same at every call. Writes
-    nothing.
+    """Estimate the size of the data set of `plan` by encoding a few of its items, the same at every call.
 
     Args:
-        images: so many items are tried; what cannot be decoded among them is expected of the rest, too.
+        images: how many items are tried. The share of them that cannot be decoded is expected of the rest as well.
 
     Raises:
         DataError, StorageError: an item cannot be read.
@@ -124,7 +123,7 @@ def size_estimate(plan: Plan, images: int = 64) -> Size:
 
 
 def _in_tar(size: int) -> int:
-    """Bytes of a member of a tar: a header, and its data in whole blocks."""
+    """Return the bytes of a member of a tar: a header, and its data in whole blocks."""
     return tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
 
 
@@ -139,15 +138,15 @@ def _describe_split(manifest: Manifest, split: Split, where: str) -> list[str]:
     duplicates = manifest.duplicates.get(split.name, 0)
     of_them = f", {len(dropped):,} of them dropped" if duplicates else ""
     lines.append(f"    {len(rejects):,} rejects, {duplicates:,} duplicates{of_them}")
-    lines += [f"    rejects: {told}" for told in _most_frequent(rejects)]
-    lines += [f"    dropped: {told}" for told in _most_frequent(dropped)]
+    lines += [f"    rejects: {reason}" for reason in _most_frequent(rejects)]
+    lines += [f"    dropped: {reason}" for reason in _most_frequent(dropped)]
     if unread:
         lines.append(f"    {len(unread)} sidecars cannot be read, the first: {unread[0]}")
     return lines
 
 
 def _sidecars(where: str, split: Split) -> tuple[list[Sidecar], list[str]]:
-    """Those that can be read, and what is wrong with the others."""
+    """Return the sidecars that can be read, and what is wrong with the others."""
 
     def read(name: str) -> Sidecar | str:
         try:
@@ -161,20 +160,20 @@ def _sidecars(where: str, split: Split) -> tuple[list[Sidecar], list[str]]:
 
 
 def _most_frequent(reasons: Iterable[str]) -> list[str]:
-    """The most frequent reasons with their counts; those that differ in numbers alone are one, told by an example."""
+    """List the most frequent reasons with their counts; those that differ only in numbers count as one."""
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for reason in reasons:
         kind = re.sub(r"0x[0-9a-f]+|\d+", "0", reason)
         examples.setdefault(kind, reason)
         counts[kind] += 1
-    told = [f"{n:,} x {examples[kind]:.100}" for kind, n in counts.most_common(_REASONS)]
+    lines = [f"{n:,} x {examples[kind]:.100}" for kind, n in counts.most_common(_REASONS)]
     others = counts.total() - sum(n for _, n in counts.most_common(_REASONS))
-    return [*told, f"{others:,} for other reasons"] if others else told
+    return [*lines, f"{others:,} for other reasons"] if others else lines
 
 
 def _first_images(url: str, manifest: Manifest, split: Split, number: int) -> Iterator[tuple[Pixels, int]]:
-    """The first images of a split with their labels; one read a shard."""
+    """Yield the first images of a split with their labels; each shard is read once."""
     for shard in split.shards:
         n = min(number, shard.samples)
         if n == 0:
@@ -187,7 +186,7 @@ def _first_images(url: str, manifest: Manifest, split: Split, number: int) -> It
                 storage.join(url, shard.name), start, sidecar.offsets[n - 1] + sidecar.sizes[n - 1] - start
             )
         except FileNotFoundError:
-            raise DataError(f"shard {shard.name} is not there") from None
+            raise DataError(f"shard {shard.name} is missing") from None
         for key, label, offset, size in zip(
             sidecar.keys[:n], sidecar.labels, sidecar.offsets, sidecar.sizes, strict=False
         ):
@@ -198,7 +197,7 @@ def _first_images(url: str, manifest: Manifest, split: Split, number: int) -> It
 
 
 def _panel(manifest: Manifest, caption: str, images: Sequence[tuple[Pixels, int]], columns: int) -> Image.Image:
-    """A caption and the images below it."""
+    """Draw a caption and the images below it."""
     caption = _plain(caption)
     side = manifest.resolution * max(1, _TILE // manifest.resolution)
     named = bool(manifest.classes) and side >= _TILE // 2
@@ -219,7 +218,7 @@ def _panel(manifest: Manifest, caption: str, images: Sequence[tuple[Pixels, int]
 
 
 def _shortened(name: str, width: int) -> str:
-    """As much of the name as is no wider than `width` pixels."""
+    """Cut the name so that it is no wider than `width` pixels."""
     name = _plain(name)
     if _font(_NAME_SIZE).getlength(name) <= width:
         return name
@@ -229,11 +228,11 @@ def _shortened(name: str, width: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """In ASCII, which is all that the font knows."""
+    """Replace all but ASCII, which is all that the font has."""
     return text.encode("ascii", "replace").decode()
 
 
 @cache
 def _font(size: int) -> Any:
-    """Pillow's own."""
+    """Return Pillow's own font."""
     return ImageFont.load_default(size)

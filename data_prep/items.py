@@ -1,7 +1,7 @@
-"""What a source hands to the writer: items, and the ways in which their bytes or pixels are loaded.
+"""What a source hands to the writer: items, and how their bytes or pixels are loaded.
 
-Everything here is plain and picklable: items travel to worker processes, pixels do not. How bytes become pixels of
-the data set is the business of `data_prep.pixels`.
+Everything here is plain and picklable: items are sent to worker processes, pixels are not. Not for how bytes become
+pixels of the data set: that is in `data_prep.pixels`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Loader(Protocol):
     """Loads an item: the bytes of an image file, or pixels, as an image or as uint8 (H, W, 3).
 
     Raises:
-        DataError, StorageError: it cannot be read, which ends the job. What can be read and not decoded is a reject.
+        DataError, StorageError: it cannot be read, which stops the job. An item that can be read but not decoded is
+            a reject.
     """
 
     def __call__(self) -> Loaded: ...
@@ -39,10 +40,10 @@ class Item:
 
     Attributes:
         label: index into the source's classes; -1 for none.
-        source: where it comes from, in a name that does not depend on the machine.
-        size: bytes of its encoded form: with the name it tells one state of the source from another (where all have one
-            size, the plan looks at some of them).
-        load: how to load it.
+        source: where it comes from; a name that does not depend on the machine.
+        size: bytes of its encoded form. Names and sizes show whether the source has changed (if all items have one
+            size, the plan also reads some of them).
+        load: loads it.
     """
 
     label: int
@@ -59,10 +60,10 @@ class Source:
         name: of the kind of source.
         splits: items by split. Any sequence: a large source can make its items when they are asked for.
         classes: class names, to which labels are indices.
-        protocol: what tells figures on this data set from figures on others of its name, in a few words; shown
-            beside every bits/dim. Empty where nothing needs to be told apart.
-        box: (left, top, right, bottom) of the part of each image that is used at all, in its pixels.
-        remote: whether loading crosses a network: then workers load ahead.
+        protocol: a few words that distinguish figures on this data set from figures on others of its name; shown
+            beside every bits/dim. Empty if there is nothing to distinguish.
+        box: (left, top, right, bottom) of the part of each image that is used, in its pixels.
+        remote: whether loading crosses a network; if so, workers load ahead.
         params: what else the source does, for the manifest's preprocessing.
         notes: what the user should know of these images, a line each: printed, and not stored.
     """
@@ -78,11 +79,11 @@ class Source:
 
 
 class LazyItems(Sequence[Item]):
-    """Items that are made when they are asked for: a source of millions of images takes no memory for them.
+    """Items that are made when they are asked for, so that millions of them take no memory.
 
     Args:
         make: makes the item of a number.
-        numbers: those of the items in this sequence, in its order.
+        numbers: of the items in this sequence, in its order.
     """
 
     def __init__(self, make: Callable[[int], Item], numbers: Sequence[int] | npt.NDArray[np.int64]) -> None:
@@ -114,7 +115,7 @@ def _item_of(parts: Sequence[Sequence[Item]], ends: Sequence[int], number: int) 
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """A square of a photograph, which is halved with a box filter first when `halve`."""
+    """Loads a square of a photograph, which is first halved with a box filter if `halve`."""
 
     path: str
     halve: bool
@@ -130,7 +131,7 @@ class Patch:
 
 @lru_cache(maxsize=8)
 def photograph(path: str, halve: bool) -> Image.Image:
-    """A photograph as RGB, halved with a box filter when `halve` (an odd last row or column is left out)."""
+    """Load a photograph as RGB, halved with a box filter if `halve` (an odd last row or column is left out)."""
     with Image.open(path) as image:
         rgb = image.convert("RGB")
     if not halve:

@@ -1,6 +1,7 @@
-"""What is done to the pixels of every image: decode, upright, RGB, crop, resize; and the lossless encodings.
+"""Makes pixels of the data set out of every image (decode, turn upright, RGB, crop, resize), and encodes them.
 
-A pure function of an image's bytes and name and of `Preprocess`, which goes into the manifest.
+The pixels depend only on an image's bytes and name and on `Preprocess`, which is recorded in the manifest. Not for
+where images come from.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from eiwtrain.terminal.lines import one_line
 
 Pixels = npt.NDArray[np.uint8]
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of what it bears with, for every image anew
+warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns at every image of flaws that it accepts
 
 VERSION = 2  # raise it when the same image would give other pixels
-MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is likelier than an image model
+MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
 RESAMPLING = {
     "box": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
 }
 CROPS = ("center", "random")
-_DEEP_MODES = ("I", "F")  # more than 8 bits a channel: converting would clip, so they are rejected
+_DEEP_MODES = ("I", "F")  # more than 8 bits a channel: converting would clip, so these are rejected
 _TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,30 +45,30 @@ _TURNS = {  # by EXIF's orientation
     8: Image.Transpose.ROTATE_90,
 }
 _MOST_PIXELS = 50_000_000  # of a resized image, 150 MB: a short side of 96 makes 1.8 GB of an image of 1 x 65,000
-# Photographs hold next to no repeats: to look for runs alone halves the time of encoding at the same size.
+# Photographs have almost no repeats: looking only for runs halves the time of encoding at the same size.
 _PNG_LEVEL, _PNG_FILTER, _PNG_STRATEGY = 6, imagecodecs.PNG.FILTER.PAETH, imagecodecs.PNG.STRATEGY.RLE
-_PLAIN_PIXELS = 89_478_485  # above which Pillow warns of a decompression bomb
+_PLAIN_PIXELS = 89_478_485  # above this Pillow warns of a decompression bomb
 
 
 class Undecodable(ValueError):
-    """No image of 8 bits a channel, or one that is cut off; the message is one line."""
+    """Not an image of 8 bits a channel, or one that is cut off; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image of any size to `resolution` x `resolution` RGB pixels.
+    """How an image of any size becomes `resolution` x `resolution` RGB pixels.
 
-    Without `short_side` the largest square is cut and resized; with it the image is resized until its shorter side
-    has so many pixels, and a square of `resolution` is cut.
+    Without `short_side` the largest square is cut and resized. With it the image is resized so that its shorter side
+    has that many pixels, and a square of `resolution` is cut.
 
     Attributes:
         resolution: height and width of the result, in pixels.
         resample: filter for resizing, a key of `RESAMPLING`.
-        encoding: png, or npy (no compression: half as large again, read many times faster).
+        encoding: png, or npy (no compression: files are half as large again, and read many times faster).
         crop: where the square is cut: center, or random (by `seed` and the item's name).
         short_side: in pixels.
         seed: of random crops.
-        box: part of each image that is used at all, (left, top, right, bottom) in its pixels; cut first.
+        box: the part of each image that is used, (left, top, right, bottom) in its pixels; cut first.
     """
 
     resolution: int
@@ -79,7 +80,7 @@ class Preprocess:
     box: Box | None = None
 
     def __post_init__(self) -> None:
-        """Raises DataError for a value that cannot be."""
+        """Raise DataError for a value that is not allowed."""
         for name, choices in (("resample", tuple(RESAMPLING)), ("encoding", ENCODINGS), ("crop", CROPS)):
             if getattr(self, name) not in choices:
                 raise DataError(f"{name} must be one of {', '.join(choices)}, not '{getattr(self, name)}'")
@@ -89,7 +90,7 @@ class Preprocess:
             raise DataError(f"short side must be at least the resolution, {self.resolution}, not {self.short_side}")
 
     def describe(self) -> dict[str, Any]:
-        """{"name", "version", "params"} for the manifest; parameters that play no part are left out."""
+        """Return {"name", "version", "params"} for the manifest; parameters without effect are left out."""
         params = {k: v for k, v in asdict(self).items() if v is not None}
         if self.crop == "center":
             del params["seed"]
@@ -100,10 +101,10 @@ class Preprocess:
 
 
 def fit(loaded: Loaded, name: str, preprocess: Preprocess) -> Pixels:
-    """What was loaded under that name as uint8 (resolution, resolution, 3).
+    """Return what an item has loaded as uint8 (resolution, resolution, 3); its name chooses a random crop.
 
     Raises:
-        Undecodable: it is no image that can be used.
+        Undecodable: it is not an image that can be used.
     """
     fits = (preprocess.resolution, preprocess.resolution) if preprocess.short_side is None else None
     try:
@@ -115,9 +116,9 @@ def fit(loaded: Loaded, name: str, preprocess: Preprocess) -> Pixels:
         image = decoded if decoded.mode == "RGB" else decoded.convert("RGB")
     except (MemoryError, Undecodable):
         raise
-    except UnidentifiedImageError:  # its text has an address in memory, another one in every run
+    except UnidentifiedImageError:  # its text has an address in memory, which differs in every run
         raise Undecodable("no image of a known format") from None
-    except Exception as e:  # Pillow's plugins raise whatever they stumble over
+    except Exception as e:  # Pillow's plugins raise anything
         raise Undecodable(f"{type(e).__name__}: {one_line(e)}") from None
     if preprocess.box is not None:
         image = _within(image, preprocess.box)
@@ -127,12 +128,12 @@ def fit(loaded: Loaded, name: str, preprocess: Preprocess) -> Pixels:
 
 
 def digest(pixels: Pixels) -> str:
-    """24 hex characters that are equal for equal pixels and, but for one chance in 2^96, for no others."""
+    """Return 24 hex characters that are equal for equal pixels and, but for one chance in 2^96, for no others."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:24]
 
 
 def encode(pixels: Pixels, encoding: str) -> bytes:
-    """uint8 (H, W, 3) as the bytes of a PNG or a .npy file."""
+    """Encode uint8 (H, W, 3) as the bytes of a PNG or a .npy file."""
     if encoding == "png":
         pixels = np.ascontiguousarray(pixels)
         return bytes(imagecodecs.png_encode(pixels, level=_PNG_LEVEL, filter=_PNG_FILTER, strategy=_PNG_STRATEGY))
@@ -142,9 +143,9 @@ def encode(pixels: Pixels, encoding: str) -> bytes:
 
 
 def _decode(data: bytes) -> Image.Image | Pixels:
-    """Upright, of 8 bits a channel; pixels are RGB."""
+    """Decode an image of 8 bits a channel and turn it upright; pixels are RGB."""
     if (size := _plain_jpeg_size(data)) is not None:
-        with contextlib.suppress(ValueError, RuntimeError):  # Pillow shall say what is wrong, or bear with it
+        with contextlib.suppress(ValueError, RuntimeError):  # Pillow then finds what is wrong, or accepts it
             pixels: Pixels = imagecodecs.jpeg8_decode(data)
             if pixels.shape == (*size, 3):
                 return pixels
@@ -155,9 +156,12 @@ def _decode(data: bytes) -> Image.Image | Pixels:
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG of three channels that has its end, and nothing to turn or convert; None for all else.
+    """Return the height and width of a JPEG of three channels that has its end, and nothing to turn or convert.
 
-    Of these Pillow makes the same pixels, and takes longer to read their header than a small image takes to decode.
+    Pillow makes the same pixels of these, but takes longer to read the header than a small image takes to decode.
+
+    Returns:
+        None for anything else.
     """
     if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
         return None
@@ -175,9 +179,9 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, where that can be read.
+    """Turn an image as its EXIF says, if that can be read.
 
-    Not by `ImageOps.exif_transpose`: it writes all of the EXIF anew, which fails on much that is in photographs.
+    `ImageOps.exif_transpose` is not used: it rewrites all of the EXIF, which fails on many photographs.
     """
     image.load()  # turns a TIFF, and forgets its orientation
     try:
@@ -194,7 +198,7 @@ def _within(image: Image.Image, box: Box) -> Image.Image:
 
 
 def _square(image: Image.Image, name: str, p: Preprocess) -> Image.Image:
-    """A square of the image, resized."""
+    """Cut a square out of the image and resize, in the order that `p` asks for."""
     if p.short_side is None:
         side, size = min(image.size), (p.resolution, p.resolution)
     else:
@@ -216,6 +220,6 @@ def _square(image: Image.Image, name: str, p: Preprocess) -> Image.Image:
 
 
 def _two_numbers(seed: int, name: str) -> tuple[int, int]:
-    """Far above any side of an image, and a function of the seed and the name alone."""
+    """Return two numbers far above any side of an image, which depend only on the seed and the name."""
     words = hashlib.sha256(f"{seed}:".encode() + name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(words[:8], "big"), int.from_bytes(words[8:16], "big")

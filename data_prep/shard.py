@@ -1,4 +1,4 @@
-"""One shard: load its items, crop and resize, write the tar and its sidecar. The task that workers run."""
+"""Writes one shard, which is the task of a worker: load its items, crop and resize, write the tar and its sidecar."""
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ _BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a worker needs: which items go into which shard of which data set, fixed before any work.
+    """All that a worker needs to write a shard: which items go into it, fixed before any work.
 
     Attributes:
         numbered: (number of the item within its split, item).
-        drop: keys of duplicates that are to be left out, each with the reason; None accepts a shard that stands as it
-            is.
-        sidecar_sha256: of the sidecar, where a manifest of this plan tells it.
+        drop: keys of duplicates to leave out, each with the reason; None accepts a shard that is there as it is.
+        sidecar_sha256: of the sidecar, if a manifest of this plan records it.
     """
 
     output: str
@@ -52,7 +51,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard that stands, with the checksum of its sidecar, and whether it stood before."""
+    """A shard that is there, with the checksum of its sidecar; `skipped` if it was there before."""
 
     sidecar: Sidecar
     sidecar_sha256: str
@@ -62,7 +61,7 @@ class ShardDone:
 def run_task(task: ShardTask) -> ShardDone:
     """Write the shard of `task`, unless it is there with the right plan and the right bytes.
 
-    Bytes go first and the sidecar after them, each atomically: a shard without a sidecar that matches is rewritten.
+    The tar is written first and the sidecar after it, each atomically: a shard without a matching sidecar is rewritten.
 
     Raises:
         DataError, StorageError: an item cannot be read, or the shard cannot be written.
@@ -79,12 +78,12 @@ def run_task(task: ShardTask) -> ShardDone:
 
 
 def item_key(number: int) -> str:
-    """WebDataset key of an item of that number within its split."""
+    """Return the WebDataset key of an item by its number within the split."""
     return f"{number:08d}"
 
 
 def _find_intact(task: ShardTask) -> ShardDone | None:
-    """The shard as it stands, or None where it has to be written."""
+    """Return the shard as it is, or None if it has to be written."""
     try:
         text = read_sidecar(task.output, task.name)
         sha256 = storage.sha256_bytes(text)
@@ -112,7 +111,7 @@ def _find_intact(task: ShardTask) -> ShardDone | None:
 
 
 def _write_tar(task: ShardTask, path: Path) -> Sidecar:
-    """Write the tar at the local `path`: the same bytes for the same items on any machine with the same codecs."""
+    """Write the tar at the local `path`; the bytes are the same on any machine with the same codecs."""
     encoding = task.preprocess.encoding
     rows: list[tuple[str, int, int, int, str]] = []
     rejects: list[dict[str, str]] = []
@@ -140,7 +139,7 @@ def _write_tar(task: ShardTask, path: Path) -> Sidecar:
 
 
 def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded]]:
-    """Every item with what it loads, in order; those of a remote source some ahead."""
+    """Yield every item with what it loads, in order; items of a remote source are loaded ahead."""
     if not task.remote:
         for number, item in task.numbered:
             yield number, item, item.load()
@@ -156,12 +155,12 @@ def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded]]:
         pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage
 
 
-# All fields of a ustar header that are the same for every member: mode 0644, and nothing of this machine or moment.
+# A ustar header with the fields that are the same for every member: mode 0644, and no owner or time.
 _HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 
 
 def _member(name: str, data: bytes) -> bytes:
-    """A member of a tar, header and padding included; `tarfile` itself takes longer than the encoding of an image."""
+    """Make a member of a tar with header and padding; `tarfile` itself takes longer than encoding an image."""
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode("ascii")
     header[124:136] = b"%011o\0" % len(data)

@@ -1,4 +1,4 @@
-"""Rules that say which images are trained on and which are held out, where the source does not, or not as wanted."""
+"""Rules for which images are trained on and which are held out, if the source has no splits or others are needed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ RULES = "auto, own, hash:SHARE, last:N or all"
 
 
 def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> Source:
-    """The source with its splits made by a rule, and of those the ones in `only` (all where it is empty).
+    """Return the source with splits made by a rule; only those named in `only`, unless it is empty.
 
     - `own`: as the source has them.
-    - `auto`: the same; where there is none but `train`, a tenth of it is held out as by `hash`.
-    - `hash:SHARE`: that share of `train` becomes `test`, chosen by a hash of the name: the same image stays on its
-      side when others come or go.
+    - `auto`: the same; if `train` is the only split, a tenth of it is held out as by `hash`.
+    - `hash:SHARE`: that share of `train` becomes `test`, chosen by a hash of the name: an image stays on its side when
+      others are added or removed.
     - `last:N`: the last n images of `train`, in the source's order, become `test`.
     - `all`: the images of all splits become `train`.
 
     Raises:
-        DataError: no such rule; it would hold out of a source that has a split for evaluation; a split would be
-            empty; or `only` names one that is not there.
+        DataError: there is no such rule; it would hold out images of a source that has a split for evaluation; a split
+            would be empty; or `only` names a split that is not there.
     """
     kind, _, value = rule.partition(":")
     splits = dict(source.splits)
@@ -54,7 +54,7 @@ def _choose(items: Sequence[Item], numbers: Sequence[int] | npt.NDArray[np.int64
 
 
 def _held_out(source: Source, rule: str) -> dict[str, Sequence[Item]]:
-    """`train` in two parts; without `test` where `auto` finds so few images that none is chosen."""
+    """Divide `train` in two; without `test` if `auto` finds so few images that none is chosen."""
     kind, _, value = rule.partition(":")
     if list(source.splits) != [TRAIN]:
         raise DataError(
@@ -83,5 +83,5 @@ def _number(text: str) -> float:
 
 
 def _share(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """Return a number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""From a source to a data set: plan all shards, have them written, and the manifest last."""
+"""Writes the data set of a source: plan all shards, have workers write them, and write the manifest last."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from eiwtrain.data.manifest import (
     sidecar_name,
 )
 
-_SHUFFLE_SEED = 20240704  # order of items in the shards; any number, the same for ever
+_SHUFFLE_SEED = 20240704  # order of items in the shards; any number, but the same forever
 _MOST_SHARDS = 1_000_000  # of a split: names have six digits, and their order is that of the numbers
-_PROBED = 16  # items of a split that the plan looks at, where their sizes say nothing
+_PROBED = 16  # items of a split that the plan reads if all have one size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: fixed before any work, so that the bytes do not depend on who does it."""
+    """Which item goes into which shard, fixed before any work, so that the bytes do not depend on the workers."""
 
     source: Source
     output: str
@@ -52,26 +52,26 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Items over all splits."""
+        """Return the number of items of all splits."""
         return sum(len(order) for order in self.orders.values())
 
     def shards(self) -> dict[str, int]:
-        """Number of shards of each split."""
+        """Return the number of shards of each split."""
         return {split: -(-len(order) // self.shard_size) for split, order in self.orders.items()}
 
     def numbers(self, split: str, shard: int) -> list[int]:
-        """Numbers, within the split, of the items of a shard."""
+        """Return the numbers, within the split, of the items of a shard."""
         return self.orders[split][shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def task(self, split: str, shard: int) -> ShardTask:
-        """The task of one shard."""
+        """Return the task of one shard."""
         items = self.source.splits[split]
         chosen = tuple((i, items[i]) for i in self.numbers(split, shard))
         name = shard_name(split, shard)
         return ShardTask(self.output, split, name, self.digest, self.preprocess, chosen, self.source.remote)
 
     def tasks(self, sidecar_sha256: Mapping[str, str]) -> Iterator[ShardTask]:
-        """The task of every shard, made when it is asked for; with checksums of sidecars, as far as they are known."""
+        """Yield the task of every shard, with the checksum of its sidecar if that is known."""
         for split, shards in self.shards().items():
             for number in range(shards):
                 task = self.task(split, number)
@@ -93,13 +93,15 @@ class Outcome:
 def make_plan(
     source: Source, output: str, preprocess: Preprocess, shard_size: int = 1000, drop_duplicates: bool = False
 ) -> Plan:
-    """Fix which item goes into which shard. The items of every split are shuffled by a fixed seed, so that no
-    shard is all of one class and the first n samples of a split are a fair choice.
+    """Decide which item goes into which shard.
+
+    The items of every split are shuffled by a fixed seed, so that no shard is all of one class and the first n samples
+    of a split are a fair choice.
 
     Args:
         source: the items.
         output: folder of the data set; a path or any fsspec URL.
-        preprocess: what is done to the pixels; its box is the source's.
+        preprocess: what is done to the pixels; its box is replaced by the source's.
         shard_size: images a shard.
         drop_duplicates: leave out images for training that equal another one (see `find_duplicates`).
 
@@ -126,7 +128,7 @@ def make_plan(
         for item in items:
             digest.update(canonical_json([item.label, item.source, item.size]))
             sizes.add(item.size)
-        if len(sizes) == 1:  # rows of batches, say: names and sizes do not tell one state of the source from another
+        if len(sizes) == 1:  # rows of batches, say: names and sizes do not show whether the source has changed
             for number in range(0, len(items), -(-len(items) // _PROBED)):
                 digest.update(_bytes_of(items[number].load()))
         orders[split] = list(range(len(items)))
@@ -140,7 +142,7 @@ def _bytes_of(loaded: Loaded) -> bytes:
 
 
 def find_other(plan: Plan) -> str | None:
-    """What the output holds of another data set, in a few words; None where nothing stands in the way."""
+    """Describe in a few words another data set that the output holds; return None if there is none."""
     names = storage.listdir(plan.output)
     if MANIFEST_NAME in names:
         try:
@@ -152,10 +154,10 @@ def find_other(plan: Plan) -> str | None:
             return f"another data set ({what}, made from another source or with other settings)"
     for name in names:
         if name.endswith(".json") and is_shard_file(name, plan.orders):
-            with suppress(DataError):  # a damaged sidecar is rewritten with its shard
+            with suppress(DataError):  # a damaged sidecar is written again with its shard
                 if load_sidecar(plan.output, name.removesuffix(".json") + ".tar").plan != plan.digest:
                     return "unfinished shards of another data set"
-                return None  # one attempt's sidecars all have one plan: no need to read thousands
+                return None  # all sidecars of an attempt have one plan, so one is read instead of thousands
     return None
 
 
@@ -168,11 +170,11 @@ def run_plan(
     name: str | None = None,
     quiet: bool = True,
 ) -> Outcome:
-    """Write the data set of `plan`, going on where an earlier run ended.
+    """Write the data set of `plan`; resume where an earlier run stopped.
 
     Args:
-        workers: processes, None for all CPUs; the bytes are the same at any number. One works in this process, more
-            are Ray's.
+        workers: processes, None for all CPUs; the bytes are the same at any number. One is this process, more are
+            workers of Ray.
         max_rejects: share of all images that may turn out not to be decodable.
         overwrite: replace another data set at the output.
         name: of the data set; by default the last part of the output.
@@ -192,7 +194,7 @@ def run_plan(
     if other is not None:
         there = _manifest_at(plan.output)
         _clear(plan.output, {*plan.orders, *(there.splits if there else ())})
-    stand: dict[str, dict[str, ShardDone]] = {split: {} for split in plan.orders}
+    finished: dict[str, dict[str, ShardDone]] = {split: {} for split in plan.orders}
     written: set[str] = set()
     rejects: list[dict[str, str]] = []
 
@@ -202,7 +204,7 @@ def run_plan(
                 rejects.extend(done.sidecar.rejects)
             if not done.skipped:
                 written.add(task.name)
-            stand[task.split][task.name] = done
+            finished[task.split][task.name] = done
             progress.update(len(task.numbered), done.skipped)
             if len(rejects) > max_rejects * plan.total:
                 raise DataError(
@@ -212,22 +214,22 @@ def run_plan(
 
     with Progress(plan.total, quiet=quiet) as progress:
         write(plan.tasks(_known_sidecars(plan)))
-        duplicates = find_duplicates({split: [d.sidecar for d in done.values()] for split, done in stand.items()})
+        duplicates = find_duplicates({split: [d.sidecar for d in done.values()] for split, done in finished.items()})
         if plan.drop_duplicates:
-            write(_without_duplicates(plan, duplicates, stand, progress))
-    manifest = _make_manifest(plan, stand, duplicates, name)
+            write(_without_duplicates(plan, duplicates, finished, progress))
+    manifest = _make_manifest(plan, finished, duplicates, name)
     shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
     own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
-    _clear(plan.output, plan.orders, keep=own)  # what an attempt with other settings has left
-    if _manifest_at(plan.output) != manifest:  # else its file is left alone
+    _clear(plan.output, plan.orders, keep=own)  # files that an attempt with other settings has left
+    if _manifest_at(plan.output) != manifest:  # otherwise its file is left alone
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
-    dropped = sum(len(d.sidecar.dropped) for done in stand.values() for d in done.values())
+    dropped = sum(len(d.sidecar.dropped) for done in finished.values() for d in done.values())
     total = sum(plan.shards().values())
     return Outcome(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
 
 
 def _known_sidecars(plan: Plan) -> dict[str, str]:
-    """Checksums of the sidecars by name of the shard, where a manifest of this plan stands."""
+    """Return the checksums of the sidecars by name of the shard, if there is a manifest of this plan."""
     manifest = _manifest_at(plan.output)
     if manifest is None or manifest.plan != plan.digest:
         return {}
@@ -235,23 +237,23 @@ def _known_sidecars(plan: Plan) -> dict[str, str]:
 
 
 def _without_duplicates(
-    plan: Plan, duplicates: list[Duplicate], stand: dict[str, dict[str, ShardDone]], progress: Progress
+    plan: Plan, duplicates: list[Duplicate], finished: dict[str, dict[str, ShardDone]], progress: Progress
 ) -> Iterator[ShardTask]:
-    """The shards for training that do not yet lack just their duplicates, to be written again."""
+    """Yield the shards for training that have to be written again to leave out their duplicates, and no others."""
     reasons = {d.key: f"same pixels as {d.first}" for d in duplicates if d.split == TRAIN}
     for number in range(plan.shards().get(TRAIN, 0)):
         drop = {key: reasons[key] for key in map(item_key, plan.numbers(TRAIN, number)) if key in reasons}
-        if drop != {d["key"]: d["reason"] for d in stand[TRAIN][shard_name(TRAIN, number)].sidecar.dropped}:
+        if drop != {d["key"]: d["reason"] for d in finished[TRAIN][shard_name(TRAIN, number)].sidecar.dropped}:
             task = replace(plan.task(TRAIN, number), drop=drop)
             progress.expect(len(task.numbered))
             yield task
 
 
 def _make_manifest(
-    plan: Plan, stand: dict[str, dict[str, ShardDone]], duplicates: list[Duplicate], name: str | None
+    plan: Plan, finished: dict[str, dict[str, ShardDone]], duplicates: list[Duplicate], name: str | None
 ) -> Manifest:
     splits = {}
-    for split, done in stand.items():
+    for split, done in finished.items():
         shards = tuple(replace(d.sidecar.shard, sidecar_sha256=d.sidecar_sha256) for _, d in sorted(done.items()))
         splits[split] = Split(split, sum(s.samples for s in shards), shards)
     return Manifest(
@@ -268,7 +270,7 @@ def _make_manifest(
 
 
 def _manifest_at(output: str) -> Manifest | None:
-    """The manifest that stands there, if there is one that can be read."""
+    """Return the manifest at the output, if there is one that can be read."""
     try:
         return load_manifest(output)
     except DataError:
@@ -276,8 +278,10 @@ def _manifest_at(output: str) -> Manifest | None:
 
 
 def _clear(output: str, splits: Iterable[str], keep: Collection[str] = ()) -> None:
-    """Remove a data set of these splits, but for the files in `keep`, and nothing else. The manifest goes first: what
-    remains when killed is no data set."""
+    """Remove the files of a data set of these splits, except those in `keep`.
+
+    The manifest is removed first, so that what remains after a kill is not a data set.
+    """
     for name in sorted(storage.listdir(output), key=lambda n: n != MANIFEST_NAME):
         if name not in keep and (name == MANIFEST_NAME or is_shard_file(name, splits)):
             storage.delete(storage.join(output, name))

@@ -1,4 +1,4 @@
-"""Files of a source wherever they lie: in a folder, a tar or a zip, at any fsspec URL. Knows nothing of what they mean.
+"""Lists the files of a source: in a folder, a tar or a zip, at any fsspec URL. Not for what they mean.
 
 Archives are listed by their headers and read by offset, remote ones too: nothing is unpacked or copied.
 """
@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -32,25 +31,22 @@ _UTF8 = 1 << 11  # flag of a zip's member
 _NOWHERE = ("", ".", "..")
 _LINKS = 8  # rounds, each of which halves the length of a chain of links
 _AFTER_END = 1 << 16  # bytes behind the end of a tar that have to be zero; tar pads to 10 KiB
-# What is read beyond a member, whose local extra field can be longer than the directory says. The directory and its
-# end record follow every member, so there are always so many bytes.
+# Bytes that are read beyond a member, whose local extra field can be longer than the directory says. The directory and
+# its end record follow every member, so this many bytes are always there.
 _SLACK = 64
 
 
 class FoundFile(NamedTuple):
-    """A file: the parts of its name below the top, its bytes, and how to load it."""
+    """A file: the parts of its name below the top, its size in bytes, and how to load it."""
 
     parts: tuple[str, ...]
     size: int
     load: Callable[[], bytes]
 
 
-_NOTHING = FoundFile((), 0, bytes)
-
-
 @dataclass(frozen=True, slots=True)
 class ZipImage:
-    """An image in a zip at any URL: read by its offset, inflated where need be, and checked.
+    """An image in a zip at any URL: read by its offset, inflated if it is compressed, and checked.
 
     Attributes:
         header: offset of its local header.
@@ -89,10 +85,14 @@ class ZipImage:
 
 
 def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
-    """The files with these suffixes (in lower case) under the folder, or inside the tar or zip, at `url`, by name.
+    """List the files under the folder, or inside the tar or zip, at `url`, sorted by name.
 
-    Links are followed, except in zips. Files and folders whose names begin with a dot are left out. Of files of the
-    same name in an archive the last one counts, as when it is unpacked.
+    Links are followed, except in zips. Files and folders whose names begin with a dot are left out. If an archive has
+    several files of one name, the last one counts, as when it is unpacked.
+
+    Args:
+        url: a path or any fsspec URL.
+        suffixes: of the files to list, in lower case.
 
     Raises:
         DataError: nothing is there, or it is neither a folder nor an archive that can be read by offset.
@@ -141,13 +141,12 @@ def range_of(file: FoundFile) -> ByteRange:
 
 
 def _in_order(found: Iterable[FoundFile]) -> list[FoundFile]:
-    """By name; of equal names the last."""
-    ordered = sorted(found, key=itemgetter(0))
-    return [a for a, b in pairwise(chain(ordered, [_NOTHING])) if a.parts != b.parts]
+    """Sort files by name; of equal names keep the last."""
+    return sorted({file.parts: file for file in found}.values(), key=itemgetter(0))
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Parts of a name in an archive or a bucket; folders, which many names share, are kept once."""
+    """Split a name in an archive or a bucket; folders, which many names share, are kept once in memory."""
     *folders, last = [p for p in name.split("/") if p not in _NOWHERE] or [""]
     return (*map(sys.intern, folders), last)
 
@@ -159,7 +158,7 @@ def _wanted(parts: tuple[str, ...], ends: tuple[str, ...]) -> bool:
 def _in_folder(
     folder: str, ends: tuple[str, ...], parts: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[FoundFile]:
-    """Files of a local folder and those below it; `above` tells the folders above it, to which a link may lead."""
+    """Yield the files of a local folder and those below it; `above` are the folders above, where a link may lead."""
     try:
         about = Path(folder).stat()
         here = (about.st_dev, about.st_ino)

@@ -1,8 +1,8 @@
-"""Where the values of an LMDB data file lie, found by reading its B-tree page by page, from any fsspec URL.
+"""Finds where the values of an LMDB data file lie by reading its B-tree page by page, from any fsspec URL.
 
 Not for writing, nor for anything but the one plain table of keys and values that LSUN's files hold. Why not liblmdb: it
-maps the file, which so has to be local, and dies (SIGBUS) where that is cut off; and its Python binding reads every
-value to tell its size, that is all of the file. The layout is that of LMDB 0.9 on 64-bit little-endian machines:
+maps the file, which therefore has to be local, and dies (SIGBUS) if the file is cut off; and its Python binding reads
+every value to find its size, which is all of the file. The layout is that of LMDB 0.9 on 64-bit little-endian machines:
 `MDB_page`, `MDB_node` and `MDB_meta` of its mdb.c, data version 1.
 """
 
@@ -27,14 +27,14 @@ _NODE = struct.Struct("<HHHH")  # low and high half of a value's size or a page 
 _NUMBER = struct.Struct("<Q")
 _BRANCH, _LEAF = 0x01, 0x02  # of a page
 _TYPES = 0x2F  # bits of a page's flags that say what it is
-_BIG = 0x01  # of a node: in place of the value stands the number of the page where it begins
+_BIG = 0x01  # of a node: the number of the page where the value begins stands in place of the value
 _READING = 32  # pages read side by side: on a network nearly all of the time is waiting
 _BATCH = 4096  # pages held at once
 
 
 @dataclass(frozen=True)
 class Values:
-    """Where the values of a table lie, in the order of their keys, in columns: 20 bytes each and the key's own.
+    """Places of the values of a table, in the order of their keys, in columns: 20 bytes each and the key's own.
 
     Attributes:
         keys: all of them end to end.
@@ -52,15 +52,15 @@ class Values:
         return len(self.sizes)
 
     def key(self, row: int) -> bytes:
-        """The key of a row from 0 on."""
+        """Return the key of a row, counted from 0."""
         return bytes(self.keys[self.ends[row - 1] if row else 0 : self.ends[row]])
 
 
 def list_values(file: ByteRange) -> Values:
-    """All values of the table, without reading any of them.
+    """List all values of the table in an LMDB data file, without reading any of them.
 
     Raises:
-        DataError: it is no such file, holds more than a plain table, is cut off or damaged.
+        DataError: it is not such a file, holds more than a plain table, is cut off or damaged.
         StorageError: it cannot be read.
     """
     table = _table(file)
@@ -88,7 +88,7 @@ class _Table(NamedTuple):
 
 
 def _table(file: ByteRange) -> _Table:
-    """The table as of the last transaction: of two meta pages the newer counts."""
+    """Return the table as the last transaction left it: of two meta pages the newer one counts."""
     first = _meta(file, 0)
     page_size = first[4]
     if page_size not in {1 << n for n in range(9, 17)}:
@@ -119,11 +119,11 @@ class _Page(NamedTuple):
     nodes: int
 
     def children(self) -> list[int]:
-        """Numbers of the pages below a branch page, in the order of the keys."""
+        """Return the numbers of the pages below a branch page, in the order of the keys."""
         return [low | high << 16 | top << 32 for _, low, high, top, _ in self._nodes()]
 
     def append_to(self, values: Values) -> None:
-        """The keys and places of a leaf page's values."""
+        """Add the keys and places of a leaf page's values."""
         page_size = len(self.data)
         for at, low, high, flags, key_size in self._nodes():
             end, size = at + _NODE.size + key_size, low | high << 16
@@ -143,7 +143,7 @@ class _Page(NamedTuple):
             values.sizes.append(size)
 
     def _nodes(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """(offset, and the fields) of each node."""
+        """Yield the offset and the fields of each node."""
         try:
             for at in struct.unpack_from(f"<{self.nodes}H", self.data, _HEADER.size):
                 yield at, *_NODE.unpack_from(self.data, at)
@@ -152,7 +152,7 @@ class _Page(NamedTuple):
 
 
 def _pages(file: ByteRange, table: _Table, numbers: Sequence[int], kind: int) -> Iterator[_Page]:
-    """The pages of those numbers, in order."""
+    """Read the pages of these numbers, in order."""
     size = table.page_size
     if (max(numbers, default=0) + 1) * size > file.size:
         raise _cut_off(file)
@@ -178,4 +178,4 @@ def _damaged(file: ByteRange, what: str) -> DataError:
 
 
 def _cut_off(file: ByteRange) -> DataError:
-    return DataError(f"{file.name()}: the LMDB is cut off: it goes on beyond its {file.size:,} bytes; fetch it again")
+    return DataError(f"{file.name()}: the LMDB is cut off: it continues beyond its {file.size:,} bytes; fetch it again")

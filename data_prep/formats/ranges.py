@@ -49,7 +49,7 @@ class ByteRange:
     size: int = -1
 
     def __call__(self) -> bytes:
-        """Read all of it.
+        """Read all bytes of the range.
 
         Raises:
             DataError: it cannot be read. A source that changes or breaks while it is read must not become rejects, or
@@ -63,7 +63,7 @@ class ByteRange:
             raise DataError(f"source {url} cannot be read: {cause}") from None
 
     def open(self) -> BinaryIO:
-        """Open it for reading at random; every read is retried as `eiwtrain.storage` does."""
+        """Open the range as a file; every read is retried as `eiwtrain.storage` does."""
         return io.BufferedReader(RangeReader(self), _AT_ONCE)
 
     def url(self) -> str:
@@ -85,10 +85,8 @@ class PackedFile:
 
     Attributes:
         inside: a gzip file, a zip, or a pickled batch.
-        member: of a zip, by name; `GZIP` for the content of a gzip file, `PICKLE` for the pixels of a batch, row by
-            row.
-        crc: CRC-32 of the bytes (of those of the tar that a gzip file holds, as it says itself): tells one state of
-            the archive from another.
+        member: a name in a zip; `GZIP` for the content of a gzip file, `PICKLE` for the pixels of a batch, row by row.
+        crc: CRC-32 of the bytes (for a gzip file the one it records itself); differs when the archive has changed.
     """
 
     inside: ByteRange
@@ -96,18 +94,18 @@ class PackedFile:
     crc: int
 
     def name(self) -> str:
-        """Return its name for errors."""
+        """Return the name of the file for errors."""
         return self.inside.name() + ("" if self.member in (GZIP, PICKLE) else f"/{self.member}")
 
 
 def unpacked(packed: PackedFile) -> Path:
-    """Return the local file with the bytes of `packed`, which are unpacked unless they were before.
+    """Return the local file with the bytes of `packed`, which are unpacked unless they already were.
 
     One process of the machine unpacks and the others wait; the file appears whole or not at all.
 
     Raises:
         DataError: the archive is damaged.
-        StorageError: there is no room, or it cannot be read.
+        StorageError: the disk is full, or the archive cannot be read.
     """
     path = _place(packed, tempfile.gettempdir())
     if path.exists():
@@ -152,18 +150,18 @@ def _unpack(packed: PackedFile, out: BinaryIO) -> None:
 
 @contextmanager
 def opened_zip(file: ByteRange) -> Iterator[zipfile.ZipFile]:
-    """Open a zip; its damages are DataErrors, also those found while it is read."""
+    """Open a zip; damage is a DataError, also where it is found while the zip is read."""
     try:
         with file.open() as content, zipfile.ZipFile(content) as archive:
             yield archive
     except (zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise DataError(f"{file.name()}: no zip, or a damaged one ({e})") from None
+        raise DataError(f"{file.name()}: not a zip, or damaged ({e})") from None
 
 
 class RangeReader(io.RawIOBase):
-    """A range as a file that is read ahead in blocks.
+    """A `ByteRange` as a file that is read ahead in blocks.
 
-    Blocks are large where reads are close together, and small where there is much between them.
+    Blocks are large where reads are close together, and small where reads are far apart.
     """
 
     def __init__(self, file: ByteRange) -> None:
@@ -199,7 +197,7 @@ class RangeReader(io.RawIOBase):
         return n
 
     def _fetch(self, n: int) -> None:
-        """Read the block at the position, of at least `n` bytes."""
+        """Read a block of at least `n` bytes at the position."""
         if self._reads > _DENSE:
             self._ahead = min(2 * self._ahead, _AHEAD[2])
         elif self._reads < _SPARSE:

@@ -1,9 +1,9 @@
-"""Batch files, in which many images of one size lie as rows of pixels: where each row is, and how a worker reads it.
+"""Finds the rows of pixels in batch files, in which many images of one size lie, and reads one in a worker.
 
-A row that lies in its file as it is, is read by its offset, at any URL. What is compressed, or pickled so that rows do
-not lie in one piece, is unpacked once on each machine (see `data_prep.formats.ranges`).
+A row that lies in its file uncompressed is read by its offset, at any URL. A file that is compressed, or pickled so
+that rows do not lie in one piece, is unpacked once on each machine (see `data_prep.formats.ranges`).
 
-Not for what batches mean: that is the business of `cifar10` and `downsampled`.
+Not for what batches mean: that is in `data_prep.sources.cifar10` and `downsampled`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RowBatch:
     """Images of one size that lie in a file as rows of pixels, at equal distances.
 
     Attributes:
-        name: of the batch, without anything of the machine.
+        name: of the batch; the same on every machine.
         rows: begins with the pixels of the first image.
         stride: bytes from one row to the next.
         side: height and width of the images, in pixels.
@@ -60,7 +60,7 @@ class RowBatch:
     labels: npt.NDArray[np.int64]
 
     def item(self, row: int) -> Item:
-        """Return the image of a row from 0 on."""
+        """Return the image of a row, counted from 0."""
         size = 3 * self.side**2
         load = Row(self.rows.within(row * self.stride, size), self.side)
         return Item(int(self.labels[row]), f"{self.name}/{row}", size, load)
@@ -75,10 +75,10 @@ def gunzipped(file: ByteRange) -> ByteRange:
     """Return the content of a gzip file, which is unpacked at once.
 
     Raises:
-        DataError: it is no gzip file, or damaged.
+        DataError: it is not a gzip file, or damaged.
     """
     if file.size < _GZIP_LEAST or file.within(0, 2)() != b"\x1f\x8b":
-        raise DataError(f"{file.name()}: no gzip file")
+        raise DataError(f"{file.name()}: not a gzip file")
     packed = PackedFile(file, GZIP, int.from_bytes(file.within(file.size - 8, 4)(), "little"))
     return ByteRange(packed, 0, unpacked(packed).stat().st_size)
 
@@ -87,7 +87,7 @@ def zip_members(file: ByteRange) -> dict[str, ByteRange]:
     """Return the files in a zip by name; those that are compressed are unpacked when they are first read.
 
     Raises:
-        DataError: it is no zip.
+        DataError: it is not a zip.
     """
     with opened_zip(file) as archive:
         members = [info for info in archive.infolist() if not info.is_dir()]
@@ -106,7 +106,7 @@ def pickled_batch(file: ByteRange, name: str) -> RowBatch:
     """Read a batch that is a pickled dict with `data`, uint8 (N, 3 * side**2), and `labels`, N integers.
 
     Raises:
-        DataError: it is none, or no pickle that may be loaded (see `unpickle.load_batch`).
+        DataError: it is not such a batch, or a pickle that must not be loaded (see `unpickle.load_batch`).
     """
     with file.open() as opened:
         batch = load_batch(opened, file.name(), leave=True)
@@ -116,7 +116,7 @@ def pickled_batch(file: ByteRange, name: str) -> RowBatch:
     if isinstance(data, StoredArray):
         return _batch(file, name, _stored(file, data), data.shape, data.dtype, labels)
     if not isinstance(data, np.ndarray):
-        raise DataError(f"{file.name()}: its data are a {type(data).__name__}, not an array")
+        raise DataError(f"{file.name()}: its data is a {type(data).__name__}, not an array")
     packed = PackedFile(file, PICKLE, zlib.crc32(np.ascontiguousarray(data).data))
     return _batch(file, name, ByteRange(packed, 0, data.nbytes), data.shape, data.dtype, labels)
 
@@ -125,7 +125,7 @@ def npz_batch(file: ByteRange, name: str) -> RowBatch:
     """Read a batch that is an npz file of the arrays of `pickled_batch`.
 
     Raises:
-        DataError: it is none.
+        DataError: it is not such a batch.
     """
     members = zip_members(file)
     data, labels = (_known(members, f"{key}.npy", file) for key in ("data", "labels"))
@@ -139,7 +139,7 @@ def npz_batch(file: ByteRange, name: str) -> RowBatch:
     except (ValueError, KeyError, EOFError) as e:
         if isinstance(e, DataError):
             raise
-        raise DataError(f"{file.name()}: no plain arrays are in it ({one_line(e)})") from None
+        raise DataError(f"{file.name()}: it holds no plain arrays ({one_line(e)})") from None
     if fortran_order:
         raise DataError(f"{file.name()}: its rows do not lie in one piece; save it again in C order")
     return _batch(file, name, data.within(start, data.size - start), shape, dtype, numbers)
@@ -149,7 +149,7 @@ def _batch(file: ByteRange, name: str, rows: ByteRange, shape: tuple[int, ...], 
     side = isqrt(shape[1] // 3) if len(shape) == 2 else 0
     if np.dtype(dtype) != np.uint8 or side == 0 or shape[1] != 3 * side**2 or rows.size != shape[0] * shape[1]:
         raise DataError(
-            f"{file.name()}: its data are {np.dtype(dtype)} {tuple(shape)} in {rows.size} bytes, not uint8 "
+            f"{file.name()}: its data is {np.dtype(dtype)} {tuple(shape)} in {rows.size} bytes, not uint8 "
             f"(N, 3 * side * side)"
         )
     try:
@@ -163,7 +163,7 @@ def _batch(file: ByteRange, name: str, rows: ByteRange, shape: tuple[int, ...], 
 
 def _known(of: Mapping[str, Any], key: str, file: ByteRange) -> Any:
     if key not in of:
-        raise DataError(f"{file.name()}: no '{key}' is in it, only {', '.join(map(repr, list(of)[:5])) or 'nothing'}")
+        raise DataError(f"{file.name()}: it holds no '{key}', only {', '.join(map(repr, list(of)[:5])) or 'nothing'}")
     return of[key]
 
 

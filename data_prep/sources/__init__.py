@@ -1,4 +1,4 @@
-"""The sources by name. Each is a module of its own with one function that makes a `Source`."""
+"""The sources by name. Each is a module with one function of the same name that makes a `Source`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def read_source(
     only: Sequence[str] = (),
     **options: Any,
 ) -> Source:
-    """The items of the source called `name`, without decoding any.
+    """List the items of the source called `name`, without decoding any.
 
     Args:
         name: one of `SOURCES`.
-        resolution: of the images to come, in pixels.
+        resolution: height and width of the images to write, in pixels.
         path: where the images are, a path or any fsspec URL; `photos` takes none.
         split, only: see `data_prep.splits.apply_rule`.
-        options: of the source's own function.
+        options: passed to the source's own function.
 
     Raises:
         DataError: an argument is wrong, or there are no images.
         StorageError: the path cannot be reached.
     """
     if name not in SOURCES:
-        raise DataError(f"no source called '{name}'; there are {', '.join(SOURCES)}")
+        raise DataError(f"there is no source '{name}'; choose one of {', '.join(SOURCES)}")
     make = getattr(importlib.import_module(f"data_prep.sources.{name}"), name)
     if name == "photos":
         if path is not None:
@@ -47,7 +47,7 @@ def read_source(
     source = make(path, **options)
     if (side := source.params.get("side", resolution)) != resolution:
         raise DataError(
-            f"source {path}: its images were downsampled to {side} pixels; use --resolution {side}: resized once more "
-            "they would be comparable with nothing"
+            f"source {path}: its images were downsampled to {side} pixels; use --resolution {side}: resized again, "
+            "they would be comparable with no other data set"
         )
     return apply_rule(source, split, only)

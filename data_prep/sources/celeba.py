@@ -21,7 +21,7 @@ _SPLIT_FILES = ("list_eval_partition.txt", "list_eval_partition.csv")
 
 
 def celeba(path: str, crop: str = "realnvp") -> Source:
-    """The faces in the order of their names, without labels, a square of 148 pixels of each.
+    """List the faces in the order of their names, without labels; a square of 148 pixels of each is used.
 
     Two squares are in use, 5 pixels apart; bits/dim on one are not comparable with those on the other:
 
@@ -33,12 +33,12 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
     Args:
         path: the folder, tar or zip of the images, at any URL: `img_align_celeba`, `img_align_celeba.zip`, or Kaggle's
             archive. The official split file (0 train, 1 val, 2 test), `list_eval_partition.txt` or Kaggle's `.csv`, is
-            in it, or beside it, or as in the official folders under `Eval` next to `Img`.
+            in it, beside it, or, as in the official folders, under `Eval` next to `Img`.
         crop: a key of `CROPS`.
 
     Raises:
-        DataError: no images, or not the aligned ones; no split file, or one that names not all of the images (some of
-            the images it names can be absent: the protocol then says so).
+        DataError: there are no images, or not the aligned ones; there is no split file, or it does not name all of the
+            images (images that it names can be absent; the protocol then says so).
         StorageError: the path cannot be reached.
     """
     if crop not in CROPS:
@@ -49,7 +49,7 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
     split_of = _read_splits(*_split_file(path, (entry for entry in entries if entry.parts[-1] in _SPLIT_FILES)))
     if strange := sorted(images.keys() - split_of.keys()):
         raise DataError(
-            f"source {path}: {len(strange):,} images that the split file does not name, the first of them {strange[0]}"
+            f"source {path}: {len(strange):,} images are not named in the split file, the first of them {strange[0]}"
         )
     _check_aligned(path, images)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
@@ -76,30 +76,30 @@ def _by_name(path: str, entries: Iterable[FoundFile]) -> dict[str, FoundFile]:
         same = images.setdefault(entry.parts[-1], entry)
         if same is not entry:
             both = f"{'/'.join(same.parts)} and {'/'.join(entry.parts)}"
-            raise DataError(f"source {path}: two images of one name, {both}; give the folder of the aligned ones")
+            raise DataError(f"source {path}: two images have one name, {both}; give the folder of the aligned images")
     if not images:
-        raise DataError(f"source {path}: no images in it (000001.jpg and so on)")
+        raise DataError(f"source {path}: it holds no images (000001.jpg and so on)")
     return images
 
 
 def _split_file(path: str, inside: Iterable[FoundFile]) -> tuple[str, bytes]:
-    """The name of the split file and what is in it."""
+    """Return the name of the split file and its content."""
     for entry in inside:
         return "/".join(entry.parts), entry.load()
     for folder in (path.rsplit("/", n)[0] for n in (1, 2)):
         if storage.is_local(folder) != storage.is_local(path):
-            break  # above a bucket there is nothing
+            break  # there is nothing above a bucket
         for name in _SPLIT_FILES:
             for url in (storage.join(folder, name), storage.join(folder, "Eval", name)):
                 with contextlib.suppress(FileNotFoundError):
                     return url, storage.read_bytes(url)
     raise DataError(
-        f"source {path}: no {_SPLIT_FILES[0]} in it or beside it, which tells the splits; it is CelebA's own"
+        f"source {path}: {_SPLIT_FILES[0]} is neither in it nor beside it; this file of CelebA defines the splits"
     )
 
 
 def _read_splits(where: str, text: bytes) -> dict[str, str]:
-    """The split of every image that the file names."""
+    """Return the split of every image that the file names."""
     split_of = {}
     for number, line in enumerate(text.decode("utf-8", "replace").replace(",", " ").splitlines(), 1):
         match line.split():
@@ -113,12 +113,12 @@ def _read_splits(where: str, text: bytes) -> dict[str, str]:
 
 
 def _check_aligned(path: str, images: dict[str, FoundFile]) -> None:
-    """By the first image: the crop would cut anything out of the photographs that the faces come from."""
+    """Check the size of the first image: of the photographs that the faces come from, the crop would cut anything."""
     name = min(images)
     try:
         with Image.open(io.BytesIO(images[name].load())) as image:
             size = image.size
-    except OSError:  # no image: a reject
+    except OSError:  # not an image: a reject
         return
     if size != _SIZE:
         raise DataError(

@@ -1,6 +1,6 @@
 """The `cifar10` source: the python or binary batches of CIFAR-10 (Krizhevsky 2009), as published or unpacked.
 
-A folder of JPEG or PNG files is the business of the `folder` source.
+Not for a folder of JPEG or PNG files: that is the `folder` source.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from eiwtrain.data.manifest import DataError
 SIDE = 32  # pixels
 CLASSES = 10
 SPLITS = {"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)}
-PYTHON, BINARY = "", ".bin"  # what the names of the batches end in
+PYTHON, BINARY = "", ".bin"  # ends of the names of the batches
 META = {PYTHON: "batches.meta", BINARY: "batches.meta.txt"}
 ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _ROW = 1 + 3 * SIDE**2  # bytes in a binary batch: the label, then the planes
 
 
 def cifar10(path: str) -> Source:
-    """CIFAR-10 with its splits, train (50,000 images) and test (10,000), its labels and its class names.
+    """List CIFAR-10 with its splits, train (50,000 images) and test (10,000), its labels and its class names.
 
-    `path`, a path or any URL, is one of the archives as published or a folder with what is in it. A compressed
-    archive is unpacked once on each machine (about 180 MB, see `data_prep.formats.rows`). Pickles are only ever loaded
-    by `data_prep.formats.unpickle`. Batches of another size are taken as they are if all have it.
+    `path`, a path or any URL, is one of the archives as published, or a folder with the files in it. A compressed
+    archive is unpacked once on each machine (about 180 MB, see `data_prep.formats.ranges`). Pickles are loaded only by
+    `data_prep.formats.unpickle`. Batches of another size are accepted if all batches have it.
 
     Raises:
-        DataError: nothing of that kind is there, a batch is missing or damaged, or labels or names do not fit.
+        DataError: there are no such files, a batch is missing or damaged, or labels or names do not fit.
         StorageError: the path cannot be reached.
     """
     files = _files(path)
     kinds = [k for k in (PYTHON, BINARY) if any(name + k in files for names in SPLITS.values() for name in names)]
     if not kinds:
         raise DataError(
-            f"source {path}: no batches of CIFAR-10 in it, neither data_batch_1 nor data_batch_1.bin; "
-            f"wanted is {' or '.join(ARCHIVES)}, or the folder that comes out of one"
+            f"source {path}: it holds no batches of CIFAR-10, neither data_batch_1 nor data_batch_1.bin; "
+            f"give {' or '.join(ARCHIVES)}, or the folder unpacked from one"
         )
     kind = kinds[0]
     needed = [name + kind for names in SPLITS.values() for name in names] + [META[kind]]
@@ -57,7 +57,7 @@ def cifar10(path: str) -> Source:
 
 
 def _check_sizes(path: str, batches: list[RowBatch]) -> None:
-    """All batches of CIFAR-10 have 10,000 images, so all of another size have one size."""
+    """Check that all batches have one size, as those of CIFAR-10 do, which have 10,000 images each."""
     sizes = {batch.name: len(batch.labels) for batch in batches}
     if len(set(sizes.values())) > 1:
         found = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -65,7 +65,7 @@ def _check_sizes(path: str, batches: list[RowBatch]) -> None:
 
 
 def _files(path: str) -> Mapping[str, ByteRange]:
-    """All files by name, without their folders."""
+    """List all files by name, without their folders."""
     url = storage.absolute(path)
     if url.endswith((".tar.gz", ".tgz")):
         try:
@@ -89,7 +89,7 @@ def _class_names(file: ByteRange, kind: str) -> tuple[str, ...]:
     else:
         names = file().decode("utf-8", "replace").split()
     if not isinstance(names, list) or len(names) != CLASSES or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{file.name()}: not the names of {CLASSES} classes")
+        raise DataError(f"{file.name()}: it does not hold the names of {CLASSES} classes")
     return tuple(names)
 
 
@@ -104,7 +104,7 @@ def _binary_batch(file: ByteRange, name: str) -> RowBatch:
     rows, rest = divmod(file.size, _ROW)
     if rest or not rows:
         raise DataError(
-            f"{file.name()}: {file.size} bytes are no whole number of images of {_ROW} bytes; is it cut off?"
+            f"{file.name()}: {file.size} bytes are not a whole number of images of {_ROW} bytes; is it cut off?"
         )
     labels = np.frombuffer(file(), np.uint8)[::_ROW].astype(np.int64)
     return _checked(RowBatch(name, file.within(1, file.size - 1), _ROW, SIDE, labels), file)
@@ -112,7 +112,7 @@ def _binary_batch(file: ByteRange, name: str) -> RowBatch:
 
 def _checked(batch: RowBatch, file: ByteRange) -> RowBatch:
     if not len(batch.labels):
-        raise DataError(f"{file.name()}: no images in it")
+        raise DataError(f"{file.name()}: it holds no images")
     if batch.labels.min() < 0 or batch.labels.max() >= CLASSES:
         raise DataError(
             f"{file.name()}: labels from {batch.labels.min()} to {batch.labels.max()}, not 0 to {CLASSES - 1}"

@@ -1,6 +1,6 @@
-"""ImageNet at 32x32 or 64x64 pixels as downsampled by Chrabaszcz et al. 2017 (arXiv 1707.08819): its batch files.
+"""Reads the batch files of ImageNet at 32x32 or 64x64 pixels, downsampled by Chrabaszcz et al. 2017 (arXiv 1707.08819).
 
-ByteRange of the `imagenet` source, which says what they are comparable with.
+Part of the `imagenet` source, which says what figures on it are comparable with.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _ZIP = re.compile(r"imagenet\d+_(train|val)(_part\d+)?(_npz)?\.zip", re.IGNORECA
 
 
 def read_downsampled(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, LazyItems], int] | None:
-    """The splits `train` and `val`, and the side of the images in pixels; None where there are no such batches.
+    """Return the splits `train` and `val`, and the side of the images in pixels; None if there are no such batches.
 
-    They are pickles or npz files called train_data_batch_1, ... and val_data, in any folder of `path` or in the zips as
-    published (Imagenet64_train_part1.zip, Imagenet32_val_npz.zip, ...). Batches that are compressed, as those in
-    zips are, are unpacked on each machine (4 GB at 32x32, 16 GB at 64x64; see `data_prep.formats.rows`); others are
-    read in place. Labels, 1 to 1000 there, are 0 to 999.
+    The batches are pickles or npz files called train_data_batch_1, ... and val_data, in any folder of `path` or in the
+    zips as published (Imagenet64_train_part1.zip, Imagenet32_val_npz.zip, ...). Compressed batches, as those in zips
+    are, are unpacked on each machine (4 GB at 32x32, 16 GB at 64x64; see `data_prep.formats.ranges`); others are read
+    in place. Labels, which are 1 to 1000 in the files, become 0 to 999.
 
     Raises:
-        DataError: a batch is missing, twice there or damaged, or they do not fit each other.
-        StorageError: they cannot be reached, or there is no room for what has to be unpacked.
+        DataError: a batch is missing, there twice or damaged, or the batches do not fit each other.
+        StorageError: they cannot be reached, or the disk is too full to unpack them.
     """
     parts: dict[str, ByteRange] = {}
     for name, file in _batch_files(files):
@@ -52,7 +52,7 @@ def read_downsampled(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, L
 
 
 def _batch_files(files: Sequence[FoundFile]) -> Iterator[tuple[str, ByteRange]]:
-    """Names of batches, without suffix, and where they are."""
+    """Yield the names of batches, without suffix, and where they lie."""
     for entry in files:
         name = entry.parts[-1]
         if _BATCH.fullmatch(name):

@@ -14,11 +14,12 @@ EVAL_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
 
 
 def folder(path: str) -> Source:
-    """Images under the folder or inside the tar or zip at `path`, any URL, in the order of their names.
+    """List the images under the folder or inside the tar or zip at `path`, any URL, in the order of their names.
 
     - Top-level folders `train` and one of `test`, `val`, ... are the splits, called `train` and `test` (several
-      folders for evaluation keep their names). Otherwise all are in `train`, also where one of these stands alone.
-    - The next folder is the class; deeper ones play no part. Images in none have label -1.
+      folders for evaluation keep their names). Otherwise all images are in `train`, also if only one of these folders
+      is there.
+    - The next folder is the class; deeper folders have no meaning. Images in no folder have label -1.
 
     Raises:
         DataError: the path is absent, cannot be read, or holds no images.
@@ -26,7 +27,7 @@ def folder(path: str) -> Source:
     """
     entries = _without_common_top(list_files(path))
     if not entries:
-        raise DataError(f"source {path}: no images in it ({' '.join(IMAGE_SUFFIXES)})")
+        raise DataError(f"source {path}: it holds no images ({' '.join(IMAGE_SUFFIXES)})")
     by_split = _split(entries)
     classes = sorted({parts[0] for members in by_split.values() for parts, _, _ in members if len(parts) > 1})
     number = {name: i for i, name in enumerate(classes)}
@@ -41,7 +42,7 @@ def folder(path: str) -> Source:
 
 
 def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
-    """Entries by split, without the folder of the split in their names."""
+    """Return the files of each split, without the folder of the split in their names."""
     tops = {parts[0] if len(parts) > 1 else "" for parts, _, _ in entries}
     kinds = {top: top.lower() for top in tops}
     trains = [top for top in tops if kinds[top] in TRAIN_FOLDERS]
@@ -64,7 +65,7 @@ def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
 
 
 def _without_common_top(entries: list[FoundFile]) -> list[FoundFile]:
-    """A tar often packs one folder: look inside it, unless it is a split or the only class."""
+    """Remove a folder that all files are in, as tars often have, unless it is a split or the only class."""
     while len({parts[0] for parts, _, _ in entries}) == 1 and min(len(parts) for parts, _, _ in entries) > 2:
         if entries[0][0][0].lower() in TRAIN_FOLDERS + EVAL_FOLDERS:
             break

@@ -1,6 +1,6 @@
-"""The `imagenet` source: ILSVRC 2012 as published, or downsampled by others; which of them is found out and recorded.
+"""The `imagenet` source: ILSVRC 2012 as published, or downsampled by others; it detects and records which it is.
 
-What is done to the images is the business of `data_prep.pixels`.
+Not for what is done to the images: that is in `data_prep.pixels`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eiwtrain.terminal.lines import one_line
 
 
 class Variant(NamedTuple):
-    """One of the data sets that are called ImageNet: what it is, how large, and what it must not be compared with."""
+    """A data set that is called ImageNet: what it is, how large it is, and what it must not be compared with."""
 
     what: str
     train: int
@@ -55,14 +55,13 @@ Named = list[tuple[str, str, FoundFile]]  # synset or "", name, file
 
 
 def imagenet(path: str, val_labels: str | None = None) -> Source:
-    """ImageNet with the splits `train` and `val`, from the folder, tar or URL `path`, in one of these layouts:
+    """List ImageNet with the splits `train` and `val`, from the folder, tar or URL `path`, in one of these layouts:
 
     - The original, to be resized here: class folders or tars, which are read in place. Labels follow the sorted
-      synsets, as with torchvision. Validation images that are in no class folders have the labels of `val_labels`, of
-      Kaggle's LOC_val_solution.csv, or of the development kit (its folder or archive); else -1.
+      synsets, as with torchvision. Validation images outside class folders get the labels of `val_labels`, of Kaggle's
+      LOC_val_solution.csv, or of the development kit (its folder or archive); otherwise -1.
     - Downsampled by Chrabaszcz et al. 2017, see `data_prep.sources.downsampled`. Labels are in the order of that data
-    set;
-      class names are its numbers, 1 to 1000.
+      set; class names are its numbers, 1 to 1000.
     - Downsampled by van den Oord et al. 2016 (PixelRNN, arXiv 1601.06759), without labels.
 
     Args:
@@ -71,12 +70,12 @@ def imagenet(path: str, val_labels: str | None = None) -> Source:
             as a number from 0 in the order of the sorted synsets; or a file like Kaggle's.
 
     Returns:
-        A source whose `protocol` tells the variants apart and says when it is only a subset. Its params are the
+        A source whose `protocol` distinguishes the variants and says if it is only a subset. Its params are the
         variant, a key of `VARIANTS`, and the side in pixels where it was downsampled by others.
 
     Raises:
-        DataError: there is none of these layouts, something is missing or damaged, or the number of validation images
-            is that of another variant than the layout.
+        DataError: the layout is not one of these, something is missing or damaged, or the number of validation images
+            is that of another variant.
         StorageError: the path cannot be reached.
     """
     files = list_files(path, ("",))
@@ -87,21 +86,21 @@ def imagenet(path: str, val_labels: str | None = None) -> Source:
     if (original := _original(path, files, val_labels, remote)) is not None:
         variant, (splits, classes) = "original", original
     elif val_labels is not None:
-        raise DataError(f"source {path}: val labels are only for the original ImageNet, which is not there")
+        raise DataError(f"source {path}: val labels are only for the original ImageNet, and this is not it")
     elif (batches := read_downsampled(path, files)) is not None:
         variant, (splits, side) = "downsampled-2017", batches
         classes = tuple(str(n) for n in range(1, CLASSES + 1))
     elif (images := _pixelrnn(path, files)) is not None:
         variant, (splits, side), classes = "pixelrnn-2016", images, ()
     else:
-        raise DataError(f"source {path}: no layout of ImageNet that is known; these are: {LAYOUTS}")
+        raise DataError(f"source {path}: not a known layout of ImageNet; these are: {LAYOUTS}")
     params = {"variant": variant} | ({} if side is None else {"side": side})
     protocol = describe(variant, side, len(splits["train"]), len(splits["val"]))
     return Source("imagenet", splits, classes, protocol, remote=remote, params=params)
 
 
 def describe(variant: str, side: int | None, train: int, val: int) -> str:
-    """What to say beside every figure on a data set of that variant with so many images.
+    """Return what to say beside every figure on a data set of that variant with these numbers of images.
 
     Raises:
         DataError: the number of validation images is that of another variant.
@@ -122,13 +121,13 @@ def describe(variant: str, side: int | None, train: int, val: int) -> str:
 def _original(
     path: str, files: Sequence[FoundFile], val_labels: str | None, remote: bool
 ) -> tuple[dict[str, list[Item]], tuple[str, ...]] | None:
-    """Splits and synsets."""
+    """Return the splits and the synsets; None if there are no class folders or class tars."""
     train = _images("train", TRAIN_TAR, files, remote)
     if not any(synset for synset, _, _ in train):
         return None
     val = _images("val", VAL_TAR, files, remote)
     if not val:
-        raise DataError(f"source {path}: the original ImageNet without validation images; wanted is val or {VAL_TAR}")
+        raise DataError(f"source {path}: the original ImageNet without validation images; add val or {VAL_TAR}")
     if strays := [name for synset, name, _ in train if not synset]:
         raise DataError(f"source {path}: {len(strays)} training images are in no class folder; the first: {strays[0]}")
     classes = tuple(sorted({synset for synset, _, _ in (*train, *val) if synset}))
@@ -137,7 +136,7 @@ def _original(
     if flat and len(flat) < len(val):
         raise DataError(f"source {path}: some validation images are in class folders and some are not, as {flat[0]}")
     if val_labels is not None and not flat:
-        raise DataError(f"source {path}: val labels play no part, as the validation images are in class folders")
+        raise DataError(f"source {path}: val labels have no effect, as the validation images are in class folders")
     labels = _flat_labels(files, flat, val_labels, number) if flat else {}
     ambiguous = len({name for _, name, _ in val}) < len(val)
     splits = {
@@ -157,7 +156,7 @@ def _place(image: tuple[str, str, FoundFile]) -> tuple[str, str]:
 
 
 def _images(split: str, tar: str, files: Sequence[FoundFile], remote: bool) -> Named:
-    """The images of a split: those in class folders, those in the tars of other classes, or else those in `tar`."""
+    """List the images of a split: in class folders, in tars of the other classes, or if there are none, in `tar`."""
     found: Named = []
     tars: dict[str, FoundFile] = {}
     for entry in files:
@@ -186,14 +185,14 @@ def _images(split: str, tar: str, files: Sequence[FoundFile], remote: bool) -> N
 
 
 def _in_tar(entry: FoundFile, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
-    """What lies in a tar, which may itself lie in a tar."""
+    """List the files in a tar, which can itself lie in a tar."""
     return list_tar(range_of(entry), suffixes)
 
 
 def _flat_labels(
     files: Sequence[FoundFile], names: Sequence[str], val_labels: str | None, number: Mapping[str, int]
 ) -> dict[str, int]:
-    """Labels of validation images outside class folders, by name; -1 where nothing tells them."""
+    """Return the labels of validation images outside class folders, by name; -1 if they are not known."""
     about = {e.parts[-1]: e for e in files if e.parts[-1] in (KAGGLE_LABELS, GROUND_TRUTH, META, DEVKIT)}
     if val_labels is not None:
         try:
@@ -217,7 +216,7 @@ def _flat_labels(
 
 
 def _parse_labels(content: bytes, names: Sequence[str], classes: Sequence[str], what: str) -> list[str]:
-    """The synset of each image: by name from a file like Kaggle's, by order from one of synsets or classes."""
+    """Return the synset of each image: by name from a file like Kaggle's, by order from one of synsets or classes."""
     lines = [line for line in content.decode("utf-8", "replace").split("\n") if line.strip()]
     if lines and lines[0].startswith("ImageId"):
         of = {line.split(",")[0]: line.partition(",")[2].split(" ")[0].strip() for line in lines[1:]}
@@ -230,7 +229,7 @@ def _parse_labels(content: bytes, names: Sequence[str], classes: Sequence[str], 
         return words
     if not all(word.isdecimal() for word in words) or max(map(int, words)) >= len(classes):
         raise DataError(
-            f"val labels {what}: wanted is a synset a line, or a class a line as a number from 0 to {len(classes) - 1} "
+            f"val labels {what}: each line must be a synset, or a class as a number from 0 to {len(classes) - 1} "
             f"in the order of the sorted synsets, not the numbers from 1 of the development kit"
         )
     return [classes[int(word)] for word in words]
@@ -242,7 +241,7 @@ def _check_number(labels: Sequence[str], names: Sequence[str], what: str) -> Non
 
 
 def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
-    """Synsets by the development kit, which numbers them in an order of its own."""
+    """Return the synset of each validation image; the development kit numbers synsets in an order of its own."""
     import scipy.io
 
     try:
@@ -251,12 +250,12 @@ def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
             int(number): str(synset) for number, synset in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         }
         return [of[int(word)] for word in ground_truth.split()]
-    except Exception as e:  # scipy raises whatever it stumbles over
+    except Exception as e:  # scipy raises anything
         raise DataError(f"the development kit is damaged ({type(e).__name__}: {one_line(e)})") from None
 
 
 def _pixelrnn(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, list[Item]], int] | None:
-    """Splits, and the side of the images in pixels."""
+    """Return the splits, and the side of the images in pixels; None if there are no such folders or tars."""
     images: dict[tuple[str, int], list[FoundFile]] = {}
     tars: dict[tuple[str, int], FoundFile] = {}
     for entry in files:

@@ -36,26 +36,26 @@ _NAME = re.compile(r"(.+)_(train|val)(_lmdb)?")
 
 
 def lsun(path: str, categories: Sequence[str] = ()) -> Source:
-    """The images of one or several categories, in the order of their keys.
+    """List the images of one or several categories, in the order of their keys.
 
-    The splits are `train` and `val`, the labels the categories in the order of their names.
+    The splits are `train` and `val`; the labels are the categories in the order of their names.
 
     Args:
         path: an LMDB (a folder such as `bedroom_train_lmdb`, or the `data.mdb` in it), or a folder or tar of several,
-            at any URL. What they are is in their names, CATEGORY_train_lmdb and CATEGORY_val_lmdb; those with other
-            names, as `test_lmdb`, which mixes all categories, are left alone.
-        categories: those to take; all where empty.
+            at any URL. Their names, CATEGORY_train_lmdb and CATEGORY_val_lmdb, say what they hold; LMDBs with other
+            names, such as `test_lmdb`, which mixes all categories, are ignored.
+        categories: which to use; all if it is empty.
 
     Raises:
-        DataError: no LMDB, or not the categories asked for, both splits or neither of each; one is still in its zip,
-            damaged, cut off or cannot be read.
+        DataError: there is no LMDB, a category asked for is absent, or some categories have a split that others lack;
+            an LMDB is still in its zip, damaged, cut off or cannot be read.
         StorageError: the path cannot be reached.
     """
     found = _find(storage.absolute(path))
     there = sorted({category for category, _ in found})
     for category in categories:
         if category not in there:
-            raise DataError(f"source {path}: no category '{category}'; there are {', '.join(there)}")
+            raise DataError(f"source {path}: there is no category '{category}', only {', '.join(there)}")
     classes = tuple(category for category in there if not categories or category in categories)
     splits = {}
     for split in SPLITS:
@@ -73,7 +73,7 @@ def lsun(path: str, categories: Sequence[str] = ()) -> Source:
 
 
 def _images(name: str, label: int, file: ByteRange) -> LazyItems:
-    """Return the images of an LMDB, whose `name` stands before their keys in the names of their sources."""
+    """Return the images of an LMDB; the source of each is called `name` and its key."""
     values = list_values(file)
     return LazyItems(partial(_image, name, label, file, values), range(len(values)))
 
@@ -84,7 +84,7 @@ def _image(name: str, label: int, file: ByteRange, values: Values, row: int) -> 
 
 
 def _find(path: str) -> dict[tuple[str, str], FoundFile]:
-    """The data file, or else the zip, of each (category, split)."""
+    """Find the data file of each (category, split), or its zip if it has not been unpacked."""
     top = path.rsplit("/", 1)[-1]
     if top.endswith(".mdb"):
         try:
@@ -95,7 +95,7 @@ def _find(path: str) -> dict[tuple[str, str], FoundFile]:
     else:
         entries = list_files(path, (_DATA, ".zip"))
     found: dict[tuple[str, str], FoundFile] = {}
-    for entry in sorted(entries, key=_is_zip):  # a zip counts where it has not been unpacked
+    for entry in sorted(entries, key=_is_zip):  # data files first: a zip counts only if it has not been unpacked
         *folders, last = entry.parts
         name = last if _is_zip(entry) else folders[-1] if folders else top
         if match := _NAME.fullmatch(re.sub(r"\.(zip|tar|mdb)$", "", name)):
@@ -106,7 +106,7 @@ def _find(path: str) -> dict[tuple[str, str], FoundFile]:
                 )
     if not found:
         raise DataError(
-            f"source {path}: no LMDB of LSUN in it: folders that are called CATEGORY_train_lmdb and CATEGORY_val_lmdb, "
+            f"source {path}: it holds no LMDB of LSUN: folders called CATEGORY_train_lmdb and CATEGORY_val_lmdb, "
             f"with a {_DATA} in each"
         )
     return found
@@ -124,7 +124,7 @@ def _data_file(entry: FoundFile) -> ByteRange:
 
 
 def _protocol(classes: Sequence[str], splits: dict[str, LazyItems]) -> str:
-    """The categories, and whether it is not all of their images that there are to train on."""
+    """Name the categories, and how many of their images for training are there, unless all are."""
     protocol = f"LSUN {', '.join(classes)}"
     train = len(splits.get("train", ()))
     if train and all(category in TRAIN_IMAGES for category in classes):

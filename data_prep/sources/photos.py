@@ -32,21 +32,21 @@ PHOTOGRAPHS = {
     "rocket": ("skimage", "data/rocket.jpg"),
 }
 TEST_SHARE = 0.25  # of the width, rounded up to whole patches: over 256 test patches at 32 pixels
-_MIN_ROWS = 3  # a JPEG is halved, which takes its block artefacts away, where this many rows of patches remain
+_MIN_ROWS = 3  # a JPEG is halved, which removes its block artefacts, if at least this many rows of patches remain
 
 
 def photos(resolution: int) -> Source:
-    """Patches of `resolution` x `resolution` pixels; the label is the photograph.
+    """Cut patches of `resolution` x `resolution` pixels; the label is the photograph.
 
     The right quarter of each photograph is the test region, cut into patches that do not overlap. The rest is for
     training, cut with a stride of half a patch. No pixel is in both.
 
     Raises:
-        DataError: neither package is installed with its photographs, or the patches do not fit into any of them.
+        DataError: neither package is installed with its photographs, or patches of this size fit into none of them.
     """
     found = {name: path for name in PHOTOGRAPHS if (path := _find(*PHOTOGRAPHS[name])) is not None}
     if not found:
-        raise DataError("no photographs: install scikit-image and scikit-learn, which ship them")
+        raise DataError("there are no photographs: install scikit-image and scikit-learn, which ship them")
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     classes: list[str] = []
     for name, path in found.items():
@@ -88,7 +88,7 @@ def _stride(side: int) -> int:
 
 
 def _find(package: str, name: str) -> Path | None:
-    """The file inside the installed package, without importing it or asking it to download."""
+    """Find a file inside an installed package, without importing it, which could download."""
     spec = find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (path := Path(folder, name)).is_file():

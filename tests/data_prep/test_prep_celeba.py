@@ -143,7 +143,7 @@ def test_a_whole_celeba_is_no_subset(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert source.params == {}
 
 
-def test_absent_images_make_a_subset_which_is_told(tmp_path: Path) -> None:
+def test_absent_images_make_a_subset_that_is_named(tmp_path: Path) -> None:
     path = _folder(tmp_path)
     for number in SPLITS["val"]:
         (path / _name(number)).unlink()
@@ -155,7 +155,7 @@ def test_absent_images_make_a_subset_which_is_told(tmp_path: Path) -> None:
 
 def test_a_bucket_is_read_with_its_split_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _unpacked(tmp_path / "memory:", {TEXT: _partition(".txt")})
-    monkeypatch.chdir(tmp_path)  # where nobody is to look for what lies above a bucket
+    monkeypatch.chdir(tmp_path)  # a folder that must not be taken for what lies above a bucket
     bucket = fsspec.filesystem("memory")
     bucket.put(str(_above(tmp_path / "here")), "/celeba", recursive=True)
     try:
@@ -164,13 +164,13 @@ def test_a_bucket_is_read_with_its_split_file(tmp_path: Path, monkeypatch: pytes
             assert source.remote
             assert [item.load() for item in source.splits["test"]] == [_face(n) for n in SPLITS["test"]]
         bucket.rm(f"/celeba/{TEXT}")
-        with pytest.raises(DataError, match=f"no {TEXT} in it or beside it"):
+        with pytest.raises(DataError, match=f"{TEXT} is neither in it nor beside it"):
             celeba("memory://celeba")
     finally:
         bucket.rm("/celeba", recursive=True)
 
 
-def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_wrong_celeba_is_refused_in_one_line(tmp_path: Path) -> None:
     def changed(name: str, files: Mapping[str, bytes]) -> str:
         _folder(tmp_path / name)
         _unpacked(tmp_path / name, files)
@@ -180,12 +180,12 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     (lost.parent / TEXT).unlink()
     _unpacked(tmp_path / "empty", {TEXT: _partition(".txt"), "a.png": b""})
     for path, message in [
-        (str(lost), f"no {TEXT} in it or beside it"),
-        (str(tmp_path / "empty"), r"no images in it \(000001.jpg"),
+        (str(lost), f"{TEXT} is neither in it nor beside it"),
+        (str(tmp_path / "empty"), r"it holds no images \(000001.jpg"),
         (changed("strange", {"img_align_celeba/me.jpg": _face(0), "img_align_celeba/you.jpg": _face(0)}),
-         "2 images that the split file does not name, the first of them me.jpg"),
+         "2 images are not named in the split file, the first of them me.jpg"),
         (changed("twice", {f"img_celeba/{_name(4)}": _face(4)}),
-         "two images of one name, img_align_celeba/000004.jpg and img_celeba/000004.jpg"),
+         "two images have one name, img_align_celeba/000004.jpg and img_celeba/000004.jpg"),
         (changed("wild", {f"img_align_celeba/{_name(1)}": _face(1, (409, 687))}),
          "000001.jpg is 409x687 pixels, not 178x218: give img_align_celeba"),
         (changed("line", {TEXT: _partition(".txt") + b"000010.jpg 3\n"}),
@@ -196,7 +196,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_an_image_that_is_none_or_too_small_is_a_reject(tmp_path: Path) -> None:
+def test_a_broken_or_too_small_image_is_a_reject(tmp_path: Path) -> None:
     path = _folder(tmp_path / "celeba")
     (path / _name(1)).write_bytes(b"no image")
     (path / _name(2)).write_bytes(_face(2, (100, 100)))

@@ -192,11 +192,14 @@ def _changed(name: str, **values: Any) -> Files:
 
 
 WRONG: dict[str, tuple[Files, str]] = {
-    "nothing": ({"notes.txt": b"x"}, r"no batches of CIFAR-10 .*cifar-10-python.tar.gz"),
+    "nothing": ({"notes.txt": b"x"}, r"it holds no batches of CIFAR-10, .*cifar-10-python.tar.gz"),
     "a batch missing": (_without(_python(), "data_batch_3"), "data_batch_3 is missing"),
     "no names": (_without(_binary(), "batches.meta.txt"), "batches.meta.txt is missing"),
     "the test batch missing": (_without(_binary(), "test_batch.bin"), "test_batch.bin is missing"),
-    "a cut-off binary batch": (_binary() | {"data_batch_2.bin": bytes(3073 + 100)}, "3173 bytes are no whole number"),
+    "a cut-off binary batch": (
+        _binary() | {"data_batch_2.bin": bytes(3073 + 100)},
+        "3173 bytes are not a whole",
+    ),
     "a short binary batch": (_binary() | {"data_batch_2.bin": bytes(3073)}, "data_batch_2 1, .*is one cut off"),
     "a cut-off python batch": (
         _python() | {"data_batch_2": _python()["data_batch_2"][:5000]},
@@ -208,8 +211,8 @@ WRONG: dict[str, tuple[Files, str]] = {
     "labels of text": (_changed("test_batch", labels=["a"] * 4), "its labels are not 4 integers"),
     "other pixels": (_changed("test_batch", data=np.zeros((4, 12288), np.uint8)), "images of 64x64 pixels"),
     "an odd width": (_changed("test_batch", data=np.zeros((4, 3000), np.uint8)), r"not uint8 \(N, 3 \* side \* side\)"),
-    "no data": (_python() | {"test_batch": python2_pickle({"labels": [1]})}, "no 'data' is in it, only 'labels'"),
-    "nine names": (_changed("batches.meta", label_names=CLASSES[:9]), "not the names of 10 classes"),
+    "no data": (_python() | {"test_batch": python2_pickle({"labels": [1]})}, "it holds no 'data', only 'labels'"),
+    "nine names": (_changed("batches.meta", label_names=CLASSES[:9]), "does not hold the names of 10 classes"),
     "a pickle of something else": (_python() | {"test_batch": pickle.dumps(Path("x"))}, "needs pathlib"),
 }
 
@@ -231,7 +234,7 @@ def test_archives_that_are_none_are_refused_in_one_line(tmp_path: Path) -> None:
         whole[:5000] + bytes(9) + whole[5009:],
     ):
         (tmp_path / "c.tar.gz").write_bytes(data)
-        with pytest.raises((DataError, StorageError), match=r"c.tar.gz: (no gzip file|the gzip file is damaged)"):
+        with pytest.raises((DataError, StorageError), match=r"c.tar.gz: (not a gzip file|the gzip file is damaged)"):
             read_source("cifar10", 32, str(tmp_path / "c.tar.gz"))
     with pytest.raises(DataError, match="no such file"):
         read_source("cifar10", 32, str(tmp_path / "absent.tar.gz"))

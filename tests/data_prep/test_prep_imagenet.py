@@ -233,7 +233,7 @@ def test_val_labels_come_from_a_file(tmp_path: Path, form: str) -> None:
     [
         ("0\n1\n", "2 lines for 3 validation images"),
         ("1\n2\n3\n", r"number from 0 to 2 in the order of the sorted synsets, not the numbers from 1"),
-        ("tench\n" * 3, "wanted is a synset a line"),
+        ("tench\n" * 3, "each line must be a synset"),
         ("n09999999\n" * 3, "n09999999, but there are no training images"),
         (
             "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n",
@@ -502,11 +502,11 @@ def _wrong_npz(data: Any, labels: Any) -> Files:
 
 ROWS = np.zeros((2, 3072), np.uint8)
 WRONG: dict[str, tuple[Files, str]] = {
-    "nothing": ({}, "no layout of ImageNet that is known; these are: the original"),
-    "class folders of another set": ({"train/cat/1.png": b"", "val/cat/2.png": b""}, "no layout of ImageNet"),
+    "nothing": ({}, "not a known layout of ImageNet; these are: the original"),
+    "class folders of another set": ({"train/cat/1.png": b"", "val/cat/2.png": b""}, "not a known layout of ImageNet"),
     "no validation images": (
         _class_folders("train", TRAIN),
-        "without validation images; wanted is val or ILSVRC2012_img_v",
+        "without validation images; add val or ILSVRC2012_img_v",
     ),
     "training images outside class folders": (
         _class_folders("train", TRAIN) | _class_folders("val", VAL) | {"train/1.JPEG": b""},
@@ -532,17 +532,20 @@ WRONG: dict[str, tuple[Files, str]] = {
         "needs functools.partial",
     ),
     "a cut-off pickle": (_pickled(32) | {"val_data": _pickled(32)["val_data"][:-2000]}, "val_data: .*cut off"),
-    "a cut-off npz": (_npz(32) | {"val_data.npz": _npz(32)["val_data.npz"][:-20]}, "val_data.npz: no zip"),
-    "an npz with labels of objects": (_wrong_npz(ROWS, np.array([1, None], object)), "val_data.npz: no plain arrays"),
-    "an npz with data of objects": (_wrong_npz(np.array([1, None], object), [1, 2]), r"its data are object \(2,\)"),
+    "a cut-off npz": (_npz(32) | {"val_data.npz": _npz(32)["val_data.npz"][:-20]}, "val_data.npz: not a zip"),
+    "an npz with labels of objects": (
+        _wrong_npz(ROWS, np.array([1, None], object)),
+        "it holds no plain arrays",
+    ),
+    "an npz with data of objects": (_wrong_npz(np.array([1, None], object), [1, 2]), r"its data is object \(2,\)"),
     "an npz of columns": (
         _wrong_npz(np.asfortranarray(ROWS), [1, 2]),
         "rows do not lie in one piece; save it again in C",
     ),
-    "an npz of floats": (_wrong_npz(ROWS / 255, [1, 2]), r"its data are float64 \(2, 3072\) .*, not uint8"),
+    "an npz of floats": (_wrong_npz(ROWS / 255, [1, 2]), r"its data is float64 \(2, 3072\) .*, not uint8"),
     "an npz without labels": (
         _npz(32) | {"val_data.npz": _saved(data=ROWS)},
-        "no 'labels.npy' is in it, only 'data.npy'",
+        "it holds no 'labels.npy', only 'data.npy'",
     ),
     "two sizes of small images": ({"train_32x32/1.png": b"", "valid_64x64/1.png": b""}, "side by side"),
     "no valid_32x32": ({"train_32x32/1.png": b""}, "valid_32x32, a folder or a .tar with images, is missing"),

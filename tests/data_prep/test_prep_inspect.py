@@ -150,7 +150,7 @@ def test_what_cannot_be_shown_is_an_error_that_names_it(data_set: Path, tmp_path
     with pytest.raises(DataError, match=f"shard {shard}: image {sidecar.keys[1]} "):
         contact_sheet(str(folder), manifest)
     (folder / shard).unlink()
-    with pytest.raises(DataError, match=f"shard {shard} is not there"):
+    with pytest.raises(DataError, match=f"shard {shard} is missing"):
         contact_sheet(str(folder), manifest)
 
 

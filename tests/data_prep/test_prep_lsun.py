@@ -107,7 +107,7 @@ def test_categories_are_chosen_and_the_missing_one_is_named(scenes: Path) -> Non
     assert source.classes == ("tower",)
     assert {name: len(items) for name, items in source.splits.items()} == {"train": 7, "val": 2}
     assert {item.label for items in source.splits.values() for item in items} == {0}
-    with pytest.raises(DataError, match=r"no category 'kitchen'; there are bedroom, tower$"):
+    with pytest.raises(DataError, match=r"there is no category 'kitchen', only bedroom, tower$"):
         lsun(str(scenes), ["tower", "kitchen"])
 
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_is_refused_in_one_line(scenes: Path, tmp_path: Path) -> 
     with lmdb.open(str(named), max_dbs=1) as env, env.begin(write=True, db=env.open_db(b"cats")) as transaction:
         transaction.put(b"1", b"2")
     for path, message in [
-        (linked("test", "test_lmdb"), "no LMDB of LSUN in it: folders that are called CATEGORY_train_lmdb"),
+        (linked("test", "test_lmdb"), "it holds no LMDB of LSUN: folders called CATEGORY_train_lmdb"),
         (str(scenes / "bedroom_val_lmdb" / "other.mdb"), "other.mdb: no such file"),
         (
             linked("lame", "tower_train_lmdb", "tower_val_lmdb", "bedroom_train_lmdb"),
@@ -302,7 +302,7 @@ def test_a_cut_off_lmdb_is_told_as_such(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes / "tower_train_lmdb", folder := tmp_path / "tower_train_lmdb")
     with open(folder / "data.mdb", "rb+") as f:
         f.truncate((folder / "data.mdb").stat().st_size // 2)
-    with pytest.raises(DataError, match=r"the LMDB is cut off: it goes on beyond its [\d,]+ bytes; fetch it again$"):
+    with pytest.raises(DataError, match=r"the LMDB is cut off: it continues beyond its [\d,]+ bytes; fetch it again$"):
         lsun(str(folder))
 
 

@@ -147,13 +147,13 @@ def test_sources_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
     one = str(tmp_path / "one")
     refused: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         (("folder", 4, str(tmp_path / "nowhere")), {}, "no such folder, tar or zip"),
-        (("folder", 4, str(tmp_path / "empty")), {}, "no images in it"),
+        (("folder", 4, str(tmp_path / "empty")), {}, "it holds no images"),
         (("folder", 4, None), {}, "needs a path"),
         (("folder", 4, one), {"split": "half"}, "split must be auto, own"),
         (("folder", 4, one), {"only": ["test"]}, "there is no split 'test'"),
         (("photos", 8, "x"), {}, "takes no path"),
         (("photos", 512, None), {}, "too small"),
-        (("fotos", 8, None), {}, "no source called 'fotos'; there are imagenet, .*folder, .*photos"),
+        (("fotos", 8, None), {}, "there is no source 'fotos'; choose one of imagenet, .*folder, .*photos"),
     ]
     for arguments, options, message in refused:
         with pytest.raises(DataError, match=message) as caught:

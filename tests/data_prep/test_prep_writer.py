@@ -294,14 +294,14 @@ def test_progress_writes_tidy_lines_where_there_is_no_terminal(monkeypatch: pyte
     stream = io.StringIO()
     with Progress(10_000, stream) as progress:
         now[0] += 6
-        progress.update(1000, stood=True)
+        progress.update(1000, skipped=True)
         for _ in range(12):
             now[0] += 1
             progress.update(100)
     assert stream.getvalue().splitlines() == [
         "1,000 of 10,000 images",
-        "1,500 of 10,000 images, 100 images/s, 1 min 25 s left",
-        "2,000 of 10,000 images, 100 images/s, 1 min 20 s left",
+        "1,500 of 10,000 images, 100 images/s, 1:25 left",
+        "2,000 of 10,000 images, 100 images/s, 1:20 left",
     ]
 
 
