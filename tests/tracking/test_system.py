@@ -8,7 +8,7 @@ from helpers import lone_group
 from ranks import run_ranks
 
 from eiwtrain.tracking import system
-from eiwtrain.tracking.system import Sampler, System
+from eiwtrain.tracking.system import Machine, System
 
 OF_A_NODE = {
     "cpu_utilization_percentage", "system_memory_usage_percentage", "disk_usage_percentage",
@@ -35,14 +35,14 @@ def _gather(folder, nodes):
     own = machines._process.memory_info().rss / 1e9
     curves = machines.curves()
     machines.close()
-    about = {"due": machines.due(), "samples": machines._sampler is not None, "gb": own, "ballast": len(ballast)}
+    about = {"due": machines.due(), "reads": machines._machine is not None, "gb": own, "ballast": len(ballast)}
     (folder / f"{rank}.json").write_text(json.dumps(about | {"curves": curves}))
 
 
-def test_the_first_rank_of_each_node_samples_and_all_reaches_rank_0(tmp_path):
+def test_the_first_rank_of_each_node_reads_and_all_reaches_rank_0(tmp_path):
     run_ranks(_gather, 3, tmp_path, ["x", "y", "y"])
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
-    assert [r["samples"] for r in ranks] == [True, True, False]
+    assert [r["reads"] for r in ranks] == [True, True, False]
     assert [r["curves"] for r in ranks[1:]] == [{}, {}]
     assert [r["due"] for r in ranks] == [False, False, False]
     curves = ranks[0]["curves"]
@@ -53,17 +53,18 @@ def test_the_first_rank_of_each_node_samples_and_all_reaches_rank_0(tmp_path):
 
 
 class Collector:
-    """As MLflow's are, of two GPUs."""
+    """Stands in for MLflow's collectors, with two GPUs."""
 
     def __init__(self, *, broken=False):
-        self.broken, self.read, self.seen = broken, [], threading.Event()
+        self.broken, self.read, self.count, self.again = broken, [], 0, threading.Event()
 
     def collect_metrics(self):
         if self.broken:
             raise OSError("no such counter")
-        self.read.append(len(self.read))
-        if len(self.read) == 3:
-            self.seen.set()
+        self.read.append(self.count)
+        self.count += 1
+        if self.count == 3:
+            self.again.set()
 
     def aggregate_metrics(self):
         if self.broken:
@@ -75,41 +76,38 @@ class Collector:
         self.read.clear()
 
 
-def test_a_point_is_the_mean_of_what_was_read_since_the_last_and_of_all_gpus(monkeypatch):
+def test_the_latest_reading_is_the_mean_of_all_gpus(monkeypatch):
     fine, broken = Collector(), Collector(broken=True)
-    monkeypatch.setattr(system, "_SAMPLE_SECONDS", 0.001)
+    monkeypatch.setattr(system, "_POINT_SECONDS", 0.001)
     monkeypatch.setattr(system, "_collectors", lambda *_: [broken, fine])
-    sampler = Sampler(True, pytest.fail)
-    assert fine.seen.wait(60)
-    sampler.close()
-    n = len(fine.read)
-    assert sampler.means()["gpu_utilization_percentage"] == pytest.approx((n - 1) / 2 + 0.5)
-    assert sampler.means() == {"gpu_utilization_percentage": pytest.approx(0.5)}  # read anew, as nothing was
+    machine = Machine(True, pytest.fail)
+    assert fine.again.wait(60)
+    machine.close()
+    assert machine.latest == {"gpu_utilization_percentage": pytest.approx(fine.count - 1 + 0.5)}
 
 
-def test_gpus_without_their_library_are_said_once(monkeypatch):
+def test_gpus_without_their_library_are_reported_once(monkeypatch):
     for name in ("pynvml", "mlflow.system_metrics.metrics.gpu_monitor"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
     said = []
-    sampler = Sampler(True, said.append)
-    sampler.means()
-    assert sampler.means().keys() == OF_A_NODE
-    sampler.close()
+    machine = Machine(True, said.append)
+    assert machine.latest.keys() == OF_A_NODE
+    machine.close()
     assert len(said) == 1
     assert "pip install nvidia-ml-py" in said[0]
 
 
 class Hidden:
-    """Has the library of NVIDIA's GPUs not installed."""
+    """Pretends that the library of NVIDIA's GPUs is not installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "pynvml":
             raise ImportError(name)
 
 
-def test_the_sampling_ends_with_the_worker(monkeypatch):
-    sampler = Sampler(False, pytest.fail)
-    assert sampler._thread.is_alive()
-    sampler.close()
-    assert not sampler._thread.is_alive()
+def test_the_reading_stops_with_the_worker(monkeypatch):
+    machine = Machine(False, pytest.fail)
+    assert machine._thread.is_alive()
+    machine.close()
+    assert not machine._thread.is_alive()
