@@ -1,7 +1,7 @@
-"""MLflow, and nothing but MLflow: one run per run name, found again; metrics that never hold training up.
+"""One MLflow run per run name, with metrics that training never waits for. Not for any other tracker.
 
-The driver begins and ends the run (`record`); rank 0 logs into it (`tracker`). Checkpoints and models are referred to
-by URL, not uploaded.
+The driver begins and ends the run (`record`); rank 0 logs into it (`tracker`). Checkpoints and models are named by
+their URLs, not uploaded.
 """
 
 from eiwtrain.tracking.record import Status, begin, check, end, reconcile, settle

@@ -1,8 +1,7 @@
-"""What a run has measured and its tracking store has not confirmed: kept in order, bounded, and written down.
+"""A bounded queue of measurements that the tracking store has not confirmed. Not for how or where they are logged.
 
-Points of curves, tags and images wait here between the training loop and the thread that logs them. What waits goes
-into a checkpoint as JSON, so that the points of an attempt that died before it could log them reach the store by the
-next. Nothing here knows how or where things are logged.
+Points of curves, tags and images wait here, in order, between the training loop and the thread that logs them. A
+checkpoint holds the queue as JSON: if an attempt dies before it has logged its points, the next attempt logs them.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BATCH = 1000  # points taken at once
-MOST_POINTS = 100_000  # that wait: about 10 MB of memory, and 5 MB of JSON
-MOST_IMAGES = 6  # that wait: the newest, of two evaluations
-_GATHER_SECONDS = 5.0  # how long points wait for others to be logged with
+CHUNK = 1000  # points taken at once
+MOST_POINTS = 100_000  # in the queue: about 10 MB of memory, and 5 MB of JSON
+MOST_IMAGES = 6  # in the queue: the newest, from two evaluations
+_GATHER_SECONDS = 5.0  # for which points wait, to be logged together with later ones
 
 
 class Point(NamedTuple):
-    """One point of a curve. A store that is given the same four again shall keep one."""
+    """One point of a curve. A store that receives an equal point again must keep one of them."""
 
     curve: str
     step: int
@@ -44,8 +43,8 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What is to be logged next: one kind of things at a time, whichever is not empty."""
+class Chunk:
+    """The next things to log: points, tags or a picture; the other two fields are empty."""
 
     points: list[Point] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
@@ -55,10 +54,10 @@ class Batch:
 class Backlog:
     """A queue between one thread that puts and one that takes.
 
-    What was taken counts as waiting until `done` is called.
+    A chunk that was taken still counts as waiting until `done` is called.
 
     Args:
-        saved: what `to_json` of an earlier attempt gave; it comes first. The images it names are not in it:
+        saved: the `to_json` of an earlier attempt; its points come first. It names images without holding them:
             `lost_pictures` has their names and steps.
     """
 
@@ -66,24 +65,24 @@ class Backlog:
         saved = saved or {}
         self._changed = threading.Condition()
         self.earlier = [Point(k, step, t, float(v)) for step, t, curves in saved.get("points", ()) for k, v in curves]
-        """Points of earlier attempts that the store may lack."""
+        """Points of earlier attempts that may be missing in the store."""
         self.lost_pictures: list[tuple[str, int]] = [(name, step) for name, step in saved.get("images", ())]
         self.dropped = 0
-        """Points that were dropped, the oldest first, because too many waited."""
+        """Number of points that were dropped, the oldest first, because too many waited."""
         self._points: deque[Point] = deque()
         self._tags: dict[str, str] = dict(saved.get("tags", {}))
         self._pictures: deque[Picture] = deque(maxlen=MOST_IMAGES)
-        self._taken: Batch | None = None
+        self._taken: Chunk | None = None
         self._logged: dict[str, int] = {}
         self._accepted: Callable[[list[Point]], None] | None = None
-        self._since = time.monotonic()  # when the oldest of what waits came
+        self._since = time.monotonic()  # when the oldest waiting entry was put
         self._pictures_after = 0.0
         self._hurry = self._closed = self._abandoned = False
 
     def put(
         self, points: Collection[Point] = (), tags: Mapping[str, str] | None = None, picture: Picture | None = None
     ) -> None:
-        """Queue points that are beyond what is logged already, tags (the newest value of each counts), an image."""
+        """Queue points of steps that are not logged yet, tags (the newest value of each counts), and an image."""
         with self._changed:
             if self._abandoned:
                 return
@@ -107,16 +106,16 @@ class Backlog:
         logged: Mapping[str, Collection[int]],
         accepted: Callable[[list[Point]], None] | None = None,
     ) -> None:
-        """Forget what the store has: call it once, before the first `take`.
+        """Drop the points that the store has already. Call it once, before the first `take`.
 
-        Own points are passed over up to the last step that the store has of their curve. Earlier ones are looked up
-        one by one, because the store may have a gap where they belong.
+        A point of this attempt is skipped up to the last step that the store has of its curve. Points of earlier
+        attempts are looked up one by one, because the store may have a gap where they belong.
 
         Args:
-            last: the last step of every curve that the store has.
-            logged: all steps of those curves that have an earlier point at or before their last step.
-            accepted: is given all points that wait now, and from then on those of each `put` that are not passed over,
-                whether or not they are dropped later; it must not wait.
+            last: the last step of every curve in the store.
+            logged: all steps of each curve of which an earlier point is at or before the last step.
+            accepted: receives all points that wait now, and later the points of each `put` that are not skipped,
+                even if they are dropped afterwards; it must not wait.
         """
         with self._changed:
             missing = [p for p in self.earlier if p.step not in logged.get(p.curve, ())]
@@ -131,19 +130,19 @@ class Backlog:
                 accepted(list(self._points))
             self._changed.notify_all()
 
-    def take(self) -> Batch | None:
-        """Wait for a batch worth a call; None when the backlog is closed and empty, or given up."""
+    def take(self) -> Chunk | None:
+        """Wait for a chunk that is worth a call. Return None once the backlog is closed and empty, or abandoned."""
         with self._changed:
             while not self._abandoned:
                 now = time.monotonic()
                 urgent = self._hurry or self._closed or now >= self._since + _GATHER_SECONDS
-                if len(self._points) >= BATCH or (self._points and urgent):
+                if len(self._points) >= CHUNK or (self._points and urgent):
                     self._since = now
-                    self._taken = Batch(points=[self._points.popleft() for _ in range(min(BATCH, len(self._points)))])
+                    self._taken = Chunk(points=[self._points.popleft() for _ in range(min(CHUNK, len(self._points)))])
                 elif self._tags and urgent:
-                    self._taken, self._tags = Batch(tags=self._tags), {}
+                    self._taken, self._tags = Chunk(tags=self._tags), {}
                 elif self._pictures and now >= self._pictures_after:
-                    self._taken = Batch(picture=self._pictures.popleft())
+                    self._taken = Chunk(picture=self._pictures.popleft())
                 elif self._closed and not self._pictures:
                     return None
                 else:
@@ -155,13 +154,13 @@ class Backlog:
             return None
 
     def done(self) -> None:
-        """What was taken last is logged, or refused for good."""
+        """Report that the chunk taken last is logged, or refused for good."""
         with self._changed:
             self._taken = None
             self._changed.notify_all()
 
     def put_back(self, seconds: float) -> None:
-        """The image that was taken last is to be tried again after a while, unless newer ones fill its place."""
+        """Put the image that was taken last back, to be tried after `seconds`, unless newer ones fill its place."""
         with self._changed:
             picture = self._taken.picture if self._taken is not None else None
             if picture is not None and len(self._pictures) < MOST_IMAGES:
@@ -171,7 +170,7 @@ class Backlog:
             self._changed.notify_all()
 
     def wait(self, seconds: float, enough: Callable[[], bool]) -> None:
-        """Hurry what waits, and return when all of it is logged or `enough()`, which is asked at each change."""
+        """Have all that waits logged at once. Return when it is, or when `enough()`, which is called at each change."""
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
@@ -179,18 +178,18 @@ class Backlog:
             self._hurry = False
 
     def touch(self) -> None:
-        """Have a `wait` ask again whether it is enough."""
+        """Have `wait` call its `enough` again."""
         with self._changed:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """No more is put; what waits is taken at once."""
+        """Announce that nothing more will be put; all that waits can then be taken at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Forget all that waits, and whatever comes."""
+        """Drop all that waits, and everything that is put later."""
         with self._changed:
             self._abandoned = True
             self.earlier, self._taken, self._tags = [], None, {}
@@ -199,23 +198,26 @@ class Backlog:
             self._changed.notify_all()
 
     def pause(self, seconds: float) -> bool:
-        """Sleep; False, and at once, when the backlog was given up."""
+        """Sleep; return False, at once, when the backlog is abandoned."""
         with self._changed:
             return not self._changed.wait_for(lambda: self._abandoned, seconds)
 
     @property
     def waiting(self) -> tuple[int, int]:
-        """Number of points and of images that are not logged."""
+        """Number of points and number of images that are not logged."""
         with self._changed:
             pictures = len(self._pictures) + (self._taken is not None and self._taken.picture is not None)
             taken = len(self._taken.points) if self._taken is not None else 0
             return taken + len(self.earlier) + len(self._points), pictures
 
     def to_json(self) -> dict[str, Any]:
-        """What is not logged, for a later attempt: `points` as [step, time, [[curve, value], ...]], `tags`, and of
-        `images` name and step alone. Numbers that JSON does not know are strings. Empty when nothing waits."""
+        """Return all that is not logged, for a later attempt; empty when nothing waits.
+
+        `points` are [step, time, [[curve, value], ...]], with NaN and infinities as strings, `tags` a mapping, and
+        `images` [name, step].
+        """
         with self._changed:
-            points, taken = self._all_points(), self._taken or Batch()
+            points, taken = self._all_points(), self._taken or Chunk()
             tags = taken.tags | self._tags
             pictures = [p for p in (taken.picture, *self._pictures) if p is not None]
         groups = groupby(points, key=lambda p: (p.step, p.time))

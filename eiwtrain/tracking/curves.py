@@ -26,7 +26,7 @@ CODER_BITS_PER_DIM = {
     "png": _curve("eval/png_bits_per_dim", "PNG on the first of these images, at most 2^19 pixels together"),
     "webp": _curve("eval/webp_bits_per_dim", "lossless WebP on the same images"),
 }
-"""By lossless coder."""
+"""Curve of each lossless coder."""
 
 IMAGES_PER_SECOND = _curve("time/images_per_second", "over all workers, in the time of steps")
 DATA_WAIT = _curve("time/data_wait", "share of that time spent waiting for data")
@@ -39,7 +39,7 @@ LOST_TIME = {
     "lost": _curve("time/lost/work", "share of wall time in steps that were lost and run again"),
     "other": _curve("time/lost/other", "share of wall time in everything else"),
 }
-"""By kind of time (`eiwtrain.train.goodput.Kind`)."""
+"""Curve of each kind of time (`eiwtrain.train.goodput.Kind`) that is not productive."""
 STORAGE_FAULTS = _curve("time/storage_faults", "storage failures so far that a retry overcame")
 CHECKPOINT_SECONDS = _curve("time/checkpoint_seconds", "seconds in which a checkpoint was written")
 CHECKPOINT_STALL = _curve("time/checkpoint_stall_seconds", "seconds for which training waited for it")

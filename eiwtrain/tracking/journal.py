@@ -1,8 +1,8 @@
-"""The curves of a run as a file of JSON lines beside its checkpoints: the points that MLflow has, for pandas and jq.
+"""The curves of a run as a file of JSON lines beside its checkpoints: the points in MLflow, for pandas and jq.
 
 A line holds points that were measured together: `{"step": 120, "time": 1763847222.123, CURVE: 0.001, ...}`, with
-Unix time in seconds; a value that is not finite is null. Nothing is read from the file to go on: what MLflow has
-decides, and a file that differs is put right. Not for images and tags.
+Unix time in seconds; a value that is not finite is null. No attempt resumes from the file: the points in MLflow decide,
+and a file that differs is corrected. Not for images and tags.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from eiwtrain.tracking.store import cause_line
 
 _RETRY_SECONDS = 5.0
 _PUBLISH_SECONDS = 60.0  # at least, between two uploads
-_PUBLISH_SHARE = 20.0  # and so many times as long as the last one took
-_CHUNK = 1 << 20  # bytes a read
+_PUBLISH_SHARE = 20.0  # and at least this many times as long as the last upload took
+_READ_BYTES = 1 << 20
 
 
 class Row(NamedTuple):
-    """A line of the journal: points of one step and time."""
+    """A line of the journal: the points of one step and time."""
 
     time: int
     """Unix time in milliseconds, as MLflow has it."""
@@ -39,25 +39,25 @@ class Row(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What the tracking store has, as of now."""
+    """The present content of the tracking store."""
 
     last: Mapping[str, tuple[int, int]]
     """(step, time) of the last point of each curve."""
     read: Mapping[str, list[Point]]
-    """All points of the curves that have been read already, and may have had a gap."""
+    """All points of the curves that were read already, as they may have a gap."""
     history: Callable[[str], list[Point]]
-    """Reads all points of a curve."""
+    """Returns all points of a curve."""
 
 
 def agreed(rows: Callable[[], Iterable[Row]], recorded: Recorded) -> Iterator[Row]:
-    """Rows with exactly the points that the store has, in the order of their times. Points that a full backlog has
-    dropped may be there besides, until the next start.
+    """Yield rows with exactly the points in the store, ordered by time.
 
-    Where a curve's last point in the store is among the rows, those before it are right, and those behind it never
-    reached the store. Where it is not, the curve is read from the store.
+    If the rows hold the last point of a curve in the store, the points before it are right, and the points after it
+    never reached the store. If they do not, the curve is read from the store. Points that a full backlog has dropped
+    may remain until the next start.
 
     Args:
-        rows: gives the rows of the journal as it is, each time it is called.
+        rows: returns the rows of the present journal, at each call.
     """
     last, read, history = recorded
     found = {c for row in rows() for c in row.values if last.get(c) == (row.step, row.time)} - set(read)
@@ -70,14 +70,13 @@ def agreed(rows: Callable[[], Iterable[Row]], recorded: Recorded) -> Iterator[Ro
 
 
 def joined(points: Iterable[Point]) -> Iterator[Row]:
-    """Neighbours of one step and time as one row."""
+    """Join neighbouring points of one step and time into a row."""
     for (t, step), same in groupby(points, key=lambda p: (p.time, p.step)):
         yield Row(t, step, {p.curve: p.value for p in same})
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The rows of a journal, up to the first that is not whole, as the last one of a killed process; none where there
-    is no file."""
+    """Yield the rows of a journal, if it exists, up to the first damaged line, as a killed process may leave one."""
     damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
     with contextlib.suppress(FileNotFoundError, *damage), open(path, "rb") as file:
         for line in file:
@@ -89,22 +88,22 @@ def read(path: Path) -> Iterator[Row]:
 
 
 def to_line(row: Row) -> bytes:
-    """A row as JSON, with the end of the line."""
+    """Return a row as JSON, with the end of the line."""
     finite = {c: v if v is not None and v - v == 0 else None for c, v in row.values.items()}
     return json.dumps({"step": row.step, "time": row.time / 1000, **finite}, allow_nan=False).encode() + b"\n"
 
 
 class Journal:
-    """Writes the journal; `append` waits for a local file system alone.
+    """Writes the journal; `append` never waits for remote storage.
 
-    On a local file system the file itself grows, and it is replaced at the start, so that another attempt that still
-    writes does not write into it. In remote storage it is published whole, at most once a minute. Storage that fails is
-    tried again.
+    On a local file system the file itself grows. It is replaced at the start, so that an older attempt that still
+    writes does not write into it. In remote storage the whole file is published at most once a minute. Storage that
+    fails is retried.
 
     Args:
         url: of the file.
-        warn: is given a line for people, from any thread.
-        guard: called in the background thread before each publication; it may wait, or raise to end all writing.
+        warn: prints a line for the user; called in any thread.
+        guard: called in the background thread before each publication; it may wait, or raise to stop all writing.
     """
 
     def __init__(
@@ -113,27 +112,27 @@ class Journal:
         self._url, self._warn, self._guard = url, warn, guard
         self._local = storage.is_local(url)
         self._changed = threading.Condition()
-        self._file: Any = None  # once it agrees with the store
+        self._file: Any = None  # open once it agrees with the store
         self._waiting = bytearray()
         self._written, self._published = 0, -1  # bytes
         self._not_before = 0.0
         self._urgent = self._failing = self._closed = self._abandoned = False
-        self._over = self._refused = False  # the background work, and by the guard
+        self._over = self._refused = False  # the background work is over; the guard has stopped it
         self._thread: threading.Thread | None = None
 
     def begin(self, recorded: Recorded) -> None:
-        """Make the file agree with what the store has, in the background. What is appended waits for it."""
+        """Make the file agree with the store, in the background. Appended points wait for it."""
         self._thread = threading.Thread(target=self._work, args=(recorded,), daemon=True, name="journal")
         self._thread.start()
 
     def append(self, points: Iterable[Point]) -> None:
-        """Add points that the store is going to have."""
+        """Add points that the store will receive."""
         with self._changed:
             self._waiting += b"".join(to_line(row) for row in joined(points))
             self._write()
 
     def flush(self, seconds: float) -> None:
-        """Wait until all is written, and published, at most so long, and not for storage that fails."""
+        """Wait for at most `seconds` until all is written and published, and not for storage that fails."""
         with self._changed:
             self._urgent = True
             self._write()
@@ -141,7 +140,7 @@ class Journal:
             self._urgent = False
 
     def close(self, seconds: float) -> None:
-        """As `flush`, for the last time."""
+        """Wait as `flush` does, then write no more."""
         with self._changed:
             self._closed = self._urgent = True
             self._write()
@@ -164,14 +163,14 @@ class Journal:
                 done = self._done(lambda: self._open(recorded))
             while not self._local and self._publication_is_due():
                 self._done(self._publish)
-        except Exception:  # the guard's, of which the tracker tells
+        except Exception:  # raised by the guard, which the tracker reports
             self._refused = True
         with self._changed:
             self._over = True
             self._changed.notify_all()
 
     def _done(self, act: Callable[[], None]) -> bool:
-        """Act; False if it failed, which is told once. Raises what the guard raises."""
+        """Call `act`; return False if it fails, with one warning. Raises all that the guard raises."""
         self._guard()
         try:
             with storage.impatient():
@@ -196,14 +195,14 @@ class Journal:
                 storage.write_pieces(self._url, lambda: lines)
                 file: Any = open(before, "ab", buffering=0)  # noqa: SIM115
             else:
-                file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # nothing stays of it, even after SIGKILL
+                file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # deleted by the system, even after SIGKILL
                 file.writelines(lines)
         with self._changed:
             self._file, self._written = file, os.fstat(file.fileno()).st_size
             self._write()
 
     def _write(self) -> None:
-        """What waits, into the local file; what does not fit on the disk goes on waiting."""
+        """Write the waiting lines into the local file; bytes that do not fit on the disk keep waiting."""
         try:
             while self._waiting and self._file is not None:
                 n = self._file.write(self._waiting)
@@ -217,7 +216,7 @@ class Journal:
         self._changed.notify_all()
 
     def _publication_is_due(self) -> bool:
-        """Wait for one; False if there will be none."""
+        """Wait until a publication is due; return False if there will be none."""
         with self._changed:
             while not self._abandoned:
                 behind = self._published < self._written
@@ -239,7 +238,7 @@ class Journal:
             self._changed.notify_all()
 
     def _pause(self) -> bool:
-        """Wait until it may be tried again; False when nobody waits for it any more."""
+        """Wait until the next try is due; return False when nobody waits for it any more."""
         with self._changed:
             self._changed.wait_for(lambda: self._abandoned, max(0.0, self._not_before - time.monotonic()))
             return not self._abandoned
@@ -250,7 +249,7 @@ class Journal:
 
     def _say_failing(self, e: Exception) -> None:
         if not self._failing:
-            self._warn(f"{self._url} cannot be written ({cause_line(e)}); will go on trying")
+            self._warn(f"{self._url} cannot be written ({cause_line(e)}); will keep trying")
         self._failing = True
 
 
@@ -259,5 +258,5 @@ def _when(row: Row) -> tuple[int, int]:
 
 
 def _content(descriptor: int, size: int) -> Iterator[bytes]:
-    for start in range(0, size, _CHUNK):
-        yield os.pread(descriptor, min(_CHUNK, size - start), start)
+    for start in range(0, size, _READ_BYTES):
+        yield os.pread(descriptor, min(_READ_BYTES, size - start), start)

@@ -1,6 +1,6 @@
-"""Where a run comes from, as its MLflow page shows it: code, environment, data, and a description. Not for results.
+"""The origin of a run, for its MLflow page: code, environment, data, and a description. Not for results.
 
-No value of an environment variable and no credential gets in here, but for EIWTRAIN_COMMIT, which is read.
+No credential and no value of an environment variable is recorded, except that of EIWTRAIN_COMMIT.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from eiwtrain.config import Config
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
 
-NOTE_TAG = "mlflow.note.content"  # what the run's page shows as its description
+NOTE_TAG = "mlflow.note.content"  # which the run's page shows as its description
 ROOT_TAG = "eiwtrain.root"
 _NAME_CHARACTERS, _DIGEST_CHARACTERS = 500, 36  # the most that MLflow takes
 _PACKAGE = Path(__file__).parents[1]
-_SECONDS = 10.0  # for which a command may take to answer
+_SECONDS = 10.0  # within which a command must answer
 
 
 def tags(config: Config, command: str) -> dict[str, str]:
-    """Tags that tell of the code and the command.
+    """Return tags that name the code and the command.
 
     Args:
-        command: the one that goes on with this run.
+        command: the command that resumes this run.
     """
     return {
         "mlflow.source.name": "eiwtrain.run",
-        "mlflow.source.type": "LOCAL",  # any other makes the UI look for a project, a notebook or a job of Databricks
+        "mlflow.source.type": "LOCAL",  # others make the UI look for a project, a notebook or a job of Databricks
         "eiwtrain.command": command,
         ROOT_TAG: config.root,
     } | {f"mlflow.source.git.{name}": value for name, value in revision(_PACKAGE).items()}
 
 
 def user() -> str:
-    """Who runs this process."""
+    """Return the name of the user who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
@@ -53,13 +53,15 @@ def user() -> str:
 
 
 def revision(package: Path) -> dict[str, str]:
-    """`commit` (the full hash) and, where known, `dirty` ("true" or "false"), `branch` and `repoURL` of the code in the
-    folder `package`; empty where no commit is known.
+    """Return the revision of the code in the folder `package`; empty if its commit is not known.
 
-    From the git repository that tracks it; else from EIWTRAIN_COMMIT, for code that was copied without its repository,
-    as Ray copies a job's working directory; else from how pip installed it (PEP 610).
+    The keys are `commit` (the full hash) and, where known, `dirty` ("true" or "false"), `branch` and `repoURL`. They
+    come from the git repository that tracks the folder; else from EIWTRAIN_COMMIT, for code that was copied without
+    its repository, as Ray copies a job's working directory; else from pip's record of the installation (PEP 610).
     """
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py"):  # else a repository around a virtual environment
+    if _git(
+        package, "ls-files", "--error-unmatch", "__init__.py"
+    ):  # or the repository may be one around a virtual environment
         found = {
             "commit": _git(package, "rev-parse", "HEAD"),
             "dirty": str(bool(_git(package, "status", "--porcelain", "--untracked-files=no"))).lower(),
@@ -74,7 +76,7 @@ def revision(package: Path) -> dict[str, str]:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git answers; empty where it does not, as in most containers."""
+    """Return git's answer; empty if there is none, as in most containers."""
     command = ["git", *arguments]
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=_SECONDS)
@@ -98,7 +100,7 @@ def _installed_from() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What is installed where this process runs: Python, machine, GPUs, CUDA, every distribution with its version."""
+    """Return the environment of this process: Python, machine, GPUs, CUDA, each distribution with its version."""
     import torch
 
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"]}
@@ -116,7 +118,7 @@ def environment() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    """Name, memory and driver of each GPU of this machine."""
+    """Return name, memory and driver of each GPU of this machine."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
@@ -126,9 +128,9 @@ def _gpus() -> list[str]:
 
 
 def inputs(config: Config, manifest: Manifest) -> list[Any]:
-    """MLflow's `DatasetInput` of the split to train on (context "training") and of the held-out one ("evaluation").
+    """Return MLflow's `DatasetInput` of the training split (context "training") and the held-out split ("evaluation").
 
-    MLflow knows a data set by name and digest; the digest is the beginning of the fingerprint.
+    MLflow identifies a data set by name and digest; the digest is the beginning of the fingerprint.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -156,7 +158,7 @@ def inputs(config: Config, manifest: Manifest) -> list[Any]:
 
 
 def description(config: Config, manifest: Manifest, command: str, parameters: int) -> str:
-    """What a person who opens the run's page wants to know first, in Markdown."""
+    """Return the description of a run for its page, in Markdown: data, model, training, storage and commands."""
     d, m, t = config.data, config.model, config.train
     counts = " and ".join(f"{manifest.splits[s].samples:,} {s}" for s in dict.fromkeys((d.train_split, d.eval_split)))
     size = f"{manifest.resolution}x{manifest.resolution}"
@@ -171,7 +173,7 @@ def description(config: Config, manifest: Manifest, command: str, parameters: in
             f"{parameters:,} parameters",
             f"- **Training**: {t.max_steps:,} steps of {t.global_batch} images",
             f"- **Storage**: `{config.root}` (checkpoints, samples, the exported model)",
-            f"- **Goes on with**: `{command}`",
+            f"- **Resume with**: `{command}`",
             f"- **Export**: `python -m eiwtrain.export best --run {config.root} --output FOLDER_OR_URL`",
         ]
     )

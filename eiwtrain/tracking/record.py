@@ -1,4 +1,4 @@
-"""The MLflow run of a run name: found again or created, begun and ended. Not for what is logged while it trains."""
+"""Beginning and ending the MLflow run of a run name. Not for what is logged while it trains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
 from eiwtrain.tracking.store import TrackedRun, TrackingError, cause_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its end, goes on with the same command
+Status = Literal["FINISHED", "FAILED", "KILLED"]  # KILLED: stopped before its end, resumes with the same command
 
 _UID_TAG = "eiwtrain.uid"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # model training, not GenAI
@@ -29,21 +29,21 @@ _RUNNING_TEXT = "running"
 _STATUS_TEXT: dict[Status, str] = {
     "FINISHED": "finished",
     "FAILED": "failed",
-    "KILLED": "stopped; goes on with the same command",
+    "KILLED": "stopped; resumes with the same command",
 }
 _STATUS_OF: dict[lease.Outcome, Status] = {"finished": "FINISHED", "failed": "FAILED"}  # others: KILLED
-_BEGIN_SECONDS = 5.0  # how long a beginning run waits for a store that is away: somebody may be waiting for the answer
-_END_SECONDS = 30.0  # and an ending one
+_BEGIN_SECONDS = 5.0  # for which a beginning run waits for a store that is away: a user may watch
+_END_SECONDS = 30.0  # for which an ending run waits
 _AGAIN_SECONDS = 1.0
 _PAGE = 50  # runs asked for at once
-_RECONCILE_SECONDS = 10.0  # after which the others are left to the next start
+_RECONCILE_SECONDS = 10.0  # after which the remaining runs are left to the next start
 
 
 def check(config: Config) -> None:
-    """See that the tracking store answers. A local database that is not there yet is not made.
+    """Check that the tracking store answers. A local database that does not exist yet is not created.
 
     Raises:
-        TrackingError: it does not.
+        TrackingError: the store does not answer.
     """
     uri = tracking_uri(config)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
@@ -60,13 +60,13 @@ def begin(
 ) -> TrackedRun:
     """Find the run of this config's name, or create it, mark it RUNNING and set `tags`.
 
-    Its identity is a random id in `run.json` under the run's root, so a run whose folder was deleted begins anew and
-    two storages never share one. Params are logged at creation and never again (MLflow has them immutable).
+    Its identity is a random id in `run.json` under the run's root, so a run whose folder was deleted begins as
+    a new one, and two storages never share one. Params are logged at creation only, as MLflow never changes them.
 
     Args:
-        tags: set in each attempt, but for the description, which people edit: set where there is none.
-        inputs: MLflow's `DatasetInput` of each data set; MLflow keeps one of those that are alike.
-        environment: goes into the artifact `environment.json`, that of the last attempt.
+        tags: set in each attempt; the description, which people edit, only where there is none.
+        inputs: MLflow's `DatasetInput` of each data set; MLflow keeps one of equal inputs.
+        environment: becomes the artifact `environment.json`, which each attempt replaces.
 
     Raises:
         TrackingError: the store cannot be used.
@@ -95,7 +95,7 @@ def _begin(
     environment: Mapping[str, Any] | None,
     begun: list[TrackedRun],
 ) -> TrackedRun:
-    """One try, which finds what an earlier one has made; tells in `begun` of the run as soon as there is one."""
+    """Try once, reusing all that an earlier try has created; append the run to `begun` as soon as it exists."""
     from mlflow.entities import Param, RunTag
 
     uri = tracking_uri(config)
@@ -134,9 +134,9 @@ def _begin(
 
 
 def end(run: TrackedRun, status: Status, detail: str = "") -> bool:
-    """Mark the run as ended, with `detail`, e.g. "stopped by SIGTERM", as its tag `eiwtrain.status`; whether it is.
+    """Mark the run as ended, with `detail`, e.g. "stopped by SIGTERM", as its tag `eiwtrain.status`; return success.
 
-    A store that is away is tried again for half a minute; if it stays away that is reported, not raised.
+    A store that is away is retried for half a minute; if it stays away, that is printed, not raised.
     """
     try:
         _patiently(_END_SECONDS, lambda: _terminate(run, status, detail or _STATUS_TEXT[status]))
@@ -149,19 +149,19 @@ def end(run: TrackedRun, status: Status, detail: str = "") -> bool:
 def settle(
     run: TrackedRun, owner: str, root: str, ended: float, status: Status | None = None, detail: str = ""
 ) -> bool:
-    """End a run that MLflow has as RUNNING in the place of its driver, which is gone; whether it did.
+    """End a run that MLflow has as RUNNING although its driver is gone; return whether it was ended here.
 
-    It does so only while the lease of the run names that driver. Should a new driver take the lease and begin the run
-    in the middle of this, the run is RUNNING again when this returns.
+    This is done only while the run's lease names that driver. If a new driver takes the lease and begins the run
+    meanwhile, the run is RUNNING again when this returns.
 
     Args:
-        owner: of the lease, that driver's.
+        owner: the driver's name in the lease.
         root: URL of the run's folder.
-        ended: Unix time in seconds, of the driver's end or its last sign of life.
-        status, detail: how the driver wanted to end the run; None: not known, so it died.
+        ended: Unix time of the driver's end or its last sign of life, seconds.
+        status, detail: the end that the driver intended; None: not known, so it died.
 
     Raises:
-        storage.StorageError, mlflow.exceptions.MlflowException: it cannot be told, or not be written.
+        storage.StorageError, mlflow.exceptions.MlflowException: the lease or the run cannot be read or written.
     """
     client = client_of(run.uri)
 
@@ -173,7 +173,7 @@ def settle(
         return False
     if status is None:
         when = datetime.fromtimestamp(ended, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-        status, detail = "KILLED", f"its driver died, last sign of life {when}; goes on with the same command"
+        status, detail = "KILLED", f"its driver died, last sign of life {when}; resumes with the same command"
     detail = detail or _STATUS_TEXT[status]
     _terminate(run, status, detail, ended)
     if ours():
@@ -191,8 +191,9 @@ def settle(
 
 
 def reconcile(run: TrackedRun) -> list[str]:
-    """End the other runs of the experiment that MLflow has as RUNNING though nobody trains them, as their leases tell;
-    returns a line about each. A run that cannot be looked at from here is left alone, and no error is raised.
+    """End the other runs of the experiment that MLflow has as RUNNING although their leases show that none trains.
+
+    Returns a line about each. A run that cannot be read from here is left alone, and no error is raised.
     """
     lines: list[str] = []
     give_up = time.monotonic() + _RECONCILE_SECONDS
@@ -200,7 +201,7 @@ def reconcile(run: TrackedRun) -> list[str]:
         running = f"attributes.status = 'RUNNING' AND tags.`{ROOT_TAG}` LIKE '%'"
         client, token = client_of(run.uri), None
         found: list[Any] = []
-        while token or not found:  # all first: those that are ended would shift the pages
+        while token or not found:  # all pages first: ending runs shifts the pages
             page = client.search_runs([run.experiment_id], running, max_results=_PAGE, page_token=token)
             found += page
             if (token := page.token) is None or time.monotonic() > give_up:
@@ -215,9 +216,9 @@ def reconcile(run: TrackedRun) -> list[str]:
 
 
 def _reconcile_one(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
-    """How it has been ended; None where it has not."""
+    """Return the status with which the run was ended here; None if it was not."""
     root = tags[ROOT_TAG]
-    if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name, but of another run or machine
+    if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name that belongs to another run or machine
         return None
     last = lease.look(root)
     if last is None or last[1].outcome == "running":
@@ -229,12 +230,12 @@ def _reconcile_one(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
 
 def _terminate(run: TrackedRun, status: Status, detail: str, ended: float | None = None) -> None:
     client = client_of(run.uri)
-    client.set_tag(run.run_id, _STATUS_TAG, detail)  # first: a run that is not RUNNING is not looked at again
+    client.set_tag(run.run_id, _STATUS_TAG, detail)  # first: a run that is not RUNNING is never examined again
     client.set_terminated(run.run_id, status, None if ended is None else round(1000 * ended))
 
 
 def _patiently(seconds: float, act: Callable[[], Any]) -> Any:
-    """What `act` returns; tried again for a while, unless the store answers that it will not."""
+    """Return `act()`, retried for `seconds` unless the store refuses it."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -246,7 +247,7 @@ def _patiently(seconds: float, act: Callable[[], Any]) -> Any:
 
 
 def _uid(root: str) -> str:
-    """The random identity of the run at `root`, made at first use."""
+    """Return the random identity of the run at `root`, created at first use."""
     if (uid := _known_uid(root)) is None:
         uid = uuid.uuid4().hex
         storage.write_bytes(_identity(root), json.dumps({"uid": uid}).encode())
@@ -254,7 +255,7 @@ def _uid(root: str) -> str:
 
 
 def _known_uid(root: str) -> str | None:
-    """The identity of the run at `root`; None where there is no run."""
+    """Return the identity of the run at `root`; None if there is no run."""
     try:
         return str(json.loads(storage.read_bytes(_identity(root)))["uid"])
     except FileNotFoundError:
@@ -270,7 +271,7 @@ def _identity(root: str) -> str:
 
 
 def _artifacts(config: Config) -> str:
-    """Where images of runs go when MLflow is a database without a server."""
+    """Return the URL for images of runs when MLflow is a database without a server."""
     local = storage.is_local(config.run.storage)
     return (
         Path(config.run.storage, "mlartifacts").as_uri() if local else storage.join(config.run.storage, "mlartifacts")

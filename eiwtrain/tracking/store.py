@@ -1,4 +1,4 @@
-"""An MLflow tracking store: where it is, a client of it, and what its errors say."""
+"""An MLflow tracking store: its address, a client, and its errors. Not for what is logged."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 
 class TrackingError(RuntimeError):
-    """The tracking server or database cannot be used; one line with the URI and the cause."""
+    """The tracking server or database cannot be used; the message is one line with the URI and the cause."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """Where a run is recorded."""
+    """The address of a run in MLflow."""
 
     uri: str
     experiment_id: str
@@ -29,7 +29,7 @@ class TrackedRun:
 
     @property
     def view_command(self) -> str:
-        """The command that opens the MLflow UI on this run's store; empty when a server has it already."""
+        """The command that opens the MLflow UI on this run's store; empty when the store is a server."""
         if self.uri.startswith("http"):
             return ""
         mlflow = Path(sys.executable).with_name("mlflow")
@@ -37,44 +37,45 @@ class TrackedRun:
 
     @property
     def url(self) -> str:
-        """The run's page in the MLflow UI (for a local store: once `view_command` runs)."""
+        """URL of the run's page in the MLflow UI; for a local store `view_command` must run."""
         server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
         # the UI opens on GenAI unless the address says otherwise
         return f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
 
 
 def tracking_uri(config: Config) -> str:
-    """The MLflow tracking URI of a config: as given, or sqlite in the local storage folder.
+    """Return the MLflow tracking URI of a config: the given one, or an SQLite file in the local storage folder.
 
-    Not from the environment, which differs from process to process: `load_config` has looked there once for all."""
+    The environment is not read here, as it differs between processes: `load_config` has read it for all of them.
+    """
     return config.tracking.uri or f"sqlite:///{config.run.storage}/mlflow.db"
 
 
 def client(uri: str) -> Any:
-    """A client of the store at `uri`.
+    """Return a client of the store at `uri`.
 
     Raises:
-        TrackingError: it cannot be used, or the URI holds a password.
+        TrackingError: the store cannot be used, or the URI holds a password.
     """
     if holds_secret(uri):
         raise TrackingError(f"tracking.uri: {redact(uri)}: {REFUSAL}")
-    # no retries of a request, which would create a run twice: those here look first and have their own patience
+    # a request that is sent again could create a run twice; callers here look first, and retry by themselves
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "1")
     try:
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):  # after the import, which sets levels of its own
+        for name in ("mlflow", "alembic"):  # after the import, which sets its own levels
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for each try
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # or it logs a traceback at each try
         return MlflowClient(tracking_uri=uri)
     except Exception as e:
         raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
 
 
 def refused(e: Exception) -> bool:
-    """Whether the server understood and said no: trying again would hold up everything behind it for ever."""
+    """Return whether the server understood a request and refused it: retries would block all later ones forever."""
     from mlflow.exceptions import MlflowException
 
     return isinstance(e, MlflowException) and e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
@@ -87,5 +88,5 @@ def cause_line(e: BaseException) -> str:
         if str(cause) and str(cause) in whole:
             e = cause
         cause = cause.__cause__ or cause.__context__
-    text = one_line(e, limit=None).partition(" [SQL: ")[0]  # of sqlalchemy: the statement and its numbers
+    text = one_line(e, limit=None).partition(" [SQL: ")[0]  # SQLAlchemy adds the statement and its values
     return f"{type(e).__name__}: {text[:200]}"

@@ -1,4 +1,4 @@
-"""Logs into an MLflow run from a background thread, which training never waits for."""
+"""Logging into an MLflow run from a background thread, which training never waits for. Not for its begin and end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from eiwtrain.tracking.backlog import BATCH, MOST_POINTS, Backlog, Picture, Point
+from eiwtrain.tracking.backlog import CHUNK, MOST_POINTS, Backlog, Picture, Point
 from eiwtrain.tracking.journal import Journal, Recorded
 from eiwtrain.tracking.store import TrackedRun, cause_line, client, refused
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 _RETRY_SECONDS = 5.0
 _FLUSH_SECONDS = 5.0
-_DRAIN_SECONDS = 60.0  # how long a closing tracker waits for a server that is away
+_DRAIN_SECONDS = 60.0  # for which a closing tracker waits for a server that is away
 
 
 class Tracker:
-    """Logs into a run from a background thread: each step of a curve once, in order, however often it must be tried.
+    """Logs into a run from a background thread: each step of a curve once and in order, after any number of retries.
 
-    A store that is away, locked or full is tried again until it is back; training never waits for it. The same points
-    are sent again after a failure, whether or not the store had taken them: MLflow's databases keep one of points that
-    are alike in curve, step, time and value. Steps that an earlier attempt has logged are passed over.
+    A store that is away, locked or full is retried until it is back; training never waits for it. After a failure the
+    same points are sent again, whether or not the store had taken them: MLflow's databases keep one of points that
+    are equal in curve, step, time and value. Steps that an earlier attempt has logged are skipped.
 
     Args:
         run: where to log.
-        warn: is given a line for people, from the background thread.
-        guard: called in the background thread before each write; it may wait, or raise to end all writing.
-        backlog: what `pending` gave to the checkpoint that this attempt goes on from.
-        journal: URL of a file that is to have the same points.
+        warn: prints a line for the user; called in the background thread.
+        guard: called in the background thread before each write; it may wait, or raise to stop all writing.
+        backlog: the `pending` points in the checkpoint from which this attempt resumes.
+        journal: URL of a file that receives the same points.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Tracker:
         self._client = client(run.uri)
         self._backlog = Backlog(backlog)
         self._journal = Journal(journal, warn, guard) if journal is not None else None
-        self._unwanted: set[str] = set()  # curves that the store refuses
+        self._refused: set[str] = set()  # curves that the store refuses
         self._away = self._full = self._closed = False
-        self._image_failures = self._caught_up = 0  # images: in a row
+        self._image_failures = self._caught_up = 0  # failures in a row; points logged since the store was away
         self._thread = threading.Thread(target=self._work, daemon=True, name="tracker")
         self._thread.start()
 
@@ -62,7 +62,7 @@ class Tracker:
             self._warn(f"MLflow at {self._run.uri}: more than {MOST_POINTS:,} points wait; the oldest are dropped")
 
     def image(self, step: int, name: str, image: Image) -> None:
-        """Queue an image, shown in the UI under its step. Of images that wait only the newest few are kept."""
+        """Queue an image, which the UI shows under its step. Only the newest few of the waiting images are kept."""
         self._backlog.put(picture=Picture(name, step, image))
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -70,20 +70,21 @@ class Tracker:
         self._backlog.put(tags=values)
 
     def pending(self) -> dict[str, Any]:
-        """What the store has not confirmed yet, as JSON: the `backlog` of the attempt that goes on from here. Of images
-        it names those that wait, and does not hold them. Empty as a rule, never more than a few MB."""
+        """Return all that the store has not confirmed, as JSON: the `backlog` of the attempt that resumes from here.
+
+        Waiting images are named, not held. Usually empty, and never more than a few MB.
+        """
         return self._backlog.to_json()
 
     def flush(self) -> None:
-        """Wait until what was queued is logged, at most `_FLUSH_SECONDS`, and not for a store that is away."""
+        """Wait until the queue is logged, for at most `_FLUSH_SECONDS`, and not for a store that is away."""
         end = time.monotonic() + _FLUSH_SECONDS
         self._backlog.wait(_FLUSH_SECONDS, lambda: self._away or self._image_failures > 1)
         if self._journal is not None:
             self._journal.flush(max(0.0, end - time.monotonic()))
 
     def close(self, patience: float | None = None) -> None:
-        """Wait until what was queued is logged, at most so many seconds (by default a minute);
-        closing twice is fine."""
+        """Wait until the queue is logged, for at most `patience` seconds (default: a minute). May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -102,13 +103,13 @@ class Tracker:
         try:
             if self._until_done(self._look) is not None:
                 self._backlog.reconcile({}, {})
-            while (batch := self._backlog.take()) is not None:
-                if batch.picture is not None:
-                    self._log_picture(batch.picture)
+            while (chunk := self._backlog.take()) is not None:
+                if chunk.picture is not None:
+                    self._log_picture(chunk.picture)
                     continue
-                self._log_points(batch.points) if batch.points else self._log_tags(batch.tags)
+                self._log_points(chunk.points) if chunk.points else self._log_tags(chunk.tags)
                 self._backlog.done()
-                self._say_back(len(batch.points))
+                self._say_back(len(chunk.points))
         except _GivenUp:
             pass
         except Exception as e:
@@ -117,9 +118,11 @@ class Tracker:
             self._backlog.abandon()
 
     def _look(self) -> None:
-        """See what earlier attempts have logged. One call, and one more for each curve that may have a gap."""
+        """Find out what earlier attempts have logged, by one call, and one more for each curve that may have a gap."""
         run = self._client.get_run(self._run.run_id)
-        newest = {m.key: (m.step, m.timestamp) for m in run.data._metric_objs}  # the points with the highest step
+        newest = {
+            m.key: (m.step, m.timestamp) for m in run.data._metric_objs
+        }  # the point with the highest step of each
         last = {curve: step for curve, (step, _) in newest.items()}
         doubtful = {p.curve for p in self._backlog.earlier if p.step <= last.get(p.curve, -1)}
         logged = {curve: self._history(curve) for curve in doubtful}
@@ -127,7 +130,7 @@ class Tracker:
         if self._journal is not None:
             self._journal.begin(Recorded(newest, logged, self._history))
         self._backlog.reconcile(last, steps, self._journal.append if self._journal is not None else None)
-        with contextlib.suppress(Exception):  # a place for images that is away does not hold up curves
+        with contextlib.suppress(Exception):  # curves do not wait for a store of images that is away
             lost = [f"{n} of step {s:,}" for n, s in self._backlog.lost_pictures if not self._files(n, s)]
             if lost:
                 self._warn(f"images that the last attempt could not log: {', '.join(lost)}")
@@ -137,10 +140,10 @@ class Tracker:
         return [Point(curve, m.step, m.timestamp, m.value) for m in history]
 
     def _log_points(self, points: list[Point]) -> None:
-        """Log a batch; where the store refuses it, log it by halves, to lose no more than what is refused."""
+        """Log points; if the store refuses them, log each half, so that only the refused curve is lost."""
         from mlflow.entities import Metric
 
-        wanted = [p for p in points if p.curve not in self._unwanted]
+        wanted = [p for p in points if p.curve not in self._refused]
         if not wanted:
             return
         metrics = [Metric(p.curve, p.value, p.time, p.step) for p in wanted]
@@ -149,7 +152,7 @@ class Tracker:
             self._log_points(wanted[: len(wanted) // 2])
             self._log_points(wanted[len(wanted) // 2 :])
         elif refusal is not None:
-            self._unwanted.add(wanted[0].curve)
+            self._refused.add(wanted[0].curve)
             self._warn(f"MLflow at {self._run.uri} refused {wanted[0].curve!r}: {cause_line(refusal)}")
 
     def _log_tags(self, values: Mapping[str, str]) -> None:
@@ -161,14 +164,14 @@ class Tracker:
             self._warn(f"MLflow at {self._run.uri} refused tags: {cause_line(refusal)}")
 
     def _log_picture(self, picture: Picture) -> None:
-        """Log an image, or put it back: a place for images that is away does not hold up curves."""
+        """Log an image, or put it back: curves do not wait for a store of images that is away."""
         name, step, image = picture
         self._guard()
         try:
             files = self._files(name, step)
             if not files:
                 self._client.log_image(self._run.run_id, image, key=name, step=step, synchronous=True)
-            elif len(files) == 1:  # of the two files of an image one was written when an attempt failed
+            elif len(files) == 1:  # an attempt failed after the first of the image's two files
                 preview = files[0].removesuffix(".png") + "+compressed.webp"
                 self._client.log_image(self._run.run_id, image, artifact_file=preview)
                 self._client.set_tag(self._run.run_id, "mlflow.loggedImages", True)
@@ -177,10 +180,10 @@ class Tracker:
                 self._warn(f"MLflow at {self._run.uri} refused image {name!r}: {cause_line(e)}")
                 self._backlog.done()
                 return
-            self._see_that_the_run_is_there()  # not before the store is back, if it is the one that is away
+            self._see_that_the_run_is_there()  # which waits for the tracking store, if that is away too
             self._image_failures += 1
             if self._image_failures == 2:
-                self._warn(f"MLflow at {self._run.uri} does not take images ({cause_line(e)}); will go on trying")
+                self._warn(f"MLflow at {self._run.uri} does not take images ({cause_line(e)}); will keep trying")
             self._backlog.put_back(_RETRY_SECONDS if self._image_failures > 1 else 0.0)
         else:
             self._backlog.done()
@@ -189,17 +192,17 @@ class Tracker:
             self._image_failures = 0
 
     def _files(self, name: str, step: int) -> list[str]:
-        """The artifacts of an image that was logged under `name` and `step`: a PNG and then a preview."""
+        """Return the artifacts of an image that was logged under `name` and `step`: first a PNG, then a preview."""
         prefix = f"images/{name.replace('/', '~')}+step+{step}+"
         return sorted(
             f.path for f in self._client.list_artifacts(self._run.run_id, "images") if f.path.startswith(prefix)
         )
 
     def _until_done(self, act: Callable[[], object]) -> Exception | None:
-        """Act until the store answers; returns its refusal, if it is one. The second failure in a row is told.
+        """Call `act` until the store answers; return its refusal, if it refuses. Warn at the second failure in a row.
 
         Raises:
-            _GivenUp: the run was deleted, or the tracker is not waited for any more.
+            _GivenUp: the run was deleted, or nobody waits for the tracker any more.
         """
         failed = False
         while True:
@@ -212,7 +215,7 @@ class Tracker:
                     return e
                 if failed and not self._away:
                     self._away = True
-                    self._warn(f"MLflow at {self._run.uri} is away ({cause_line(e)}); will go on trying")
+                    self._warn(f"MLflow at {self._run.uri} is away ({cause_line(e)}); will keep trying")
                     self._backlog.touch()
                 if failed and not self._backlog.pause(_RETRY_SECONDS):
                     raise _GivenUp from None
@@ -238,13 +241,13 @@ class Tracker:
             raise _GivenUp
 
     def _say_back(self, points: int) -> None:
-        """Tell that a store is back, once all that had waited is logged."""
+        """Report that the store is back, once all points that waited are logged."""
         self._caught_up += points if self._away else 0
-        if self._away and self._backlog.waiting[0] < BATCH:
+        if self._away and self._backlog.waiting[0] < CHUNK:
             dropped = f", {self._backlog.dropped:,} were dropped" if self._backlog.dropped else ""
             self._warn(f"MLflow is back; {self._caught_up:,} points caught up{dropped}")
             self._away, self._full, self._caught_up, self._backlog.dropped = False, False, 0, 0
 
 
 class _GivenUp(Exception):
-    """There is nothing more to do for the background thread."""
+    """The background thread has nothing more to do."""

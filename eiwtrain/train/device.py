@@ -1,4 +1,4 @@
-"""Which device computes, and that float32 on it is float32: for the workers and the commands.
+"""The device of a worker or a command, without TensorFloat-32.
 
 Not for the library: `eiwtrain.flow` leaves PyTorch's settings to the program that loads it.
 """
@@ -12,10 +12,10 @@ from eiwtrain.on_ray import session
 
 
 def of_worker(workers: Workers) -> torch.device:
-    """That of this worker of Ray Train: its GPU, or the CPU with no more threads than its cores."""
+    """Return the device of this worker of Ray Train: its GPU, or the CPU with no more threads than its cores."""
     exact_float32()
     if not workers.gpus:
-        torch.set_num_threads(workers.cpus)  # no more than its own cores: the same sums each time
+        torch.set_num_threads(workers.cpus)  # no more than its own cores, so that sums are the same each time
         return torch.device("cpu")
     device: torch.device = session.worker_gpu()
     torch.cuda.set_device(device)
@@ -23,7 +23,7 @@ def of_worker(workers: Workers) -> torch.device:
 
 
 def of_command(name: str) -> torch.device:
-    """What `--device` names: `cpu`, `cuda`, or `auto` for a GPU if there is one.
+    """Return the device that `--device` names: `cpu`, `cuda`, or `auto` for a GPU if there is one.
 
     Raises:
         ValueError: there is no GPU.
@@ -35,7 +35,9 @@ def of_command(name: str) -> torch.device:
 
 
 def exact_float32() -> None:
-    """From now on no GPU rounds float32 to TensorFloat-32, of 10 bits of mantissa, in this process; PyTorch's default
-    is that convolutions do."""
+    """Keep GPUs from rounding float32 to TensorFloat-32, which has 10 bits of mantissa, in this process.
+
+    By default PyTorch lets convolutions do so.
+    """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,8 +1,8 @@
-"""Goodput: the share of a run's wall time, over all its attempts, that went into steps that count; and where the rest
-went. Not for the speed of those steps: that is `eiwtrain.train.report`.
+"""Goodput: the share of a run's wall time, over all attempts, spent in steps that count; and the shares of all losses.
+Not for the speed of those steps: that is `eiwtrain.train.report`.
 
-A run's wall time is that of its drivers, summed: the time between two, when nothing runs, is not in it. Each second of
-it is counted once.
+The wall time of a run is the sum over its drivers: time between two drivers, when nothing runs, does not count. Each
+second is counted once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from eiwtrain.terminal.console import duration
 from eiwtrain.tracking.curves import GOODPUT, LOST_TIME
 
 Kind = Literal["productive", "startup", "data_wait", "checkpoint", "evaluation", "lost"]
-"""What time goes into. productive: steps that led to the present weights, their wait for data excepted, which is
-data_wait. startup: of each attempt, up to its first step. checkpoint: for which training was held. lost: what attempts
-did after the checkpoint that the next one went on from, and their end."""
+"""Uses of time. productive: steps that led to the present weights, without their wait for data, which is data_wait.
+startup: each attempt up to its first step. checkpoint: training waited for checkpoints. lost: the work of attempts
+after the checkpoint from which the next attempt resumed, and the end of attempts."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _LOSSES = {
@@ -32,19 +32,19 @@ _LOSSES = {
 
 
 class Clock:
-    """Where the time of a run goes, told by one of its attempts. Seconds."""
+    """Times of a run in seconds, by kind, as kept by one of its attempts."""
 
     def __init__(
         self, began: float, earlier: float, attempt_began: float, now: Callable[[], float] = time.time
     ) -> None:
-        """The clock of the first attempt of a run, or of one that goes on from no checkpoint.
+        """Create the clock of an attempt that starts without a checkpoint.
 
         Args:
             began: Unix time at which this attempt's driver started.
             earlier: wall time of earlier drivers.
             attempt_began: Unix time at which this attempt began: `began`, or the end of the attempt before, if it had
                 the same driver.
-            now: gives the Unix time.
+            now: returns the Unix time.
         """
         self._now = now
         self._seconds: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
@@ -63,10 +63,10 @@ class Clock:
         attempt_began: float,
         now: Callable[[], float] = time.time,
     ) -> Clock:
-        """The clock of an attempt that goes on from a checkpoint with this `to_json`, or from none."""
+        """Create the clock of an attempt that resumes from a checkpoint with this `to_json`, or starts without one."""
         clock = cls(began, earlier, attempt_began, now)
         if saved is not None:
-            # a driver that was killed may have noted less of its time than its last checkpoint
+            # a driver that was killed may have recorded less of its time than its last checkpoint
             clock._wall_before = max(clock._wall_before, saved["wall"])
             clock._seconds = {kind: saved["seconds"][kind] for kind in KINDS}
             clock._seconds["lost"] += clock._wall_before - saved["wall"]
@@ -74,19 +74,19 @@ class Clock:
         return clock
 
     def training(self) -> None:
-        """The first step begins: what passed of this attempt, and was not spent otherwise, was its start-up."""
+        """Mark the first step: the time of this attempt until now that was not spent otherwise was its start-up."""
         if not self._training:
             self._training = True
             elapsed = self._now() - self._attempt_began
             self.spend("startup", max(0.0, elapsed - (self._spent() - self._spent_before)))
 
     def spend(self, kind: Kind, seconds: float) -> None:
-        """Count time that has just passed, and is counted nowhere else."""
+        """Count time that has just passed and is counted nowhere else."""
         self._seconds[kind] += seconds
 
     @contextmanager
     def spending(self, kind: Kind) -> Iterator[None]:
-        """Count the time of the block, but for what is counted inside it."""
+        """Count the time of the block, except for time that is counted inside it."""
         began, spent = self._now(), self._spent()
         try:
             yield
@@ -94,13 +94,13 @@ class Clock:
             self.spend(kind, max(0.0, self._now() - began - (self._spent() - spent)))
 
     def seconds(self, kind: Kind) -> float:
-        """Of the wall time, over all attempts."""
+        """Return the wall time of this kind over all attempts, seconds."""
         return self._seconds[kind]
 
     @property
     def wall(self) -> float:
-        """Wall time of the run so far."""
-        # clocks of two machines may differ a little, and one be set back
+        """Wall time of the run so far, seconds."""
+        # the clocks of two machines may differ a little, and a clock may be set back
         return max(self._wall_before + self._now() - self._attempt_began, self._spent())
 
     @property
@@ -109,13 +109,15 @@ class Clock:
         return self.shares()["productive"]
 
     def shares(self) -> dict[str, float]:
-        """Of each kind and of all else ("other": the start of an attempt that is not yet training, the final export)
-        in the wall time: 0..1, in sum 1."""
+        """Return the share of each kind in the wall time, 0..1, with the sum 1.
+
+        "other" is everything else: the start of an attempt that is not training yet, and the final export.
+        """
         wall = max(self.wall, 1e-9)
         return {kind: s / wall for kind, s in self._seconds.items()} | {"other": 1.0 - self._spent() / wall}
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as of now."""
+        """Return the present state, for a checkpoint."""
         return {"wall": self.wall, "seconds": dict(self._seconds)}
 
     def _spent(self) -> float:
@@ -123,7 +125,7 @@ class Clock:
 
 
 def describe(clock: Clock) -> str:
-    """Goodput and losses in one line, the largest loss first: `83% of 2:10:00; start-up 12%, checkpoints 0.3%`."""
+    """Return goodput and losses as one line, largest loss first: `83% of 2:10:00; start-up 12%, checkpoints 0.3%`."""
     shares = clock.shares()
     losses = sorted(((shares[kind], name) for kind, name in _LOSSES.items() if shares[kind] >= 0.001), reverse=True)
     words = [f"{name} {share:.1%}" if share < 0.1 else f"{name} {share:.0%}" for share, name in losses]

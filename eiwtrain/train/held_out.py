@@ -1,4 +1,4 @@
-"""The held-out split during training: the score of the averaged weights, and pictures of what they make of it."""
+"""The held-out split during training: scores, pictures and drift of the averaged weights. Not for other data sets."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from eiwtrain.tracking import Tracker, curves
 from eiwtrain.train import report
 from eiwtrain.train.state import TrainState
 
-_SEED = 0  # of noise and of samples: the same for every run, so that runs compare
+_SEED = 0  # of noise and samples: the same for every run, so that runs can be compared
 _ENTROPY_IMAGES = 64
-_YARDSTICK_PIXELS = 512 * 32 * 32  # which take WebP about 12 s of one core
+_YARDSTICK_PIXELS = 512 * 32 * 32  # WebP takes about 12 s of one core for these
 
 
 class HeldOut:
-    """What is measured and drawn on one rank. Only `score` is collective.
+    """Measures and draws on one rank. Only `score` is collective.
 
     Args:
-        reader: of the held-out split.
+        reader: reader of the held-out split.
         micro_batch: rows of a batch.
     """
 
@@ -40,7 +40,7 @@ class HeldOut:
         self.micro_batch = micro_batch
 
     def score(self, stopped: Callable[[], bool]) -> Score | None:
-        """Bits/dim at this step; None if stopped meanwhile. Collective."""
+        """Return the score at this step; None if stopped meanwhile. Collective."""
         batches = data.eval_batches(
             self.reader,
             images=self.config.eval.images,
@@ -56,13 +56,13 @@ class HeldOut:
         score: Score,
         tracker: Tracker,
         note: Callable[[str], None],
-        may_go_on: Callable[[str], bool],
+        may_continue: Callable[[str], bool],
     ) -> None:
         """Log an evaluation, with the yardsticks each time, as lines to compare with; then draw.
 
         Args:
-            note: says something to the user.
-            may_go_on: asked before each picture, and told what comes next.
+            note: prints a line for the user.
+            may_continue: returns whether to continue; called before each picture, with a name of what comes next.
         """
         state = self.state
         values = {curves.HELD_OUT_BITS_PER_DIM: score.bits_per_dim, curves.HELD_OUT_ERROR: score.standard_error}
@@ -72,27 +72,29 @@ class HeldOut:
         if warning := report.drift_warning(values[curves.DRIFT], self.config):
             note(warning)
         undrawn = self.pictures()
-        while may_go_on(f"drawing at step {state.step}"):
+        while may_continue(f"drawing at step {state.step}"):
             if (drawn := next(undrawn, None)) is None:
                 return
             tracker.image(state.step, *drawn)
         note(f"step {state.step:,}: not all of its pictures are drawn, as the job ends")
 
     def drift(self) -> float:
-        """Relative error of images through the flow and back."""
+        """Return the relative error of images through the flow and back."""
         images, noise, labels = self._inputs(self.config.eval.samples)
         x = flow.dequantize(images, noise, self.config.model.n_bits)
         return self.state.averaged.drift(x, labels)
 
     def entropy(self) -> Tensor:
-        """(levels, 2), nats per dimension: the entropy proxy of what leaves at a level and of what stays there, NaN
-        where nothing stays; of the first 64 images, so that the steps of a run compare."""
+        """Return the entropy proxy of what leaves and of what stays at each level: (levels, 2), nats per dimension.
+
+        It is NaN where nothing stays. The first 64 images are used, so that the steps of a run can be compared.
+        """
         with torch.no_grad():
             return self.state.averaged(*self._inputs(_ENTROPY_IMAGES)).entropy.cpu()
 
     def pictures(self) -> Iterator[tuple[str, Image]]:
-        """(name, image), drawn one by one as they are asked for, from the averaged weights: samples at both
-        temperatures; images above, their reconstructions below; the entropies by level."""
+        """Yield (name, image), each drawn from the averaged weights when it is requested: samples at both temperatures;
+        images above their reconstructions; the entropies by level."""
         e, model, title = self.config.eval, self.state.averaged, f"step {self.state.step:,}"
         panels = [(f"samples, temperature {t:g}", drawing.sample(model, e.samples, t, _SEED)) for t in e.temperatures]
         yield "samples", pictures.grid(panels)
@@ -103,20 +105,20 @@ class HeldOut:
         yield "entropy_by_level", plots.entropy_by_level(self.entropy(), title)
 
     def overview(self) -> Image:
-        """Samples, and images with their reconstructions."""
+        """Return a picture of samples, and of images with their reconstructions."""
         e = self.config.eval
         return drawing.overview(self.state.averaged, self._first(e.samples), e.samples, e.temperatures, _SEED)
 
     @property
     def yardstick_images(self) -> int:
-        """How many of the images that are scored the yardsticks are of: as many of the first ones as have 2^19 pixels
-        together (512 of 32x32), as training waits for it."""
+        """Number of images for the yardsticks: the first of the scored images, at most 2^19 pixels together (512 of
+        32x32), as training waits for the coders."""
         most = max(1, _YARDSTICK_PIXELS // self.config.data.resolution**2)
         return min(len(self.reader), self.config.eval.images, most)
 
     @cached_property
     def yardsticks(self) -> dict[str, float]:
-        """What lossless coders need for the first `yardstick_images`, bits/dim."""
+        """Bits/dim of each lossless coder on the first `yardstick_images`."""
         images = (self.reader[i] for i in range(self.yardstick_images))
         return yardsticks.bits_per_dim(images, self.config.model.n_bits)
 

@@ -1,8 +1,8 @@
-"""Ends a worker that makes no progress, with the stacks of its threads told first.
+"""Killing a worker that makes no progress, after it has reported the stacks of its threads.
 
-A rank that hangs leaves the others in a collective that does not end: each of them finds so by itself. The process is
-killed, so that Ray sees a dead worker and the attempt starts again. Not for a process that is stopped or gone: the
-ranks that wait for it find out, and where there is one rank alone, Ray's health check.
+A rank that hangs leaves the others in a collective that never returns, and the watchdog of each rank notices that. The
+process is killed, so that Ray sees a dead worker and starts a new attempt. Not for a process that is suspended or gone:
+the ranks that wait for it notice, and if there is a single rank, Ray's health check does.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ import time
 import traceback
 from collections.abc import Callable
 
-_LOOKS = 20  # a limit's parts, after each of which the watchdog looks
-_START_SECONDS = 300.0  # at least, up to the first beat: a checkpoint may have to be fetched
-_OTHERS_SECONDS = 5.0  # for the other ranks to tell their stacks too, before the first death ends them
-_STUCK_SECONDS = 30.0  # after which a process whose interpreter hangs as well is ended without it
+_LOOKS = 20  # checks within each limit
+_START_SECONDS = 300.0  # least limit of the first beat: a checkpoint may have to be fetched
+_OTHERS_SECONDS = 5.0  # for other ranks to report their stacks also, before the first death stops them
+_STUCK_SECONDS = 30.0  # after which a process whose interpreter hangs also exits without it
 
 
 class Watchdog:
-    """Wants to hear a `beat` every `limit` seconds at least; the first may take longer."""
+    """Kills this process unless `beat` is called every `limit` seconds; the first call may take longer."""
 
-    def __init__(self, limit: float, tell: Callable[[str], None]) -> None:
+    def __init__(self, limit: float, report: Callable[[str], None]) -> None:
         """
         Args:
-            limit: seconds.
-            tell: is given what happened, with the stacks, in a thread of the watchdog's; may block.
+            limit: seconds between two beats.
+            report: receives the event and the stacks as text, in a thread of the watchdog; may block.
         """
-        self._limit, self._allowed, self._tell = limit, max(limit, _START_SECONDS), tell
+        self._limit, self._allowed, self._report = limit, max(limit, _START_SECONDS), report
         self._closed = threading.Event()
         self._main = threading.get_ident()
         self._doing, self._last = "the start", time.monotonic()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, doing: str) -> None:
-        """Progress was made; what follows is `doing`, e.g. "step 12"."""
+        """Report progress; the work that follows is `doing`, e.g. "step 12"."""
         self._doing, self._last, self._allowed = doing, time.monotonic(), self._limit
-        # C code that holds the interpreter's lock would keep the thread below from running
+        # C code that holds the interpreter's lock keeps the thread below from running
         faulthandler.dump_traceback_later(self._limit + _STUCK_SECONDS, exit=True, file=2)  # standard error
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 
@@ -54,15 +54,15 @@ class Watchdog:
                 break
         else:
             return
-        threading.Thread(target=self._tell, args=(self._report(),), daemon=True).start()
+        threading.Thread(target=self._report, args=(self._stacks(),), daemon=True).start()
         time.sleep(_OTHERS_SECONDS)
         if not self._closed.is_set():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _report(self) -> str:
+    def _stacks(self) -> str:
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         frames = sys._current_frames()
-        order = sorted(frames, key=lambda ident: ident != self._main)  # the one that hangs first
+        order = sorted(frames, key=lambda ident: ident != self._main)  # first the main thread, which hangs
         stacks = [
             f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frames[ident])).rstrip()
             for ident in order

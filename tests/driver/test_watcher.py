@@ -114,7 +114,7 @@ def test_a_driver_that_is_killed_leaves_a_run_that_says_so_and_no_watcher(run, d
     wait_until(lambda: not driver.watchers())
     text = state(run)[1]
     assert text.startswith("its driver died, last sign of life 2")
-    assert text.endswith(" UTC; goes on with the same command")
+    assert text.endswith(" UTC; resumes with the same command")
     assert began - 1 <= MlflowClient(run.uri).get_run(run.run_id).info.end_time / 1000 <= time.time()
     assert driver.tree[0].is_running()  # a child that lives on has not held it up
 

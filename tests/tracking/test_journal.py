@@ -57,7 +57,7 @@ def of_mlflow(run):
     return sorted(Point(m.key, m.step, m.timestamp, m.value) for history in histories for m in history)
 
 
-def test_the_journal_has_the_numbers_of_mlflow_over_attempts_that_die_and_pandas_reads_it(run, tmp_path):
+def test_the_journal_equals_mlflow_after_attempts_that_die(run, tmp_path):
     pandas = pytest.importorskip("pandas")
     file = tmp_path / "run" / "metrics.jsonl"
     saved = {}
@@ -115,7 +115,7 @@ def test_points_are_written_while_mlflow_is_away(run, tmp_path, monkeypatch):
     tracker.close(0.0)
 
 
-def test_numbers_that_json_does_not_know_are_null(run, tmp_path):
+def test_numbers_that_are_not_finite_are_null(run, tmp_path):
     file = tmp_path / "metrics.jsonl"
     tracker = tracking.Tracker(run, journal=str(file))
     tracker.metrics(1, {"a": float("nan"), "b": float("inf"), "c": 0.1})
@@ -124,7 +124,7 @@ def test_numbers_that_json_does_not_know_are_null(run, tmp_path):
     assert (line["a"], line["b"], line["c"]) == (None, None, 0.1)
 
 
-def test_an_attempt_that_was_replaced_writes_to_a_file_that_nobody_sees(tmp_path):
+def test_a_replaced_attempt_writes_to_a_file_that_nobody_sees(tmp_path):
     file = tmp_path / "metrics.jsonl"
     nothing = Recorded({}, {}, lambda _: [])
     old, new = Journal(str(file)), Journal(str(file))
@@ -138,7 +138,7 @@ def test_an_attempt_that_was_replaced_writes_to_a_file_that_nobody_sees(tmp_path
     assert points_of(file) == [Point("a", 1, 2000, 2.0)]
 
 
-def test_a_guard_that_raises_ends_all_writing(tmp_path):
+def test_a_guard_that_raises_stops_all_writing(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"")
 
@@ -153,7 +153,7 @@ def test_a_guard_that_raises_ends_all_writing(tmp_path):
     assert file.read_bytes() == b""
 
 
-def test_remote_storage_that_fails_is_told_once_and_tried_again(monkeypatch):
+def test_failing_remote_storage_is_reported_once_and_retried(monkeypatch):
     fsspec.filesystem("memory").store.clear()
     url, said, real, failures = "memory://run/metrics.jsonl", [], storage.write_pieces, iter(range(3))
     tried = threading.Event()
@@ -171,7 +171,7 @@ def test_remote_storage_that_fails_is_told_once_and_tried_again(monkeypatch):
     assert tried.wait(60)
     j.close(60)
     assert json.loads(storage.read_bytes(url)) == {"step": 1, "time": 1.0, "a": 1.0}
-    assert said == [f"{url} cannot be written (StorageError: {url}: 503 SlowDown); will go on trying"]
+    assert said == [f"{url} cannot be written (StorageError: {url}: 503 SlowDown); will keep trying"]
 
 
 def test_remote_storage_is_written_once_a_minute_and_at_a_flush(monkeypatch):
@@ -192,7 +192,7 @@ def test_remote_storage_is_written_once_a_minute_and_at_a_flush(monkeypatch):
     assert len(writes) == 2
 
 
-def test_a_full_disk_is_told_once_and_what_waits_is_written_when_there_is_room(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_once_and_no_point_is_lost(tmp_path, monkeypatch):
     said = []
     j = Journal(str(tmp_path / "metrics.jsonl"), warn=said.append)
     j.begin(Recorded({}, {}, lambda _: []))
@@ -231,7 +231,7 @@ ATTEMPTS = st.lists(
 @example([(["look", "open"], [("step", 4), ("sent", 1)], "crash")])
 @example([(["look", "open"], [("step", 3), ("publish", 1)], "crash"), (["look"], [("step", 3), ("sent", 1)], "crash")])
 @settings(deadline=None, max_examples=200)
-def test_whenever_attempts_die_the_journal_has_the_points_of_the_store(remote, tmp_path_factory, attempts):
+def test_whenever_attempts_die_the_journal_equals_the_store(remote, tmp_path_factory, attempts):
     """The model of `test_tracking`, with a journal whose background work is done at any later time, or never."""
     events = [e for start, then, end in attempts for e in [*((s, 1) for s in start), *then, (end, 1)]]
     store: dict[Point, None] = {}
@@ -251,7 +251,7 @@ def test_whenever_attempts_die_the_journal_has_the_points_of_the_store(remote, t
 
     end = [("storage away", 2), ("step", 5), ("look", 1), ("open", 1), *[("sent", 1), ("confirmed", 1)] * 1000]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backlog, "BATCH", 3)
+        patch.setattr(backlog, "CHUNK", 3)
         patch.setattr(backlog, "_GATHER_SECONDS", -1.0)
         patch.setattr(storage, "write_pieces", write_pieces)
         for event, n in [*events, *end, ("open", 1), ("publish", 1)]:
@@ -303,7 +303,7 @@ NAMES = map("run{}".format, itertools.count())
     "line",
     ['{"step": 2, "time": Infinity, "a": 1}', '{"step": "2", "time": 1, "a": 1}', '{"step": 2, "time": 1, "a": "b"}'],
 )
-def test_a_line_that_nobody_here_has_written_ends_the_reading(tmp_path, line):
+def test_reading_stops_at_a_line_of_another_format(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "time": 1.5, "a": 2.5}\n' + line + "\n")
     assert list(journal.read(file)) == [journal.Row(1500, 1, {"a": 2.5})]

@@ -64,7 +64,7 @@ def inputs_of(run):
     return {i.tags[0].value: i.dataset for i in found(run).inputs.dataset_inputs}
 
 
-def test_the_data_set_is_an_input_of_the_run_once_however_often_it_is_begun(config):
+def test_a_data_set_is_an_input_once_after_many_starts(config):
     manifest = load_manifest(config.data.path)
     inputs = provenance.inputs(config, manifest)
     run = tracking.begin(config, {}, inputs)
@@ -92,13 +92,13 @@ def test_a_data_set_in_a_bucket_names_its_kind_of_storage(config):
     assert (train.dataset.source_type, json.loads(train.dataset.source)) == ("s3", {"uri": "s3://bucket/photos"})
 
 
-def test_a_name_that_is_longer_than_mlflow_takes_is_cut(config):
+def test_a_name_too_long_for_mlflow_is_cut(config):
     manifest = dataclasses.replace(load_manifest(config.data.path), name="x" * 600)
     run = tracking.begin(config, {}, provenance.inputs(config, manifest))
     assert inputs_of(run)["training"].name == "x" * 500
 
 
-def test_the_description_is_that_of_the_first_attempt_and_an_edited_one_stays(config):
+def test_later_attempts_keep_the_description(config):
     manifest = load_manifest(config.data.path)
     about = provenance.description(config, manifest, "python -m eiwtrain.run x.yaml", 12345)
     for text in (
@@ -138,7 +138,7 @@ def package(tmp_path):
     return folder
 
 
-def test_the_revision_is_that_of_the_repository_that_tracks_the_package(package):
+def test_the_revision_comes_from_the_repository_of_the_package(package):
     git(package.parent, "init", "-q", "-b", "trunk")
     git(package.parent, "add", ".")
     git(package.parent, "commit", "-qm", "first")
@@ -151,7 +151,7 @@ def test_the_revision_is_that_of_the_repository_that_tracks_the_package(package)
     }  # fmt: skip
 
 
-def test_a_repository_around_an_installed_package_is_not_its_revision(package, monkeypatch):
+def test_a_repository_around_an_installed_package_is_ignored(package, monkeypatch):
     monkeypatch.setattr(provenance, "_installed_from", dict)
     monkeypatch.delenv("EIWTRAIN_COMMIT", raising=False)
     git(package.parent, "init", "-q")
@@ -182,7 +182,7 @@ def test_without_git_the_revision_is_what_pip_installed(package, monkeypatch, in
     assert provenance.revision(package) == expected
 
 
-def test_the_environment_is_an_artifact_that_names_versions_and_no_secret(config, monkeypatch, tmp_path):
+def test_the_environment_artifact_has_versions_and_no_secret(config, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-to-be-seen")
     nvidia = tmp_path / "nvidia-smi"
     nvidia.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 570.1'\n")
@@ -230,7 +230,7 @@ def leave(root, how):
     ("how", "outcome"),
     [("alive", "running"), ("gone", "died"), ("long ago", "died"), ("finished", "finished"), ("stopped", "stopped")],
 )
-def test_a_look_at_a_lease_tells_whose_it_is_and_whether_they_may_live(tmp_path, how, outcome):
+def test_a_lease_shows_its_owner_and_whether_it_may_live(tmp_path, how, outcome):
     root = str(tmp_path)
     assert lease.look(root) is None
     ended = leave(root, how)
@@ -241,12 +241,12 @@ def test_a_look_at_a_lease_tells_whose_it_is_and_whether_they_may_live(tmp_path,
     assert storage.read_bytes(storage.join(root, "lease.json")) == before
 
 
-def test_what_is_no_lease_tells_nothing(tmp_path):
+def test_a_file_that_is_no_lease_is_ignored(tmp_path):
     storage.write_bytes(storage.join(str(tmp_path), "lease.json"), b"{}")
     assert lease.look(str(tmp_path)) is None
 
 
-DIED = "its driver died, last sign of life {}; goes on with the same command"
+DIED = "its driver died, last sign of life {}; resumes with the same command"
 
 
 @pytest.mark.parametrize(
@@ -256,11 +256,11 @@ DIED = "its driver died, last sign of life {}; goes on with the same command"
         ("long ago", "KILLED", DIED),
         ("finished", "FINISHED", "finished"),
         ("failed", "FAILED", "failed"),
-        ("stopped", "KILLED", "stopped; goes on with the same command"),
+        ("stopped", "KILLED", "stopped; resumes with the same command"),
         ("alive", "RUNNING", "running"),
     ],
 )
-def test_a_run_that_was_left_running_is_ended_at_the_next_start_of_any(config, how, status, text):
+def test_a_run_left_running_is_ended_at_the_next_start_of_any(config, how, status, text):
     left = named(config, "left")
     run = tracking.begin(left, {})
     ended = leave(left.root, how)
@@ -278,7 +278,7 @@ def test_a_run_that_was_left_running_is_ended_at_the_next_start_of_any(config, h
     assert state(run) == ("RUNNING", "running")
 
 
-def test_runs_that_cannot_be_looked_at_are_left_alone_and_hold_up_nothing(config, monkeypatch):
+def test_runs_that_cannot_be_read_are_left_alone(config, monkeypatch):
     runs = {}
     for name in ("another machine's", "no lease", "no folder", "broken", "died"):
         c = named(config, name.replace(" ", "-").replace("'", ""))
@@ -322,7 +322,7 @@ def driver(config):
     return run, lease.look(config.root)[0]
 
 
-def test_a_run_is_settled_as_its_driver_wanted_or_else_as_killed(config, driver):
+def test_a_run_is_settled_as_its_driver_intended_or_as_killed(config, driver):
     run, owner = driver
     assert tracking.settle(run, owner, config.root, 1.5e9, "FINISHED", "by the skin of its teeth")
     assert state(run) == ("FINISHED", "by the skin of its teeth")
@@ -333,7 +333,7 @@ def test_a_run_is_settled_as_its_driver_wanted_or_else_as_killed(config, driver)
     assert state(run) == ("KILLED", DIED.format("2017-07-14 02:40:00 UTC"))
 
 
-def test_a_run_whose_lease_is_anothers_or_gone_is_not_touched(config, driver, monkeypatch):
+def test_a_run_whose_lease_changed_or_is_gone_is_not_touched(config, driver, monkeypatch):
     run, owner = driver
     monkeypatch.setattr(MlflowClient, "set_terminated", lambda *args: pytest.fail("it was"))
     assert not tracking.settle(run, "another", config.root, 1.5e9)
@@ -344,7 +344,7 @@ def test_a_run_whose_lease_is_anothers_or_gone_is_not_touched(config, driver, mo
 
 @pytest.mark.parametrize("call", ["get_run", "set_terminated", "set_tag"])
 @pytest.mark.parametrize("after", [False, True])
-def test_a_driver_that_begins_the_run_in_the_middle_of_it_has_it_running(config, driver, monkeypatch, call, after):
+def test_a_driver_that_begins_during_settling_stays_running(config, driver, monkeypatch, call, after):
     run, owner = driver
     real = getattr(MlflowClient, call)
 

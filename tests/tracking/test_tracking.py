@@ -64,7 +64,7 @@ def test_a_run_is_found_again_with_its_params_once(config):
     assert len(MlflowClient(first.uri).search_runs([first.experiment_id])) == 1
 
 
-def test_a_run_whose_folder_was_deleted_begins_anew(config):
+def test_a_run_whose_folder_was_deleted_is_a_new_run(config):
     first = tracking.begin(config, {})
     storage.delete(config.root)
     assert tracking.begin(config, {}).run_id != first.run_id
@@ -100,7 +100,7 @@ def failing(monkeypatch, method, *errors, after=False):
     return left
 
 
-def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeypatch):
+def test_a_store_that_is_away_is_retried_and_nothing_is_lost(config, monkeypatch):
     said = []
     monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
@@ -111,11 +111,11 @@ def test_a_store_that_is_away_is_tried_again_and_nothing_is_lost(config, monkeyp
     tracker.close()
     assert not left
     assert history(run, "train/lr") == [(1, 0.1), (2, 0.2)]
-    assert [line.split("; ")[-1] for line in said] == ["will go on trying", "2 points caught up"]
+    assert [line.split("; ")[-1] for line in said] == ["will keep trying", "2 points caught up"]
     assert "is away (ConnectionError: gone)" in said[0]
 
 
-def test_a_single_failed_call_is_no_news(config, monkeypatch):
+def test_a_single_failed_call_is_not_reported(config, monkeypatch):
     run = tracking.begin(config, {})
     failing(monkeypatch, "log_batch", ConnectionError("gone"))
     said = []
@@ -126,7 +126,7 @@ def test_a_single_failed_call_is_no_news(config, monkeypatch):
     assert said == []
 
 
-def test_what_the_store_took_though_the_call_failed_is_there_once(config, monkeypatch):
+def test_points_taken_by_a_call_that_failed_are_there_once(config, monkeypatch):
     monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
     left = failing(monkeypatch, "log_batch", *[ConnectionError("answer lost")] * 3, after=True)
@@ -182,7 +182,7 @@ def test_a_flush_does_not_wait_for_a_store_that_is_away(config, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["disk full", "locked"])
-def test_a_database_that_is_full_or_locked_is_tried_again(config, monkeypatch, fault):
+def test_a_database_that_is_full_or_locked_is_retried(config, monkeypatch, fault):
     monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 0.01)
     run = tracking.begin(config, {})
     path = run.uri.removeprefix("sqlite:///")
@@ -221,7 +221,7 @@ def test_a_database_that_is_full_or_locked_is_tried_again(config, monkeypatch, f
     assert said[1:] == ["MLflow is back; 1,000 points caught up"]
 
 
-def test_points_that_were_not_logged_go_on_in_the_next_attempt(config, monkeypatch):
+def test_points_not_logged_are_logged_by_the_next_attempt(config, monkeypatch):
     run = tracking.begin(config, {})
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 0.0)
     said = []
@@ -247,7 +247,7 @@ def test_points_that_were_not_logged_go_on_in_the_next_attempt(config, monkeypat
     assert MlflowClient(run.uri).get_run(run.run_id).data.tags["eiwtrain.checkpoint"] == "here"
 
 
-def test_the_histories_of_curves_are_read_only_where_a_backlog_asks_for_it(config, monkeypatch):
+def test_histories_are_read_only_for_curves_of_a_backlog(config, monkeypatch):
     run = tracking.begin(config, {})
     MlflowClient(run.uri).log_metric(run.run_id, "a", 1.0, step=1, timestamp=1)
     asked, real = [], MlflowClient.get_metric_history
@@ -259,7 +259,7 @@ def test_the_histories_of_curves_are_read_only_where_a_backlog_asks_for_it(confi
     assert history(run, "a") == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_guard_that_raises_ends_all_writing(config, monkeypatch):
+def test_a_guard_that_raises_stops_all_writing(config, monkeypatch):
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 3600.0)
     monkeypatch.setattr("eiwtrain.tracking.tracker._FLUSH_SECONDS", 3600.0)
     run = tracking.begin(config, {})
@@ -287,7 +287,7 @@ def test_a_guard_that_raises_ends_all_writing(config, monkeypatch):
     assert "the lease is somebody else's" in said[0]
 
 
-def test_a_record_that_is_refused_does_not_hold_up_the_others(config):
+def test_a_refused_curve_does_not_block_the_others(config):
     said = []
     run = tracking.begin(config, {})
     tracker = tracking.Tracker(run, warn=said.append)
@@ -305,7 +305,7 @@ def test_a_record_that_is_refused_does_not_hold_up_the_others(config):
     ]
 
 
-def test_a_run_that_was_deleted_is_said_once(config, monkeypatch):
+def test_a_deleted_run_is_reported_once(config, monkeypatch):
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 3600.0)
     run = tracking.begin(config, {})
     said = []
@@ -351,7 +351,7 @@ def test_an_image_is_there_once_wherever_logging_it_failed(config, monkeypatch, 
     assert said[1::2] == ["MLflow takes images again"] * (len(said) // 2)
 
 
-def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_kept(config, monkeypatch):
+def test_failing_images_do_not_block_curves_and_the_newest_stay(config, monkeypatch):
     run = tracking.begin(config, {})
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 0.0)
     monkeypatch.setattr("eiwtrain.tracking.tracker._RETRY_SECONDS", 3600.0)
@@ -380,7 +380,7 @@ def test_images_that_cannot_be_logged_do_not_hold_up_curves_and_the_newest_are_k
     assert said == [f"images that the last attempt could not log: {lost}"]
 
 
-def test_too_many_points_are_said_and_the_oldest_dropped(config, monkeypatch):
+def test_too_many_points_are_reported_and_the_oldest_dropped(config, monkeypatch):
     monkeypatch.setattr(backlog, "MOST_POINTS", 10)
     run = tracking.begin(config, {})
     free = threading.Event()
@@ -404,7 +404,7 @@ EVENTS = ["step", "look", "taken by the store", "not taken", "confirmed", "check
 @example([("step", 3), ("checkpoint", 1), ("crash", 1), ("step", 2), ("look", 1)])
 @example([("step", 5), ("step", 1), ("look", 1), *[("taken by the store", 1), ("confirmed", 1)] * 3, ("crash", 1)])
 @settings(deadline=None)
-def test_whenever_attempts_die_each_step_of_each_curve_is_logged_once_and_none_is_missing(events):
+def test_whenever_attempts_die_each_step_is_logged_once(events):
     """The store keeps one of points that are alike; an attempt goes on from the newest checkpoint."""
     store: dict[backlog.Point, None] = {}
     clock = itertools.count()
@@ -412,7 +412,7 @@ def test_whenever_attempts_die_each_step_of_each_curve_is_logged_once_and_none_i
     furthest = 0
     end = [("all steps", 5), ("look", 1), ("confirmed", 1), *[("taken by the store", 1), ("confirmed", 1)] * 1000]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backlog, "BATCH", 3)
+        patch.setattr(backlog, "CHUNK", 3)
         patch.setattr(backlog, "_GATHER_SECONDS", -1.0)
         for event, times in [*events, *end]:
             if event in ("step", "all steps"):  # all: the last attempt trains at least as far as those before it
@@ -444,17 +444,17 @@ def test_whenever_attempts_die_each_step_of_each_curve_is_logged_once_and_none_i
             assert [p.step for p in store if p.curve == curve] == list(range(stride, step + 1, stride))
 
 
-def test_an_ended_run_says_how(config):
+def test_an_ended_run_shows_how_it_ended(config):
     run = tracking.begin(config, {})
     tags = lambda: MlflowClient(run.uri).get_run(run.run_id).data.tags["eiwtrain.status"]  # noqa: E731
     assert tags() == "running"
-    tracking.end(run, "KILLED", "stopped by SIGTERM; goes on with the same command")
-    assert (status(run), tags()) == ("KILLED", "stopped by SIGTERM; goes on with the same command")
+    tracking.end(run, "KILLED", "stopped by SIGTERM; resumes with the same command")
+    assert (status(run), tags()) == ("KILLED", "stopped by SIGTERM; resumes with the same command")
     tracking.end(run, "FINISHED")
     assert (status(run), tags()) == ("FINISHED", "finished")
 
 
-def test_an_end_is_tried_again_for_a_while(config, monkeypatch, capsys):
+def test_an_end_is_retried_for_a_while(config, monkeypatch, capsys):
     monkeypatch.setattr("eiwtrain.tracking.record._AGAIN_SECONDS", 0.01)
     run = tracking.begin(config, {})
     left = failing(monkeypatch, "set_terminated", *[ConnectionError("gone")] * 3)
@@ -468,7 +468,7 @@ def test_an_end_is_tried_again_for_a_while(config, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("method", ["create_experiment", "create_run", "log_batch", "set_tag"])
-def test_a_beginning_that_fails_halfway_goes_on_with_the_same_run(config, monkeypatch, method):
+def test_a_start_that_fails_halfway_continues_the_same_run(config, monkeypatch, method):
     monkeypatch.setattr("eiwtrain.tracking.record._AGAIN_SECONDS", 0.01)
     failing(monkeypatch, method, ConnectionError("answer lost"), after=True)
     run = tracking.begin(config, {"a": "b"})
@@ -477,7 +477,7 @@ def test_a_beginning_that_fails_halfway_goes_on_with_the_same_run(config, monkey
     assert found.data.params["train.max_steps"] == "12"
 
 
-def test_params_that_an_interrupted_start_left_out_are_logged_by_the_next(config, monkeypatch):
+def test_params_that_a_start_left_out_are_logged_by_the_next(config, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("eiwtrain.tracking.record._BEGIN_SECONDS", 0.0)
         failing(broken, "log_batch", ConnectionError("away"))
@@ -496,7 +496,7 @@ def test_an_identity_that_cannot_be_read_is_one_line(config):
         tracking.begin(config, {})
 
 
-def test_checking_a_local_store_makes_nothing_and_beginning_a_run_makes_it(new_config, tmp_path):
+def test_a_local_store_is_created_by_a_run_and_not_by_a_check(new_config, tmp_path):
     tracking.check(new_config)
     assert list(tmp_path.iterdir()) == []
     assert status(tracking.begin(new_config, {})) == "RUNNING"

@@ -37,7 +37,7 @@ def test_a_worker_rounds_no_float32(tmp_path):
 
 
 @pytest.mark.parametrize("there_is_one", [False, True])
-def test_a_command_computes_where_it_is_asked_to_and_rounds_no_float32(there_is_one, monkeypatch):
+def test_a_command_uses_the_named_device_and_rounds_no_float32(there_is_one, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
     assert device.of_command("auto").type == ("cuda" if there_is_one else "cpu")
     assert rounds() == (False, False)
@@ -60,7 +60,7 @@ def test_the_commands_round_no_float32(command, tmp_path):
     assert rounds() == (False, False)
 
 
-def test_a_model_in_somebody_elses_program_rounds_no_float32_and_leaves_the_programs_setting(monkeypatch):
+def test_a_loaded_model_rounds_no_float32_and_keeps_settings(monkeypatch):
     flow = small_flow()
     iwbo, seen = flow.iwbo, []
     monkeypatch.setattr(flow, "iwbo", lambda *args: (seen.append(torch.backends.cudnn.allow_tf32), iwbo(*args))[1])

@@ -43,7 +43,7 @@ def test_an_attempt_starts_up_and_trains_and_the_rest_is_other(time):
     }  # fmt: skip
 
 
-def test_what_is_spent_before_the_first_step_is_no_start_up(time):
+def test_time_spent_before_the_first_step_is_not_start_up(time):
     clock = Clock(1000.0, 0.0, 1000.0, now=time)
     time.passes(3.0)
     with clock.spending("evaluation"):
@@ -53,7 +53,7 @@ def test_what_is_spent_before_the_first_step_is_no_start_up(time):
     assert (clock.seconds("startup"), clock.seconds("evaluation")) == (5.0, 5.0)
 
 
-def test_what_is_spent_inside_a_block_is_counted_once_also_if_the_block_fails(time):
+def test_time_inside_a_block_is_counted_once_even_if_it_fails(time):
     clock = Clock(1000.0, 0.0, 1000.0, now=time)
 
     def evaluate():
@@ -69,7 +69,7 @@ def test_what_is_spent_inside_a_block_is_counted_once_also_if_the_block_fails(ti
     assert (clock.seconds("evaluation"), clock.seconds("checkpoint"), clock.wall) == (3.0, 3.0, 6.0)
 
 
-def test_work_that_the_checkpoint_does_not_know_of_is_lost(time):
+def test_work_after_the_checkpoint_is_lost(time):
     first = Clock(1000.0, 0.0, 1000.0, now=time)
     first.training()
     time.passes(6.0)
@@ -88,18 +88,18 @@ def test_work_that_the_checkpoint_does_not_know_of_is_lost(time):
     assert (third.wall, third.seconds("productive"), third.seconds("lost")) == (22.0, 6.0, 16.0)
 
 
-def test_a_run_without_a_checkpoint_has_lost_all_that_was_before(time):
+def test_a_run_without_a_checkpoint_has_lost_all_earlier_time(time):
     clock = Clock.resumed(None, began=990.0, earlier=30.0, attempt_began=995.0, now=time)
     assert (clock.seconds("lost"), clock.wall) == (35.0, 40.0)
 
 
-def test_a_driver_that_could_not_note_its_last_seconds_does_not_make_them_negative(time):
+def test_seconds_that_a_driver_did_not_record_are_not_negative(time):
     saved = Clock(960.0, 0.0, 960.0, now=time).to_json()
     clock = Clock.resumed(saved, began=1000.0, earlier=35.0, attempt_began=1000.0, now=time)
     assert (clock.seconds("lost"), clock.wall) == (0.0, 40.0)
 
 
-def test_clocks_that_differ_between_machines_do_not_make_time_negative(time):
+def test_clocks_that_differ_do_not_make_time_negative(time):
     clock = Clock(1003.0, 0.0, 1003.0, now=time)  # the driver's is ahead
     clock.training()
     time.passes(2.0)
@@ -163,7 +163,7 @@ def test_every_second_is_counted_once_whatever_crashes(attempts):
             assert clock.goodput == shares["productive"]
 
 
-def test_the_summary_names_losses_from_the_largest_and_leaves_out_what_is_nothing(time):
+def test_the_summary_names_the_losses_that_count_largest_first(time):
     clock = Clock(1000.0, 0.0, 1000.0, now=time)
     time.passes(7800.0)
     clock.spend("productive", 6474.0)

@@ -43,7 +43,7 @@ class Log:
         self.images[step, name] = image
 
 
-def test_an_evaluation_is_logged_in_one_point_with_its_images_under_the_step(split):
+def test_an_evaluation_is_one_point_with_images_of_its_step(split):
     log = Log()
     split.show(SCORE, log, pytest.fail, lambda _: True)
     ((step, values),) = log.points
@@ -55,7 +55,7 @@ def test_an_evaluation_is_logged_in_one_point_with_its_images_under_the_step(spl
     assert list(log.images) == [(6, name) for name in ("samples", "reconstructions", "entropy_by_level")]
 
 
-def test_drift_beyond_the_limit_is_told(split, folder):
+def test_drift_beyond_the_limit_is_reported(split, folder):
     split.config = Config.model_validate(tiny_config(folder, eval={"drift_warning": 1e-12}))
     said = []
     split.show(SCORE, Log(), said.append, lambda _: False)
@@ -70,7 +70,7 @@ def test_a_stop_between_pictures_leaves_out_the_others(split):
     assert len(log.points) == 1
 
 
-def test_reconstructions_stand_below_the_images_they_are_of(split):
+def test_reconstructions_are_below_their_images(split):
     shown = np.asarray(dict(split.pictures())["reconstructions"])
     upper, lower = np.split(shown, 2)
     assert shown.std() > 10
@@ -79,7 +79,7 @@ def test_reconstructions_stand_below_the_images_they_are_of(split):
     assert differs.max() > 0
 
 
-def test_yardsticks_are_computed_once_and_of_no_more_pixels_than_training_can_wait_for(split, monkeypatch):
+def test_yardsticks_are_computed_once_on_a_limited_sample(split, monkeypatch):
     counts, real = [], held_out.yardsticks.bits_per_dim
 
     def counting(images, n_bits):
@@ -95,7 +95,7 @@ def test_yardsticks_are_computed_once_and_of_no_more_pixels_than_training_can_wa
     assert first == {coder: pytest.approx(bits) for coder, bits in split.yardsticks.items()}
 
 
-def test_entropies_are_of_held_out_images_through_the_averaged_weights(split):
+def test_entropies_are_of_held_out_images_and_averaged_weights(split):
     entropy = split.entropy()
     assert entropy.shape == (2, 2)
     assert torch.isfinite(entropy[0]).all()

@@ -1,4 +1,4 @@
-"""A worker that makes no progress tells its stacks and is gone; one that does is left alone."""
+"""A worker that makes no progress reports its stacks and is killed; others are left alone."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from eiwtrain.train.watchdog import Watchdog
 
 
 def run(body, seconds=60):
-    """A process with a watchdog that prints what it tells; its exit status and output."""
+    """Run a process with a watchdog that prints its report; return exit status and output."""
     program = f"""
         import threading, time
         from eiwtrain.train import watchdog
@@ -27,8 +27,8 @@ def run(body, seconds=60):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_process_that_hangs_tells_where_and_is_killed():
-    status, told, _ = run("""
+def test_a_process_that_hangs_reports_where_and_is_killed():
+    status, said, _ = run("""
         def stuck_in_a_collective():
             threading.Event().wait()
         dog = watchdog.Watchdog(0.5, lambda what: print(what, flush=True))
@@ -36,25 +36,25 @@ def test_a_process_that_hangs_tells_where_and_is_killed():
         stuck_in_a_collective()
     """)
     assert status == -signal.SIGKILL
-    assert told.startswith("no progress for 0.5 s in step 12\nthread MainThread:\n")
-    assert "stuck_in_a_collective" in told
+    assert said.startswith("no progress for 0.5 s in step 12\nthread MainThread:\n")
+    assert "stuck_in_a_collective" in said
 
 
-def test_a_process_whose_interpreter_hangs_is_ended_without_it():
+def test_a_process_whose_interpreter_hangs_exits_without_it():
     # a regular expression that never ends, in C, with the interpreter's lock held
-    status, told, stacks = run("""
+    status, said, stacks = run("""
         import re
         dog = watchdog.Watchdog(0.5, lambda what: print(what, flush=True))
         dog.beat("step 12")
         re.match("(a+)+$", "a" * 60 + "b")
     """)
     assert status == 1
-    assert told == ""
+    assert said == ""
     assert "Timeout" in stacks
     assert "re/__init__.py" in stacks or "re.py" in stacks
 
 
-def test_a_tell_that_does_not_return_holds_nothing_up():
+def test_a_report_that_does_not_return_blocks_nothing():
     status, _, _ = run("""
         watchdog.Watchdog(0.5, lambda what: threading.Event().wait())
         threading.Event().wait()
@@ -63,8 +63,8 @@ def test_a_tell_that_does_not_return_holds_nothing_up():
 
 
 @pytest.mark.parametrize("end", ["close", "beat"])
-def test_a_process_that_makes_progress_or_has_closed_its_watchdog_lives(end):
-    status, told, stacks = run(f"""
+def test_a_process_lives_that_makes_progress_or_is_not_watched(end):
+    status, said, stacks = run(f"""
         dog = watchdog.Watchdog(2.0, lambda what: print(what, flush=True))
         if {end!r} == "close":
             dog.close()
@@ -74,30 +74,30 @@ def test_a_process_that_makes_progress_or_has_closed_its_watchdog_lives(end):
             time.sleep(0.15)
         print("done")
     """)
-    assert (status, told, stacks) == (0, "done\n", "")
+    assert (status, said, stacks) == (0, "done\n", "")
 
 
-def test_the_limit_is_looked_at_often_enough(monkeypatch):
+def test_the_limit_is_checked_often_enough(monkeypatch):
     killed = []
     monkeypatch.setattr(watchdog, "_OTHERS_SECONDS", 0.0)
     monkeypatch.setattr(os, "kill", lambda *what: killed.append(what))
-    told = []
-    dog = Watchdog(0.2, told.append)
+    said = []
+    dog = Watchdog(0.2, said.append)
     dog.beat("step 1")
     end = time.monotonic() + 30
     while not killed and time.monotonic() < end:
         time.sleep(0.01)
     dog.close()
     assert killed == [(os.getpid(), signal.SIGKILL)]
-    assert len(told) == 1
+    assert len(said) == 1
 
 
-def test_a_start_is_given_longer_and_not_for_ever():
-    status, told, _ = run("""
+def test_a_start_has_a_longer_limit():
+    status, said, _ = run("""
         dog = watchdog.Watchdog(0.2, lambda what: print(what, flush=True))
         time.sleep(0.8)
         print("lives", flush=True)
         threading.Event().wait()
     """)
     assert status == -signal.SIGKILL
-    assert told.startswith("lives\nno progress for 1.5 s in the start\n")
+    assert said.startswith("lives\nno progress for 1.5 s in the start\n")
