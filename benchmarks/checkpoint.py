@@ -5,7 +5,7 @@
 Each rank holds the same tensors whole, as under ZeRO 1. "held": from the call to its return, when tensors may change
 again, of the slowest rank; "written": until the checkpoint is committed. The ways take turns, a new checkpoint each:
 
-- beside training: `eiwtrain.checkpoints.saver.Saver`, which verifies and hashes what it writes;
+- beside training: `eiwtrain.checkpoints.writer.CheckpointWriter`, which verifies and hashes what it writes;
 - waited for: the same, and training waits for the commit;
 - torch async: `torch.distributed.checkpoint.async_save`, which also copies first and writes in a thread;
 - torch: `torch.distributed.checkpoint.save`.
@@ -117,9 +117,9 @@ def _ways(state: dict[str, torch.Tensor], folder: str) -> dict[str, Callable[[in
     """Each way: saves a checkpoint of that number, and gives the seconds held and until it was written."""
     import torch.distributed.checkpoint as dcp
 
-    from eiwtrain.checkpoints.saver import Saver
+    from eiwtrain.checkpoints.writer import CheckpointWriter
 
-    saver = Saver(folder, keep_last=1, keep_every=0, guard=lambda: None)
+    saver = CheckpointWriter(folder, keep_last=1, keep_every=0, guard=lambda: None)
 
     def ours(turn: int, wait: bool) -> tuple[float, float]:
         began = time.perf_counter()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eiwtrain import data, storage
-from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
+from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.exporting import models
 from eiwtrain.sampling import series
 from eiwtrain.scoring import yardsticks

@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import data, flow, storage
-from eiwtrain.checkpoints import checkpoint
-from eiwtrain.checkpoints.checkpoint import Checkpoint
+from eiwtrain import checkpoints, data, flow, storage
+from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import models, onnx, registry
 from eiwtrain.exporting.assemble import assembled, name_of, place, publish
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             publish(folder, output)
             print(f"step {saved.step:,} -> {output}")
             return 0 if args.no_register else _register(args, root, saved, model, folder, output)
-    except (ValueError, OSError, storage.StorageError, checkpoint.DamagedCheckpoint) as e:
+    except (ValueError, OSError, storage.StorageError, checkpoints.DamagedCheckpoint) as e:
         print(f"error: {one_line(e, limit=None)}", file=sys.stderr)
         return 2
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eiwtrain import data, storage
-from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
+from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.exporting import models
 from eiwtrain.sampling import image_sets, pictures
 from eiwtrain.sampling.series import (

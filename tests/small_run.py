@@ -9,8 +9,7 @@ from helpers import tiny_config
 from mlflow import MlflowClient
 from safetensors.torch import save
 
-from eiwtrain import flow, storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, flow, storage
 from eiwtrain.config import Config
 from eiwtrain.train.state import flow_config
 
@@ -33,9 +32,9 @@ def commit(root: Path | str, step: int, bits: float | None, model: flow.EIWFlow 
     root = str(root)
     config = tiny_config(Path("/nowhere"), train={"precision": "fp32"})
     config["run"] = {"name": root.rpartition("/")[2], "storage": root.rpartition("/")[0]}
-    url = storage.join(checkpoint.folder(root), f"step-{step:08d}-{step:08x}")
+    url = storage.join(checkpoints.folder(root), f"step-{step:08d}-{step:08x}")
     data = save({f"ema/{name}": t for name, t in model.state_dict().items()})
-    part = checkpoint.Part("part-0.safetensors", len(data), storage.sha256_bytes(data))
+    part = checkpoints.Part("part-0.safetensors", len(data), storage.sha256_bytes(data))
     about = {
         "config": Config.model_validate(config).model_dump(mode="json"),
         "flow": model.config.to_dict(),
@@ -47,9 +46,9 @@ def commit(root: Path | str, step: int, bits: float | None, model: flow.EIWFlow 
         "saved_at": float(step),
         "clock": {"wall": 7200.0, "seconds": {}},
     }
-    saved = checkpoint.Checkpoint(url, step, 8 * step, (part,), about | state)
+    saved = checkpoints.Checkpoint(url, step, 8 * step, (part,), about | state)
     storage.write_bytes(storage.join(url, part.name), data)
-    storage.write_bytes(storage.join(url, checkpoint.MANIFEST), checkpoint.render(saved))
+    storage.write_bytes(storage.join(url, checkpoints.MANIFEST), checkpoints.render(saved))
 
 
 def tracked(uri: str, artifacts: Path | None = None) -> str:

@@ -1,1 +1,54 @@
-"""Checkpoints: what one is and when it counts, and the writing of one beside training."""
+"""The checkpoints of a run: what one is (`format`), which stay (`retention`), and how one is written (`writer`).
+
+Import this package, as `eiwtrain.storage`: `checkpoints.newest(root)`. Only `writer` needs torch.distributed, so it is
+imported by itself.
+"""
+
+from eiwtrain.checkpoints.format import (
+    DAMAGED_MANIFEST,
+    FIXED,
+    FORMAT,
+    FREE,
+    MANIFEST,
+    Checkpoint,
+    DamagedCheckpoint,
+    Part,
+    Unreadable,
+    at,
+    committed,
+    differences,
+    folder,
+    load,
+    newest,
+    render,
+    section,
+    survey,
+)
+from eiwtrain.checkpoints.retention import best, clean, condemn, delete, kept, sweep
+
+__all__ = [
+    "DAMAGED_MANIFEST",
+    "FIXED",
+    "FORMAT",
+    "FREE",
+    "MANIFEST",
+    "Checkpoint",
+    "DamagedCheckpoint",
+    "Part",
+    "Unreadable",
+    "at",
+    "best",
+    "clean",
+    "committed",
+    "condemn",
+    "delete",
+    "differences",
+    "folder",
+    "kept",
+    "load",
+    "newest",
+    "render",
+    "section",
+    "survey",
+    "sweep",
+]

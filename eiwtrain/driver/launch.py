@@ -8,8 +8,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.autoscaling import NodeRequest
@@ -29,7 +28,7 @@ _WAITING_SECONDS = 60.0  # after which a job for which there is no room says wha
 def train(
     config: Config,
     data_fingerprint: str,
-    newest: checkpoint.Checkpoint | None,
+    newest: checkpoints.Checkpoint | None,
     tracked: TrackedRun,
     lease: Lease,
     began: float,
@@ -102,7 +101,7 @@ def _clean(config: Config, lease: Lease, stop: Stop) -> None:
         return bool(stop.number)
 
     guard.check(stopped)
-    checkpoint.clean(config.root, lambda: guard.check(stopped), lambda: guard.outwait(stopped))
+    checkpoints.clean(config.root, lambda: guard.check(stopped), lambda: guard.outwait(stopped))
 
 
 def _stopped(config: Config, stop: Stop) -> Stopped:
@@ -112,10 +111,10 @@ def _stopped(config: Config, stop: Stop) -> Stopped:
     return Stopped(reason, newest.step, newest.url) if newest else Stopped(reason, 0, None)
 
 
-def _newest(config: Config) -> checkpoint.Checkpoint | None:
+def _newest(config: Config) -> checkpoints.Checkpoint | None:
     """Return the newest checkpoint; None where there is none, or storage does not answer."""
     with contextlib.suppress(storage.StorageError), storage.impatient():
-        return checkpoint.newest(config.root)
+        return checkpoints.newest(config.root)
     return None
 
 
@@ -160,7 +159,7 @@ def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, cons
         time.sleep(_POLL_SECONDS)
 
 
-def _gave_up(config: Config, cause: str, newest: checkpoint.Checkpoint | None) -> str:
+def _gave_up(config: Config, cause: str, newest: checkpoints.Checkpoint | None) -> str:
     return (
         f"the workers failed more than run.max_failures = {config.run.max_failures} times in a row, the last time by "
         f"{cause}\n"

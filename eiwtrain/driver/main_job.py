@@ -23,7 +23,7 @@ from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.signals import Interrupted, Stop
 
 if TYPE_CHECKING:
-    from eiwtrain.checkpoints.checkpoint import Checkpoint
+    from eiwtrain.checkpoints import Checkpoint
     from eiwtrain.data import Manifest
     from eiwtrain.tracking import Status, TrackedRun
 

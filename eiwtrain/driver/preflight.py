@@ -11,8 +11,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
 from eiwtrain.on_ray import session
@@ -101,20 +100,20 @@ def find_data(config: Config) -> Manifest | None:
     return manifest
 
 
-def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoint.Checkpoint | None:
+def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Checkpoint | None:
     """Return the checkpoint that the run would resume from, checked against config and data; None for a new run."""
     try:
-        found, unreadable = checkpoint.survey(config.root)
+        found, unreadable = checkpoints.survey(config.root)
     except storage.StorageError as e:
         raise ConfigError(f"run.storage: {e}") from None
     if unreadable and not found:
         raise ConfigError(
-            f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoint.folder(config.root)} to "
+            f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoints.folder(config.root)} to "
             "start from step 0"
         )
     if not found:
         return None
-    problems = checkpoint.differences(found[0], config, manifest.fingerprint if manifest else None)
+    problems = checkpoints.differences(found[0], config, manifest.fingerprint if manifest else None)
     if problems:
         raise ConfigError("\n".join(problems[:4]))
     return found[0]

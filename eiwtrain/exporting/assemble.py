@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from eiwtrain import flow, storage
-from eiwtrain.checkpoints.checkpoint import Checkpoint
+from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import model_card, models, onnx, registry
 from eiwtrain.exporting.pyfunc import MLMODEL, note_size, package

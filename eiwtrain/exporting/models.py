@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eiwtrain import __version__, data, flow, storage
-from eiwtrain.checkpoints import checkpoint
-from eiwtrain.checkpoints.checkpoint import Checkpoint
+from eiwtrain import __version__, checkpoints, data, flow, storage
+from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.terminal.lines import one_line
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
@@ -46,18 +45,18 @@ def open_model(name: str) -> Model:
     Raises:
         ValueError: there is no such model.
         storage.StorageError: it cannot be read.
-        checkpoint.DamagedCheckpoint: it is not as it was written.
+        checkpoints.DamagedCheckpoint: it is not as it was written.
     """
     if _REGISTERED.match(name):
         return _registered(name)
     if storage.exists(storage.join(name, flow.MODEL_FILE)):
         return _exported(name)
-    if (saved := checkpoint.at(name)) is not None:
+    if (saved := checkpoints.at(name)) is not None:
         return of_checkpoint(saved)
-    found = checkpoint.committed(name)
+    found = checkpoints.committed(name)
     if not found:
         raise ValueError(f"{name}: neither an exported model nor a checkpoint nor a run that has one")
-    return of_checkpoint(checkpoint.best(found) or found[0])
+    return of_checkpoint(checkpoints.best(found) or found[0])
 
 
 def open_split(model: Model, url: str, split: str, option: str = "data") -> data.ShardReader:
@@ -96,13 +95,13 @@ def choose(which: str, root: str) -> Checkpoint:
     Raises:
         ValueError: there is none.
     """
-    found = checkpoint.committed(root)
+    found = checkpoints.committed(root)
     if which == "best":
-        found = [b] if (b := checkpoint.best(found)) else []
+        found = [b] if (b := checkpoints.best(found)) else []
     elif which != "last":
         found = [c for c in found if str(c.step) == which]
     if not found:
-        there, unreadable = checkpoint.survey(root)
+        there, unreadable = checkpoints.survey(root)
         bad = "; ".join(u.why for u in unreadable)
         raise ValueError(
             f"{root}: no checkpoint {which!r}; committed: {[c.step for c in there]}" + (bad and f"; {bad}")
@@ -113,7 +112,7 @@ def choose(which: str, root: str) -> Checkpoint:
 def of_checkpoint(saved: Checkpoint) -> Model:
     """The averaged weights of a checkpoint."""
     model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
-    model.load_state_dict(checkpoint.section(checkpoint.load(saved), "ema"))
+    model.load_state_dict(checkpoints.section(checkpoints.load(saved), "ema"))
     return Model(model.eval(), saved.url, metadata_of(saved))
 
 

@@ -1,6 +1,6 @@
 """A flow as files: model.safetensors, which is enough to load it, and config.json, for people to read.
 
-Not for checkpoints of a training run (`eiwtrain.checkpoints.checkpoint`). Nothing is ever unpickled.
+Not for checkpoints of a training run (`eiwtrain.checkpoints`). Nothing is ever unpickled.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bytes at any fsspec URL: read, publish atomically, retry what is transient, checksum.
 
-Not for formats: what the bytes mean is the business of `eiwtrain.data.manifest` and `eiwtrain.checkpoints.checkpoint`.
+Not for formats: what the bytes mean is the business of `eiwtrain.data.manifest` and `eiwtrain.checkpoints`.
 A URL without a scheme is a local path.
 """
 

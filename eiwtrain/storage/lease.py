@@ -18,7 +18,7 @@ Why two attempts never write at the same time:
 - What remains is one write that is in flight for longer than that, as that of a process stopped in the middle. For a
   checkpoint it is harmless: each has a folder of its own and is none without its manifest, which is written last. Where
   its parts have been deleted meanwhile, the writer takes the manifest back, and should it be killed before, readers
-  pass over a manifest without its parts (`checkpoint.survey`).
+  pass over a manifest without its parts (`checkpoints.survey`).
 
 Clocks: durations are of the process's own, which goes on while the machine sleeps. Clocks of two machines are compared
 where it makes a writer wait (a clock that is behind by less than _STALE_SECONDS / 2 harms nothing, one that is ahead

@@ -1,7 +1,7 @@
-"""When checkpoints are begun, with what in them, and what is said when they are written or could not be.
+"""When checkpoints are begun, what is in them, and what the user reads when one is written or could not be.
 
-Between the loop (`eiwtrain.train.loop`), which asks at every step, and what writes them (`eiwtrain.checkpoints.saver`).
-Every rank has one; rank 0's decides.
+It stands between the loop (`eiwtrain.train.loop`), which asks at every step, and `eiwtrain.checkpoints.writer`. Every
+rank has one; rank 0's decides. Not for how a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from eiwtrain.checkpoints.saver import Outcome, RanksApartError, Saver
+from eiwtrain.checkpoints.writer import CheckpointWriter, RanksApartError, SaveResult
 from eiwtrain.config import Config
 from eiwtrain.storage.lease import Guard, LeaseLost
 from eiwtrain.tracking import Tracker, curves
@@ -51,7 +51,7 @@ class Keeper:
         self._scored_patience = max(_PATIENCE, config.workers.hang_seconds / 2)
         c = config.checkpoint
         self._guard = guard
-        self._saver = Saver(config.root, c.keep_last, c.keep_every, self._may_write)
+        self._saver = CheckpointWriter(config.root, c.keep_last, c.keep_every, self._may_write)
         self._pace = Pace(c.every, c.mtbf_hours, state.step, time.monotonic())
         self._overdue, self._not_before = False, 0.0
         self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
@@ -113,7 +113,7 @@ class Keeper:
         end = time.monotonic() + _LEASE_SECONDS
         self._guard.check(give_up=lambda: time.monotonic() > end)
 
-    def _heard(self, outcome: Outcome | None) -> None:
+    def _heard(self, outcome: SaveResult | None) -> None:
         if outcome is None:
             return
         if isinstance(outcome.exception, (LeaseLost, RanksApartError)):

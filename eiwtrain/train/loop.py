@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eiwtrain import data, storage
-from eiwtrain.checkpoints.checkpoint import DamagedCheckpoint
+from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.config import batching
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.mailbox import WorkerEnd

@@ -1,6 +1,6 @@
 """What training changes, and nothing that it does not: weights, their average, the optimizer, the step, the clock.
 
-Made anew or from a checkpoint; knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoints.checkpoint`
+Made anew or from a checkpoint; knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoints`
 knows how they are stored). Every rank holds one; methods that are collective say so.
 """
 
@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from eiwtrain import flow
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.scoring.scores import Score
@@ -85,7 +84,7 @@ class TrainState:
             images, noise, _ = first()
             self.flow.initialize(flow.dequantize(images, noise, self.flow.config.n_bits))
         else:
-            self.flow.load_state_dict(checkpoint.section(tensors, "weights"))
+            self.flow.load_state_dict(checkpoints.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
         if config.train.compile:
             self.flow.compile_conditioners()
@@ -105,10 +104,10 @@ class TrainState:
             self.skipped, self.skipped_in_row = saved.state["skipped"], saved.state["skipped_in_row"]
             self.rollbacks = saved.state["rollbacks"]
             self.score = Score(**saved.state["score"]) if saved.state["score"] else None
-            self.averaged.load_state_dict(checkpoint.section(tensors, "ema"))
+            self.averaged.load_state_dict(checkpoints.section(tensors, "ema"))
             batch = [t if t is None else t[: batching[0]] for t in first()]
             self.engine.load_moments(
-                checkpoint.section(tensors, "moments"), self.updates, lambda module: module(*batch).log_prob.sum()
+                checkpoints.section(tensors, "moments"), self.updates, lambda module: module(*batch).log_prob.sum()
             )
         if skip_to is not None and skip_to > self.step:
             note(f"step {skip_to:,} follows, with the weights of step {self.step:,}")
@@ -181,40 +180,40 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 def _newest_intact(
     root: str, device: torch.device, note: Callable[[str], None], good: bool
-) -> tuple[checkpoint.Checkpoint | None, dict[str, Tensor]]:
+) -> tuple[checkpoints.Checkpoint | None, dict[str, Tensor]]:
     """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
 
     Args:
         good: pass over those that were saved while steps were skipped, if there are others.
 
     Raises:
-        checkpoint.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
+        checkpoints.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
     """
-    found: list[Any] = [checkpoint.survey(root) if dist.get_rank() == 0 else None]
+    found: list[Any] = [checkpoints.survey(root) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, src=0)
     committed, unreadable = found[0]
     for bad in unreadable:
         note(f"checkpoint passed over: {bad.why}")
     if good:
         committed = [c for c in committed if not c.state["skipped_in_row"]] or committed
-    damaged: list[checkpoint.Checkpoint] = []
+    damaged: list[checkpoints.Checkpoint] = []
     for saved in committed:
         try:
-            tensors, damage = checkpoint.load(saved), None
-        except checkpoint.DamagedCheckpoint as e:
+            tensors, damage = checkpoints.load(saved), None
+        except checkpoints.DamagedCheckpoint as e:
             tensors, damage = {}, str(e)
         if not any_rank(damage is not None, device):
             note(f"going on from step {saved.step:,}: {saved.url}")
             if dist.get_rank() == 0:
                 for one in damaged:  # or they would count as the newest, and sweep would keep them before good ones
-                    checkpoint.condemn(one)
+                    checkpoints.condemn(one)
             return saved, tensors
         note(f"damaged checkpoint passed over: {damage or saved.url}")
         damaged.append(saved)
     if damaged or unreadable:
         last = max([*damaged, *unreadable], key=lambda c: c.step)
-        raise checkpoint.DamagedCheckpoint(
-            f"{checkpoint.folder(root)}: no checkpoint is intact, the last is {last.url}; "
+        raise checkpoints.DamagedCheckpoint(
+            f"{checkpoints.folder(root)}: no checkpoint is intact, the last is {last.url}; "
             "delete the folder to begin anew"
         )
     return None, {}

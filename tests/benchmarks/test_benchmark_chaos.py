@@ -18,8 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import chaos
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 
 SAMPLES, BATCH, EPOCHS = 8, 4, 3
 STEPS = SAMPLES * EPOCHS // BATCH
@@ -157,12 +156,12 @@ def test_values_may_differ_within_a_tolerance_that_is_asked_for() -> None:
     assert len(verify.check_curves(ours, curves(), 1e-4)) == 1
 
 
-def committed(root: str, name: str) -> checkpoint.Checkpoint:
-    url = storage.join(checkpoint.folder(root), name)
-    part = checkpoint.Part("part-00000-of-00001.safetensors", 1, "")
-    for file in (part.name, checkpoint.MANIFEST):
+def committed(root: str, name: str) -> checkpoints.Checkpoint:
+    url = storage.join(checkpoints.folder(root), name)
+    part = checkpoints.Part("part-00000-of-00001.safetensors", 1, "")
+    for file in (part.name, checkpoints.MANIFEST):
         storage.write_bytes(storage.join(url, file), b"x")
-    return checkpoint.Checkpoint(url, 4, 16, (part,), {})
+    return checkpoints.Checkpoint(url, 4, 16, (part,), {})
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def test_a_file_that_belongs_to_nothing_is_an_orphan(
 ) -> None:
     root = str(tmp_path / "run")
     good_one = committed(root, "step-00000004-0123abcd")
-    monkeypatch.setattr(checkpoint, "committed", lambda root: [good_one])
+    monkeypatch.setattr(checkpoints, "committed", lambda root: [good_one])
     for good in ("run.json", "summary.json", "model/model.safetensors"):
         storage.write_bytes(storage.join(root, good), b"{}")
     assert verify.stray_files(root) == []

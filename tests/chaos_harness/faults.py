@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos_harness.trial import CHECKPOINT_EVERY, STEPS, Strike, Struck, Trial
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 from eiwtrain.testing import failpoints
 
 _MANY_STEPS = 2 * CHECKPOINT_EVERY + 6  # when two checkpoints are committed
@@ -193,11 +192,11 @@ def _damage(trial: Trial, how: str, change: Callable[[bytes], bytes | None]) -> 
     if struck is None:
         return None
     trial.kill_all()  # what they still wrote might come after the damage
-    found = checkpoint.committed(trial.root)
+    found = checkpoints.committed(trial.root)
     if len(found) < 2:
         return None
     chosen = trial.rng.choice(found)
-    name = trial.rng.choice([checkpoint.MANIFEST, *(part.name for part in chosen.parts)])
+    name = trial.rng.choice([checkpoints.MANIFEST, *(part.name for part in chosen.parts)])
     url = storage.join(chosen.url, name)
     changed = change(storage.read_bytes(url))
     if changed is None:
@@ -230,14 +229,11 @@ def _delete_file(trial: Trial) -> Struck | None:
 
 
 def failpoint_names() -> list[str]:
-    """Those that the product's code comes by, or lists."""
+    """Return the names of all fail points in the product's code."""
     found: set[str] = set()
     for path in Path(failpoints.__file__).parents[1].rglob("*.py"):
         if path.name != "failpoints.py":
-            text = path.read_text()
-            found.update(re.findall(r'reach\("([\w.-]+)"\)', text))
-            for listed in re.findall(r"^FAILPOINTS = \((.*?)\)", text, re.DOTALL | re.MULTILINE):
-                found.update(re.findall(r'"([\w.-]+)"', listed))
+            found.update(re.findall(r'reach\("([\w.-]+)"\)', path.read_text()))
     return sorted(found)
 
 

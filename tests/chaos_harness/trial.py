@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from chaos_harness import verify
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
@@ -339,7 +338,7 @@ def outcome(trial: Trial, verdict: verify.Verdict) -> tuple[dict[str, Any], veri
     """The last checkpoint's tensors and the curves of a run that has finished; tells the verdict what else is wrong."""
     from mlflow import MlflowClient
 
-    newest = checkpoint.newest(trial.root)
+    newest = checkpoints.newest(trial.root)
     if newest is None or newest.step != STEPS:
         verdict.problems.append(f"the last checkpoint is {newest.url if newest else 'none'}")
     uri = trial.place.tracking or f"sqlite:///{trial.place.storage}/mlflow.db"
@@ -350,7 +349,7 @@ def outcome(trial: Trial, verdict: verify.Verdict) -> tuple[dict[str, Any], veri
         verdict.problems.append(f"MLflow has {len(runs)} runs of this name")
     if runs and runs[0].info.status != "FINISHED":
         verdict.problems.append(f"MLflow says that the run is {runs[0].info.status}")
-    tensors = checkpoint.load(newest) if newest else {}
+    tensors = checkpoints.load(newest) if newest else {}
     return tensors, verify.read_curves(uri, runs[0].info.run_id) if runs else {}
 
 

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 
 COMPARED = ("train/bits_per_dim", "train/grad_norm", "eval/bits_per_dim")
 """Curves that depend on the weights and samples alone, and so are the uninterrupted run's."""
@@ -211,12 +210,12 @@ def stray_files(root: str) -> list[str]:
     that no manifest names."""
     names = [name for name, _ in storage.find(root)]
     stray = {name for name in names if _TEMPORARY.search(name)}
-    top = checkpoint.folder(root).removeprefix(root).strip("/") + "/"
-    manifests = {f"{c.url.rsplit('/', 1)[-1]}": {p.name for p in c.parts} for c in checkpoint.committed(root)}
+    top = checkpoints.folder(root).removeprefix(root).strip("/") + "/"
+    manifests = {f"{c.url.rsplit('/', 1)[-1]}": {p.name for p in c.parts} for c in checkpoints.committed(root)}
     for name in names:
         if name.startswith(top):
             folder, _, file = name.removeprefix(top).partition("/")
-            if file not in manifests.get(folder, set()) | ({checkpoint.MANIFEST} if folder in manifests else set()):
+            if file not in manifests.get(folder, set()) | ({checkpoints.MANIFEST} if folder in manifests else set()):
                 stray.add(name)
     return sorted(stray)
 

@@ -16,7 +16,7 @@ SHORT = (
     "kill-driver",
     "kill-supervisor",
     "kill-storage",
-    "at-checkpoint.manifest-half-written",
+    "at-checkpoint.before-manifest",
 )
 
 

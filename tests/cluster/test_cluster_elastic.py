@@ -18,7 +18,7 @@ from jobs import Job
 from mlflow import MlflowClient
 
 from cluster.local import LocalCluster
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints
 
 pytestmark = pytest.mark.cluster
 
@@ -219,7 +219,7 @@ def test_a_submitted_job_that_is_stopped_writes_a_checkpoint_and_goes_on(cluster
     job("stop", first)
     logs = wait_for(first, "resume with")
     assert "by SIGTERM" in logs
-    saved = checkpoint.newest(str(folder / "runs" / "submitted"))
+    saved = checkpoints.newest(str(folder / "runs" / "submitted"))
     assert f"checkpoint  {saved.url}" in logs
     second = submit("train.max_steps=100000", "train.max_hours=0.0001")
     assert f"training from step {saved.step:,} " in wait_for(second, "its time limit")

@@ -12,8 +12,7 @@ from helpers import tiny_config, write_shards
 from jobs import Job
 from mlflow import MlflowClient
 
-from eiwtrain import flow, run
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, flow, run
 
 pytestmark = pytest.mark.cluster
 
@@ -43,9 +42,9 @@ def uninterrupted(folder):
 
 
 def final_weights(folder, name):
-    newest = checkpoint.committed(str(folder / "runs" / name))[0]
+    newest = checkpoints.committed(str(folder / "runs" / name))[0]
     assert (newest.step, newest.samples_seen) == (STEPS, STEPS * 8)
-    return checkpoint.load(newest)
+    return checkpoints.load(newest)
 
 
 def curve(folder, name, key):
@@ -82,7 +81,7 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     assert "\r" not in uninterrupted
     assert Path(summary["samples"]).read_bytes()[1:4] == b"PNG"
     model = flow.load(summary["exported_model"])
-    saved = checkpoint.section(final_weights(folder, "whole"), "ema")
+    saved = checkpoints.section(final_weights(folder, "whole"), "ema")
     assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
 
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
@@ -112,7 +111,7 @@ def stop(folder, name, number, code, *overrides):
     os.killpg(job.process.pid, number) if number == signal.SIGINT else job.process.send_signal(number)
     exit_code, output = job.wait()
     assert exit_code == code, output
-    step = checkpoint.committed(str(folder / "runs" / name))[0].step
+    step = checkpoints.committed(str(folder / "runs" / name))[0].step
     assert 0 < step < STEPS
     assert f"stopped at step {step} of {STEPS} by {signal.Signals(number).name}" in output
     assert f"-m eiwtrain.run {folder / 'tiny.yaml'} run.name={name}" in output
@@ -177,14 +176,14 @@ def test_a_stop_while_workers_are_away_ends_the_job_and_names_the_last_checkpoin
     job.process.send_signal(signal.SIGTERM)
     exit_code, output = job.wait(90)
     assert exit_code == 143, output
-    newest = checkpoint.committed(str(folder / "runs" / "away"))[0]
+    newest = checkpoints.committed(str(folder / "runs" / "away"))[0]
     assert f"checkpoint  {newest.url}" in output
     assert f"stopped at step {newest.step:,} of 100,000 by SIGTERM" in output
     assert "Traceback" not in output
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(folder, uninterrupted):
-    newest, before = checkpoint.committed(str(folder / "runs" / "whole"))[:2]
+    newest, before = checkpoints.committed(str(folder / "runs" / "whole"))[:2]
     part = Path(newest.url, newest.parts[1].name)
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
@@ -194,10 +193,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_finished_run_finishes_again(f
     assert f"damaged checkpoint passed over: {part}" in output or f"passed over: {newest.url}" in output
     assert f"training from step {before.step} to {STEPS}" in output
     # the damaged one is none any more: what was trained again stands in its place
-    now = checkpoint.committed(str(folder / "runs" / "whole"))
+    now = checkpoints.committed(str(folder / "runs" / "whole"))
     assert now[0].step == STEPS
     assert newest.url not in [c.url for c in now]
-    checkpoint.load(now[0])
+    checkpoints.load(now[0])
 
 
 def in_this_process(capsys, folder, *arguments):
@@ -253,7 +252,7 @@ def test_a_time_limit_checkpoints_and_ends_with_75_on_as_many_workers_as_there_i
     exit_code, output = Job(folder, *overrides, name="limited").wait()
     assert exit_code == 75, output
     assert "on 2 workers" in output
-    saved = checkpoint.committed(str(folder / "runs" / "limited"))[0]
+    saved = checkpoints.committed(str(folder / "runs" / "limited"))[0]
     assert saved.step > 0
     assert f"stopped at step {saved.step:,} of 100,000 by its time limit (train.max_hours)" in output
 

@@ -13,8 +13,7 @@ from s3fs import S3FileSystem
 
 import data_prep
 from cluster.s3 import S3Server
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 from eiwtrain.data.manifest import load_manifest
 
 pytestmark = pytest.mark.cluster
@@ -49,7 +48,7 @@ def on_server(server, tmp_path, monkeypatch):
 
 
 def weights(folder, name):
-    return checkpoint.load(checkpoint.committed(str(folder / "runs" / name))[0])
+    return checkpoints.load(checkpoints.committed(str(folder / "runs" / name))[0])
 
 
 def metric(folder, name, key):

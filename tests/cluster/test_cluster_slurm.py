@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import tiny_config, write_shards
 
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints
 
 REPOSITORY = Path(__file__).parents[2]
 NAMESPACES = ["--net", "--uts", "--mount", "--pid"]
@@ -147,7 +147,7 @@ def test_a_job_that_is_told_to_make_room_queues_itself_again_and_goes_on_from_it
     assert "AUTH_TOKEN" not in processes
     slurm("scancel", "--batch", "--signal=TERM", job)
     slurm.wait_for(lambda: "back into the queue" in log.read_text(), 300, log)
-    saved = checkpoint.newest(str(tmp_path / "runs" / "tiny"))
+    saved = checkpoints.newest(str(tmp_path / "runs" / "tiny"))
     assert f"stopped at step {saved.step:,} of 100,000 by SIGTERM" in log.read_text()
     slurm.wait_for(lambda: state(slurm, job)["JobState"] == "PENDING", 120, log)
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm itself waits two minutes

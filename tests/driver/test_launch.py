@@ -3,8 +3,7 @@ from types import SimpleNamespace
 from helpers import tiny_config
 from small_run import commit
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config
 from eiwtrain.driver import launch
 from eiwtrain.on_ray import session
@@ -45,17 +44,17 @@ def test_what_a_cut_off_worker_commits_at_the_last_moment_stays_whole_and_what_i
     config = Config.model_validate(tiny_config(tmp_path))
     commit(config.root, 3, None)
     commit(config.root, 6, None)
-    last, first = checkpoint.committed(config.root)
-    manifest = storage.join(last.url, checkpoint.MANIFEST)
+    last, first = checkpoints.committed(config.root)
+    manifest = storage.join(last.url, checkpoints.MANIFEST)
     content = storage.read_bytes(manifest)
     storage.delete(manifest)
-    dead = storage.join(checkpoint.folder(config.root), "step-00000005-deadbeef")
+    dead = storage.join(checkpoints.folder(config.root), "step-00000005-deadbeef")
     storage.write_bytes(storage.join(dead, "part"), b"half")
 
     guard = Guard(meanwhile=lambda: storage.write_bytes(manifest, content))
     for _ in range(2):  # then there is nothing to wait for
         launch._clean(config, SimpleNamespace(guard=lambda: guard), Stop(Console()))
         assert guard.waits == 1
-        assert checkpoint.survey(config.root) == ([last, first], [])
-        assert checkpoint.load(last)
+        assert checkpoints.survey(config.root) == ([last, first], [])
+        assert checkpoints.load(last)
         assert not storage.exists(dead)

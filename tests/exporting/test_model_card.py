@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import commit, small_flow
 
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints
 from eiwtrain.data.manifest import Manifest, Shard, Split
 from eiwtrain.exporting import assemble, model_card, models
 from eiwtrain.scoring.yardsticks import Yardsticks
@@ -32,7 +32,7 @@ MANIFEST = Manifest(
 def metadata(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "tiny"
     commit(root, 6, 4.5678)
-    return models.metadata_of(checkpoint.newest(str(root)))
+    return models.metadata_of(checkpoints.newest(str(root)))
 
 
 def card(metadata, **given):

@@ -2,8 +2,7 @@ import pytest
 import torch
 from small_run import commit, small_flow
 
-from eiwtrain import export, flow
-from eiwtrain.checkpoints import checkpoint
+from eiwtrain import checkpoints, export, flow
 from eiwtrain.exporting import models
 
 
@@ -23,7 +22,7 @@ def is_of_step(model, step):
 def test_a_model_opens_from_whatever_one_has_of_it(root, tmp_path):
     export.main(["3", "--run", str(root), "--output", str(tmp_path / "m"), "--no-register"])
     export.main(["3", "--run", str(root), "--output", "memory://models/three", "--no-register"])
-    newest = checkpoint.newest(str(root))
+    newest = checkpoints.newest(str(root))
     for name, step in (
         (str(root), 6),  # the best
         (newest.url, 9),

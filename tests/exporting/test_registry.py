@@ -154,12 +154,12 @@ def test_files_of_this_machine_go_into_the_run_and_stay_when_the_folder_goes(sto
 def test_at_the_end_of_a_run_its_model_is_registered_from_a_place_that_stays(store, tmp_path):
     from small_run import commit
 
-    from eiwtrain.checkpoints import checkpoint
+    from eiwtrain import checkpoints
 
     remote = "memory://runs/tiny"
     for root in (str(tmp_path / "tiny"), remote):
         commit(root, 3, 4.0)
-        saved = checkpoint.newest(root)
+        saved = checkpoints.newest(root)
         run = TrackedRun(store.uri, "0", store.run_id)
         model = small_flow(seed=3)
         with assemble.assembled(model, models.metadata_of(saved)) as folder:

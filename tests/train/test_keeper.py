@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from helpers import tiny_config
 
-from eiwtrain.checkpoints.checkpoint import Checkpoint
-from eiwtrain.checkpoints.saver import Outcome, RanksApartError
+from eiwtrain.checkpoints import Checkpoint
+from eiwtrain.checkpoints.writer import RanksApartError, SaveResult
 from eiwtrain.config import Config
 from eiwtrain.storage.lease import LeaseLost
 from eiwtrain.train import keeper
@@ -25,7 +25,7 @@ class FakeSaver:
     takes: float = float("inf")
     """Seconds for which one must be waited for until it is written."""
     busy: bool = False
-    outcome: Outcome | None = None
+    outcome: SaveResult | None = None
 
     def begin(self, step: int, samples_seen: int, tensors: Any, state: dict[str, Any]) -> None:
         self.begun.append(step)
@@ -33,14 +33,14 @@ class FakeSaver:
 
     def end(self, error: Exception | None = None) -> None:
         saved = None if error else Checkpoint(f"step-{self.begun[-1]}", self.begun[-1], 0, (), {})
-        self.outcome = Outcome(saved, error, 0.1, 0.2, 0)
+        self.outcome = SaveResult(saved, error, 0.1, 0.2, 0)
         self.busy = False
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> SaveResult | None:
         outcome, self.outcome = self.outcome, None
         return None if self.busy else outcome
 
-    def wait(self, seconds: float | None = None) -> Outcome | None:
+    def wait(self, seconds: float | None = None) -> SaveResult | None:
         self.waits.append(seconds)
         if self.busy and (seconds is None or seconds >= self.takes):
             self.end()
@@ -71,7 +71,7 @@ class Guard:
 def kept(monkeypatch):
     """A keeper every 10 steps, its state, its saver, and what it has said."""
     saver, state, said = FakeSaver(), FakeState(), []
-    monkeypatch.setattr(keeper, "Saver", lambda *args: saver)
+    monkeypatch.setattr(keeper, "CheckpointWriter", lambda *args: saver)
     monkeypatch.setattr(keeper, "sum_over_ranks", lambda values, device: [float(v) for v in values])
     config = Config.model_validate(tiny_config(Path("/x"), checkpoint={"every": 10}))
     clock = Clock(0.0, 0.0, 0.0)

@@ -10,9 +10,8 @@ from helpers import tiny_config
 from ranks import run_ranks
 from torch import nn
 
-from eiwtrain import flow
-from eiwtrain.checkpoints import checkpoint
-from eiwtrain.checkpoints.saver import Saver
+from eiwtrain import checkpoints, flow
+from eiwtrain.checkpoints.writer import CheckpointWriter
 from eiwtrain.config import Config, batching
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.train.engine import BETAS, Engine
@@ -97,7 +96,7 @@ def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop)
 def save_half_way(folder, stage=1):
     c = config(folder, stage)
     state = make_state(c)
-    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    saver = CheckpointWriter(c.root, keep_last=5, keep_every=0, guard=lambda: None)
     for step in range(2):
         state.advance(losses(c, images(step)), LR)
     saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
@@ -109,15 +108,15 @@ def save_half_way(folder, stage=1):
 
 def resume_and_compare(folder, stage, exact):
     c = config(folder, stage)
-    whole, half = checkpoint.committed(c.root)
-    expected = checkpoint.load(whole)
+    whole, half = checkpoints.committed(c.root)
+    expected = checkpoints.load(whole)
     dist.barrier()  # all have seen it
     if dist.get_rank() == 0:
         Path(whole.url, "manifest.json").unlink()
     dist.barrier()
     state = make_state(c)
     assert (state.step, state.updates, state.samples_seen) == (2, 2, 16)
-    restored = checkpoint.load(half)
+    restored = checkpoints.load(half)
     for name, value in state.tensors():
         assert torch.equal(value, restored.pop(name)), name
     assert not restored
@@ -133,18 +132,18 @@ def resume_and_compare(folder, stage, exact):
 def find_only_damage(folder):
     c = config(folder)
     for _ in range(2):  # a second try finds the same: nothing was thrown away, and nothing begins anew
-        with pytest.raises(checkpoint.DamagedCheckpoint, match="no checkpoint is intact"):
+        with pytest.raises(checkpoints.DamagedCheckpoint, match="no checkpoint is intact"):
             make_state(c)
 
 
 def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(tmp_path):
     run_ranks(save_half_way, 2, tmp_path)
-    found = checkpoint.committed(config(tmp_path).root)
+    found = checkpoints.committed(config(tmp_path).root)
     for saved in found:
         part = Path(saved.url, saved.parts[0].name)
         part.write_bytes(part.read_bytes()[:-1])
     run_ranks(find_only_damage, 2, tmp_path)
-    assert checkpoint.committed(config(tmp_path).root) == found
+    assert checkpoints.committed(config(tmp_path).root) == found
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def skip_and_go_back(folder):
         return module(images(0)).log_prob.sum() * (math.nan if rank == dist.get_world_size() - 1 else 1.0)
 
     state = make_state(c)
-    saver = Saver(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    saver = CheckpointWriter(c.root, keep_last=5, keep_every=0, guard=lambda: None)
     _, applied = state.advance(losses(c, images(0)), LR)
     assert applied
     saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())

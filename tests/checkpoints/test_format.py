@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint, saver
+from eiwtrain import checkpoints, storage
+from eiwtrain.checkpoints import writer
 from eiwtrain.config import Config
 
 CONFIG = Config.model_validate(tiny_config(Path("/x")))
@@ -41,24 +41,24 @@ def state(**more):
 
 
 def save(root, step, **more):
-    share = saver.snapshot(tensors(step).items(), dist.get_rank(), dist.get_world_size())
-    return saver.commit(root, step, step * 8, share, state(**more))
+    share = writer.snapshot(tensors(step).items(), dist.get_rank(), dist.get_world_size())
+    return writer.commit(root, step, step * 8, share, state(**more))
 
 
 def test_a_checkpoint_comes_back_whole(tmp_path):
     save(str(tmp_path), 3)
-    (found,) = checkpoint.committed(str(tmp_path))
+    (found,) = checkpoints.committed(str(tmp_path))
     assert (found.step, found.samples_seen, found.state) == (3, 24, state())
-    loaded = checkpoint.load(found)
+    loaded = checkpoints.load(found)
     assert loaded.keys() == tensors().keys()
     assert all(torch.equal(loaded[k], v) for k, v in tensors(3).items())
-    assert checkpoint.section(loaded, "ema").keys() == {"layer0.w"}
+    assert checkpoints.section(loaded, "ema").keys() == {"layer0.w"}
 
 
 def test_without_its_manifest_there_is_no_checkpoint(tmp_path):
     saved = save(str(tmp_path), 3)
     storage.delete(storage.join(saved.url, "manifest.json"))
-    assert checkpoint.committed(str(tmp_path)) == []
+    assert checkpoints.committed(str(tmp_path)) == []
 
 
 def test_a_half_written_manifest_is_no_checkpoint_but_is_told(tmp_path):
@@ -67,8 +67,8 @@ def test_a_half_written_manifest_is_no_checkpoint_but_is_told(tmp_path):
     data = manifest.read_bytes()
     for left in (data[:-40], b"", b"[]", b"{}", b'{"format": 3}', b"\xff"):
         manifest.write_bytes(left)
-        found, (unreadable,) = checkpoint.survey(str(tmp_path))
-        assert found == checkpoint.committed(str(tmp_path)) == []
+        found, (unreadable,) = checkpoints.survey(str(tmp_path))
+        assert found == checkpoints.committed(str(tmp_path)) == []
         assert (unreadable.url, unreadable.step) == (saved.url, 3)
         assert unreadable.why.startswith(f"{manifest}: ")
 
@@ -79,13 +79,13 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     content = json.loads(manifest.read_bytes())
     del content["sha256"]
     manifest.write_text(json.dumps(content | {"format": "eiwtrain-checkpoint/1"}))
-    _, (unreadable,) = checkpoint.survey(str(tmp_path))
+    _, (unreadable,) = checkpoints.survey(str(tmp_path))
     assert "'eiwtrain-checkpoint/1', and this version of eiwtrain reads 'eiwtrain-checkpoint/2'" in unreadable.why
 
 
 def test_a_file_where_a_checkpoint_should_be_is_none(tmp_path):
-    storage.write_bytes(storage.join(checkpoint.folder(str(tmp_path)), "step-00000003-deadbeef"), b"1")
-    assert checkpoint.survey(str(tmp_path)) == ([], [])
+    storage.write_bytes(storage.join(checkpoints.folder(str(tmp_path)), "step-00000003-deadbeef"), b"1")
+    assert checkpoints.survey(str(tmp_path)) == ([], [])
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ def whole(tmp_path_factory):
 
 
 def is_as_written_or_refused(root, saved):
-    found, unreadable = checkpoint.survey(root)
+    found, unreadable = checkpoints.survey(root)
     assert len(found) + len(unreadable) == 1
     if found:  # what was altered says the same: the layout of the manifest
         assert (found[0].step, found[0].parts, found[0].state) == (saved.step, saved.parts, saved.state)
         try:
-            loaded = checkpoint.load(found[0])
-        except checkpoint.DamagedCheckpoint:
+            loaded = checkpoints.load(found[0])
+        except checkpoints.DamagedCheckpoint:
             return
         assert all(torch.equal(loaded[k], v) for k, v in tensors(3).items())
 
@@ -119,8 +119,8 @@ def test_no_altered_byte_goes_unnoticed(whole, data):
     try:
         is_as_written_or_refused(root, saved)
         if path.name != "manifest.json":
-            with pytest.raises(checkpoint.DamagedCheckpoint, match=path.name):
-                checkpoint.load(saved)
+            with pytest.raises(checkpoints.DamagedCheckpoint, match=path.name):
+                checkpoints.load(saved)
     finally:
         path.write_bytes(files[path])
 
@@ -133,7 +133,7 @@ def test_no_missing_end_goes_unnoticed(whole, data):
     try:
         is_as_written_or_refused(root, saved)
         if path.name == "manifest.json":
-            assert checkpoint.committed(root) == []
+            assert checkpoints.committed(root) == []
     finally:
         path.write_bytes(files[path])
 
@@ -145,20 +145,20 @@ def test_a_damaged_part_is_named(tmp_path, damage):
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data if damage == "flip" else data[:-1]) if damage != "delete" else part.unlink()
-    with pytest.raises(checkpoint.DamagedCheckpoint, match=part.name):
-        checkpoint.load(saved)
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=part.name):
+        checkpoints.load(saved)
 
 
 def test_the_newest_come_first_and_sweep_keeps_them_and_the_best(tmp_path):
     root = str(tmp_path)
     for step, bits in ((1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, None)):
         save(root, step, eval_bits_per_dim=bits)
-    assert [c.step for c in checkpoint.committed(root)] == [5, 4, 3, 2, 1]
-    checkpoint.sweep(root, keep_last=2)
-    assert [c.step for c in checkpoint.committed(root)] == [5, 4, 2]
-    assert len(storage.listdir(checkpoint.folder(root))) == 3
-    checkpoint.sweep(root, keep_last=1)
-    assert [c.step for c in checkpoint.committed(root)] == [5, 2]
+    assert [c.step for c in checkpoints.committed(root)] == [5, 4, 3, 2, 1]
+    checkpoints.sweep(root, keep_last=2)
+    assert [c.step for c in checkpoints.committed(root)] == [5, 4, 2]
+    assert len(storage.listdir(checkpoints.folder(root))) == 3
+    checkpoints.sweep(root, keep_last=1)
+    assert [c.step for c in checkpoints.committed(root)] == [5, 2]
 
 
 @given(
@@ -168,14 +168,14 @@ def test_the_newest_come_first_and_sweep_keeps_them_and_the_best(tmp_path):
 )
 def test_the_newest_the_best_and_the_first_of_each_window_stay(saves, keep_last, keep_every):
     found = [
-        checkpoint.Checkpoint(str(i), step, 0, (), {"eval_bits_per_dim": bits, "saved_at": i})
+        checkpoints.Checkpoint(str(i), step, 0, (), {"eval_bits_per_dim": bits, "saved_at": i})
         for i, (step, bits) in enumerate(saves)
     ]
     found.sort(key=lambda c: (c.step, c.state["saved_at"]), reverse=True)
     last = {c.step: c for c in reversed(found)}  # the newest of each step
     steps = sorted(last)
     scores = {s: b for s in steps if (b := last[s].state["eval_bits_per_dim"]) is not None and b == b}
-    keep = checkpoint.kept(found, keep_last, keep_every)
+    keep = checkpoints.kept(found, keep_last, keep_every)
     of_which = {s for s in steps if last[s].url in keep}
     assert len(of_which) == len(keep)
     windows = (
@@ -193,7 +193,7 @@ def test_the_newest_the_best_and_the_first_of_each_window_stay(saves, keep_last,
     else:
         assert not extra
     # once more, from what is left: nothing that was to stay for ever goes
-    assert checkpoint.kept([c for c in found if c.url in keep], keep_last, keep_every) == keep
+    assert checkpoints.kept([c for c in found if c.url in keep], keep_last, keep_every) == keep
 
 
 def names_in(url):
@@ -206,16 +206,16 @@ def test_what_dead_attempts_left_goes_and_what_is_not_ours_stays(tmp_path):
     others = [".hidden", "run.json", "notes.tmp", f".lease.json.{random}.tmp"]
     for name in stray + others:
         storage.write_bytes(storage.join(root, name), b"1")
-        storage.write_bytes(storage.join(checkpoint.folder(root), name), b"1")
+        storage.write_bytes(storage.join(checkpoints.folder(root), name), b"1")
     for name in ("step-00000003-deadbeef", "step-00000009-deadbeef", "notes"):
-        storage.write_bytes(storage.join(checkpoint.folder(root), name, "part"), b"half")
-    Path(checkpoint.folder(root), "step-00000004-deadbeef").mkdir()
+        storage.write_bytes(storage.join(checkpoints.folder(root), name, "part"), b"half")
+    Path(checkpoints.folder(root), "step-00000004-deadbeef").mkdir()
     saved = save(root, 5)
-    checkpoint.clean(root)
+    checkpoints.clean(root)
     assert names_in(root) == sorted([*others, "checkpoints"])
-    left = [n for n in names_in(checkpoint.folder(root)) if n not in others]
+    left = [n for n in names_in(checkpoints.folder(root)) if n not in others]
     assert left == ["notes", saved.url.rsplit("/")[-1]]
-    checkpoint.load(saved)
+    checkpoints.load(saved)
 
 
 @pytest.mark.parametrize("make_bad", ["condemned", "unreadable"])
@@ -224,25 +224,25 @@ def test_a_bad_checkpoint_stays_until_training_has_passed_its_step(tmp_path, mak
     save(root, 3)
     bad = save(root, 7)
     if make_bad == "condemned":
-        checkpoint.condemn(bad)
+        checkpoints.condemn(bad)
     else:
         Path(bad.url, "manifest.json").write_bytes(b"")
     before = {p: p.read_bytes() for p in Path(bad.url).iterdir()}
     for step in (5, 6):
         save(root, step)
-        checkpoint.sweep(root, keep_last=1)
-        assert [c.step for c in checkpoint.committed(root)] == [step]
+        checkpoints.sweep(root, keep_last=1)
+        assert [c.step for c in checkpoints.committed(root)] == [step]
         assert {p: p.read_bytes() for p in Path(bad.url).iterdir()} == before
     new = save(root, 7)
-    checkpoint.sweep(root, keep_last=1)
-    assert names_in(checkpoint.folder(root)) == [new.url.rsplit("/")[-1]]
+    checkpoints.sweep(root, keep_last=1)
+    assert names_in(checkpoints.folder(root)) == [new.url.rsplit("/")[-1]]
 
 
 def test_a_condemned_checkpoint_is_none_any_more_and_keeps_its_bytes(tmp_path):
     saved = save(str(tmp_path), 3)
     before = set(storage.listdir(saved.url))
-    checkpoint.condemn(saved)
-    assert checkpoint.committed(str(tmp_path)) == []
+    checkpoints.condemn(saved)
+    assert checkpoints.committed(str(tmp_path)) == []
     assert set(storage.listdir(saved.url)) == before - {"manifest.json"} | {"manifest.damaged.json"}
 
 
@@ -251,7 +251,7 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
 
     def problems(fingerprint="f" * 64, **sections):
         config = Config.model_validate(tiny_config(Path("/x"), **sections))
-        return checkpoint.differences(saved, config, fingerprint)
+        return checkpoints.differences(saved, config, fingerprint)
 
     assert problems() == []
     assert problems(train={"max_steps": 99, "lr": 0.5, "micro_batch": 2}, workers={"min": 1}) == []
@@ -280,9 +280,9 @@ def save_on_two_ranks(root):
 
 def test_two_ranks_share_the_bytes_and_one_process_loads_them(tmp_path):
     run_ranks(save_on_two_ranks, 2, str(tmp_path))
-    (found,) = checkpoint.committed(str(tmp_path))
+    (found,) = checkpoints.committed(str(tmp_path))
     sizes = [p.bytes for p in found.parts]
     assert len(sizes) == 2
     assert max(sizes) < 0.7 * sum(sizes)
-    loaded = checkpoint.load(found)
+    loaded = checkpoints.load(found)
     assert all(torch.equal(loaded[k], v) for k, v in tensors(4).items())

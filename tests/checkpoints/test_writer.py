@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from eiwtrain import storage
-from eiwtrain.checkpoints import checkpoint, saver
-from eiwtrain.checkpoints.saver import FAILPOINTS, Saver
+from eiwtrain import checkpoints, storage
+from eiwtrain.checkpoints import writer
+from eiwtrain.checkpoints.writer import CheckpointWriter
 from eiwtrain.storage import files as storage_files
 from eiwtrain.testing import failpoints
 
-LAST = ("checkpoint.manifest-written", "checkpoint.half-deleted", "checkpoint.swept")  # when it is committed
+PARTS = ("before-part", "part-half-written", "part-written", "agreed")
+LAST = ("manifest-written", "half-deleted", "swept")  # the checkpoint is committed by then
+BOUNDARIES = (*PARTS, "before-manifest", "manifest-half-written", *LAST)
+"""Every place of a save at which a process may die, in order: fail points, and files of which half is written."""
 
 
 class Lost(RuntimeError):
@@ -50,11 +53,11 @@ def begin(of, step, what=None):
 
 
 def make(root, keep_last=2, keep_every=0, guard=lambda: None):
-    return Saver(str(root), keep_last, keep_every, guard)
+    return CheckpointWriter(str(root), keep_last, keep_every, guard)
 
 
 def steps(root):
-    return [c.step for c in checkpoint.committed(str(root))]
+    return [c.step for c in checkpoints.committed(str(root))]
 
 
 def files(root):
@@ -62,7 +65,7 @@ def files(root):
 
 
 def is_whole(saved):
-    loaded, expected = checkpoint.load(saved), tensors(saved.step)
+    loaded, expected = checkpoints.load(saved), tensors(saved.step)
     return loaded.keys() == expected.keys() and all(torch.equal(loaded[k], v) for k, v in expected.items())
 
 
@@ -94,7 +97,7 @@ def test_training_goes_on_while_what_it_had_at_the_step_is_written(tmp_path, gat
     outcome = s.wait()
     assert not s.busy
     assert s.poll() is s.wait() is None  # an outcome is given once
-    assert outcome.checkpoint == checkpoint.committed(str(tmp_path))[0]
+    assert outcome.checkpoint == checkpoints.committed(str(tmp_path))[0]
     assert (outcome.error, outcome.exception) == (None, None)
     assert is_whole(outcome.checkpoint)
     parts = [p for p in Path(outcome.checkpoint.url).iterdir() if p.name != "manifest.json"]
@@ -121,7 +124,7 @@ def test_a_save_waits_for_the_one_before_and_gives_its_outcome(tmp_path, gate):
 
 def test_no_second_copy_of_the_share_is_made(tmp_path, monkeypatch):
     shares, addresses = [], []
-    snapshot, write = saver.snapshot, storage.write_pieces
+    snapshot, write = writer.snapshot, storage.write_pieces
 
     def remember(*args):
         shares.append(snapshot(*args))
@@ -135,7 +138,7 @@ def test_no_second_copy_of_the_share_is_made(tmp_path, monkeypatch):
             assert len(written) == 5
         write(url, pieces)
 
-    monkeypatch.setattr(saver, "snapshot", remember)
+    monkeypatch.setattr(writer, "snapshot", remember)
     monkeypatch.setattr(storage, "write_pieces", look)
     s, model = make(tmp_path), tensors(1)
     begin(s, 1, model)
@@ -161,7 +164,7 @@ def test_a_part_is_what_safetensors_reads_whatever_the_types(tmp_path):
     header = part.read_bytes()[8 : 8 + int.from_bytes(part.read_bytes()[:8], "little")]
     for name, entry in json.loads(header).items():  # aligned, for readers that map the file
         assert (8 + len(header) + entry["data_offsets"][0]) % what[name].element_size() == 0
-    for loaded in (checkpoint.load(saved), load_file(part)):
+    for loaded in (checkpoints.load(saved), load_file(part)):
         assert loaded.keys() == what.keys()
         for name, tensor in what.items():
             assert loaded[name].dtype == tensor.dtype
@@ -260,7 +263,7 @@ def late_manifest(monkeypatch, meanwhile):
     write = storage.write_pieces
 
     def late(url, pieces):
-        if url.endswith(checkpoint.MANIFEST):
+        if url.endswith(checkpoints.MANIFEST):
             meanwhile()
         write(url, pieces)
 
@@ -277,13 +280,13 @@ def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp
     s = make(root, keep_last=1)
     begin(s, 1)
     (before,) = [s.wait().checkpoint]
-    late_manifest(monkeypatch, lambda: checkpoint.clean(root))
+    late_manifest(monkeypatch, lambda: checkpoints.clean(root))
     if killed:  # as soon as it is written
-        written = [saver._check_parts, killed_by_hand]
-        monkeypatch.setattr(saver, "_check_parts", lambda new: written.pop(0)(new))
+        written = [writer._check_parts, killed_by_hand]
+        monkeypatch.setattr(writer, "_check_parts", lambda new: written.pop(0)(new))
         with pytest.raises(KeyboardInterrupt):
-            saver.commit(root, 2, 16, dict(tensors(2)), state(2))
-        found, (bad,) = checkpoint.survey(root)
+            writer.commit(root, 2, 16, dict(tensors(2)), state(2))
+        found, (bad,) = checkpoints.survey(root)
         assert found == [before]
         assert bad.step == 2
         assert "part-00000-of-00001.safetensors is missing" in bad.why
@@ -291,12 +294,12 @@ def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp
         begin(s, 2)
         outcome = s.wait()
         assert outcome.checkpoint is None
-        assert checkpoint.survey(root) == ([before], [])
+        assert checkpoints.survey(root) == ([before], [])
     monkeypatch.undo()
     begin(s, 3)
     assert s.wait().error is None
     assert steps(root) == [3]
-    assert len(storage.listdir(checkpoint.folder(root))) == 1
+    assert len(storage.listdir(checkpoints.folder(root))) == 1
 
 
 @pytest.mark.parametrize("collective", ["broadcast_object_list", "all_gather_object"])
@@ -308,7 +311,7 @@ def test_ranks_that_lost_one_another_are_told_from_storage_that_fails(tmp_path, 
     s = make(tmp_path)
     begin(s, 1)
     outcome = s.wait()
-    assert (outcome.checkpoint, type(outcome.exception)) == (None, saver.RanksApartError)
+    assert (outcome.checkpoint, type(outcome.exception)) == (None, writer.RanksApartError)
     assert outcome.error == "the workers lost one another at a checkpoint: Connection closed by peer [127.0.0.1]:1234"
 
 
@@ -316,7 +319,7 @@ def test_what_cannot_be_sent_is_sent_as_text():
     class Local(Exception):
         pass
 
-    assert str(saver._portable(Local("why"))) == "Local: why"
+    assert str(writer._portable(Local("why"))) == "Local: why"
 
 
 def test_the_first_checkpoint_of_each_window_stays(tmp_path):
@@ -379,12 +382,12 @@ def two_ranks(root):
 def test_what_fails_on_one_rank_fails_on_all_and_training_goes_on(tmp_path):
     run_ranks(two_ranks, 2, str(tmp_path))
     assert steps(tmp_path) == [4, 1]
-    assert all(is_whole(c) for c in checkpoint.committed(str(tmp_path)))
-    assert len(storage.listdir(checkpoint.folder(str(tmp_path)))) == 2
+    assert all(is_whole(c) for c in checkpoints.committed(str(tmp_path)))
+    assert len(storage.listdir(checkpoints.folder(str(tmp_path)))) == 2
 
 
 FORKS = mp.get_context("forkserver")
-FORKS.set_forkserver_preload(["eiwtrain.checkpoints.saver", "safetensors.torch", "test_saver"])
+FORKS.set_forkserver_preload(["eiwtrain.checkpoints.writer", "safetensors.torch", "test_writer"])
 
 
 def join(rank, folder):
@@ -392,27 +395,45 @@ def join(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
 
-def steps_left(failpoint, victim):
+def steps_left(boundary, victim):
     """What a reader may find after a death in the save of step 2, at which step 1 is to go."""
-    if failpoint == "checkpoint.agreed" and victim == 1:  # rank 0 publishes without it
+    if boundary == "agreed" and victim == 1:  # rank 0 publishes without it
         return [2, 1], [2]
-    return ({LAST[0]: [2, 1], LAST[1]: [2], LAST[2]: [2]}.get(failpoint, [1]),)
+    return ({LAST[0]: [2, 1], LAST[1]: [2], LAST[2]: [2]}.get(boundary, [1]),)
 
 
-def die_in_second_save(rank, folder, failpoint, victim):
+def die_at(boundary):
+    """From now on this process kills itself there."""
+    if not boundary.endswith("-half-written"):
+        os.environ["EIWTRAIN_FAILPOINTS"] = f"checkpoint.{boundary}=kill"
+        failpoints._came_by.clear()
+        return
+    write = storage.write_pieces
+
+    def write_half(url, pieces):
+        def half():
+            data = b"".join(pieces())
+            yield data[: len(data) // 2]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        write(url, half if Path(url).name.startswith(boundary.partition("-")[0]) else pieces)
+
+    storage.write_pieces = write_half
+
+
+def die_in_second_save(rank, folder, boundary, victim):
     join(rank, folder)
     s = make(f"{folder}/run", keep_last=1)
     begin(s, 1)
     assert s.wait().checkpoint.step == 1
     dist.barrier()
     if rank == victim:
-        os.environ["EIWTRAIN_FAILPOINTS"] = f"{failpoint}=kill"
-        failpoints._came_by.clear()
+        die_at(boundary)
     begin(s, 2)
     outcome = s.wait()
-    if steps_left(failpoint, victim) == ([1],):
+    if steps_left(boundary, victim) == ([1],):
         assert outcome.checkpoint is None
-        assert isinstance(outcome.exception, saver.RanksApartError)
+        assert isinstance(outcome.exception, writer.RanksApartError)
 
 
 def leave_in_a_save(rank, folder):
@@ -436,19 +457,16 @@ def start(work, folder, *args):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    ("failpoint", "victim"),
-    [(f, 0) for f in FAILPOINTS] + [(f, 1) for f in FAILPOINTS[:4]],
-)
-def test_whatever_dies_when_a_reader_finds_the_old_or_the_new_one_whole(tmp_path, failpoint, victim):
-    ranks = start(die_in_second_save, tmp_path, failpoint, victim)
+@pytest.mark.parametrize(("boundary", "victim"), [(b, 0) for b in BOUNDARIES] + [(b, 1) for b in PARTS])
+def test_a_death_anywhere_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, boundary, victim):
+    ranks = start(die_in_second_save, tmp_path, boundary, victim)
     for process in ranks:
         process.join(120)
     assert ranks[victim].exitcode == -signal.SIGKILL
     assert ranks[1 - victim].exitcode == 0  # and neither waits for the other nor hangs at its end
     root = str(tmp_path / "run")
-    found = checkpoint.committed(root)
-    assert [c.step for c in found] in steps_left(failpoint, victim)
+    found = checkpoints.committed(root)
+    assert [c.step for c in found] in steps_left(boundary, victim)
     assert all(is_whole(c) for c in found)
     s = make(root, keep_last=1)
     begin(s, 3)
@@ -460,15 +478,15 @@ def test_whatever_dies_when_a_reader_finds_the_old_or_the_new_one_whole(tmp_path
 
 def come_late(rank, folder):
     join(rank, folder)
-    saver._TIMEOUT = timedelta(seconds=1)
+    writer._TIMEOUT = timedelta(seconds=1)
     s = make(f"{folder}/run")
     if rank == 0:
         begin(s, 1)
-        assert isinstance(s.wait().exception, saver.RanksApartError)
+        assert isinstance(s.wait().exception, writer.RanksApartError)
     dist.barrier()
     began = time.monotonic()
     begin(s, 2)
-    assert isinstance(s.wait().exception, saver.RanksApartError)
+    assert isinstance(s.wait().exception, writer.RanksApartError)
     assert time.monotonic() - began < 30
     dist.barrier()  # training's own group is as it was
 
@@ -509,7 +527,7 @@ def test_on_s3_a_large_part_is_uploaded_in_parts_and_unfinished_uploads_are_give
     begin(s, 2, what)
     outcome = s.wait()
     assert outcome.error is None
-    loaded = checkpoint.load(outcome.checkpoint)
+    loaded = checkpoints.load(outcome.checkpoint)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in what.items())
     assert len(files(root)) == 2
     left = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])

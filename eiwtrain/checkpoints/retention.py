@@ -1,0 +1,118 @@
+"""Which checkpoints of a run stay, and how the others and what dead attempts left are deleted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+
+from eiwtrain import storage
+from eiwtrain.checkpoints.format import DAMAGED_MANIFEST, FOLDER, MANIFEST, Checkpoint, Unreadable, folder, survey
+from eiwtrain.testing import failpoints
+
+_STRAY = re.compile(r"\.(.+\.[0-9a-f]{32}\.tmp|probe-[0-9a-f]{32})$")  # temporary files of `eiwtrain.storage`
+_log = logging.getLogger(__name__)
+
+
+def best(found: list[Checkpoint]) -> Checkpoint | None:
+    """Return the checkpoint with the lowest held-out bits/dim; None if none was evaluated."""
+    scored = [c for c in found if (bits := c.state.get("eval_bits_per_dim")) is not None and math.isfinite(bits)]
+    return min(scored, key=lambda c: c.state["eval_bits_per_dim"], default=None)
+
+
+def condemn(checkpoint: Checkpoint) -> None:
+    """Take a damaged checkpoint out of `committed`; its bytes stay until training has passed its step again."""
+    manifest = storage.join(checkpoint.url, MANIFEST)
+    storage.write_bytes(storage.join(checkpoint.url, DAMAGED_MANIFEST), storage.read_bytes(manifest))
+    storage.delete(manifest)
+
+
+def delete(url: str) -> None:
+    """Delete the folder of a checkpoint. The manifest goes first, so that a half-deleted folder is no checkpoint."""
+    storage.delete(storage.join(url, MANIFEST))
+    failpoints.reach("checkpoint.half-deleted")
+    storage.delete(url)
+
+
+def kept(found: list[Checkpoint], keep_last: int, keep_every: int) -> set[str]:
+    """Return the URLs of the checkpoints that stay: the newest `keep_last`, the best, and with `keep_every` = m > 0 the
+    first in each window of m steps. Of several checkpoints of one step only the newest counts.
+
+    Args:
+        found: newest first, as from `committed`.
+    """
+    newest = list({c.step: c for c in reversed(found)}.values())[::-1]
+    keep = {c.url for c in newest[:keep_last]}
+    if (b := best(newest)) is not None:
+        keep.add(b.url)
+    if keep_every:
+        keep |= {c.url for c in {c.step // keep_every: c for c in newest}.values()}
+    return keep
+
+
+def sweep(root: str, keep_last: int, keep_every: int = 0, guard: Callable[[], None] = lambda: None) -> None:
+    """Delete the checkpoints that are not `kept`, and all that `clean` deletes.
+
+    Call it only where no commit is under way and no other process writes the run.
+
+    Args:
+        guard: called first and before each deletion; the sweep ends with what it raises.
+    """
+    guard()
+    found, unreadable = survey(root)
+    keep = kept(found, keep_last, keep_every)
+    for old in found:
+        if old.url not in keep:
+            guard()
+            delete(old.url)
+    _clean(root, [c for c in found if c.url in keep], unreadable, guard)
+    failpoints.reach("checkpoint.swept")
+
+
+def clean(root: str, guard: Callable[[], None] = lambda: None, outwait: Callable[[], None] | None = None) -> None:
+    """Delete what dead attempts left half written: parts without a manifest, temporary files, unfinished uploads.
+
+    A checkpoint that is condemned or cannot be read stays until training has passed its step. Call it only where no
+    commit is under way and no other process writes the run.
+
+    Args:
+        guard: as for `sweep`.
+        outwait: called if a folder would be deleted; a commit that a dead attempt completes meanwhile stays.
+    """
+    found, unreadable = survey(root)
+    if outwait is not None and _unfinished(root, storage.listdir(folder(root)), found, unreadable):
+        outwait()
+        found, unreadable = survey(root)
+    _clean(root, found, unreadable, guard)
+
+
+def _unfinished(root: str, names: list[str], found: list[Checkpoint], unreadable: list[Unreadable]) -> list[str]:
+    """Return the folders among `names` that are neither checkpoints nor damaged ones that training has yet to pass."""
+    passed = found[0].step if found else -1
+    keep = {c.url for c in found} | {u.url for u in unreadable if u.step > passed}
+    urls = []
+    for name in names:
+        url = storage.join(folder(root), name)
+        if (match := FOLDER.match(name)) and url not in keep:
+            condemned = int(match[1]) > passed and storage.exists(storage.join(url, DAMAGED_MANIFEST))
+            if not condemned:
+                urls.append(url)
+    return urls
+
+
+def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable], guard: Callable[[], None]) -> None:
+    names = storage.listdir(folder(root))
+    for url in _unfinished(root, names, found, unreadable):
+        guard()
+        delete(url)
+    for where, there in ((folder(root), names), (root, storage.listdir(root))):
+        for name in there:
+            if _STRAY.match(name) and not name.startswith(".lease"):  # the lease's heartbeat writes meanwhile
+                guard()
+                storage.delete(storage.join(where, name))
+    guard()
+    try:
+        storage.abandon_uploads(folder(root))
+    except storage.StorageError as e:  # listing them may be forbidden, or unknown to the store; they only cost space
+        _log.warning("unfinished uploads are not looked for: %s", e)
