@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from containers import write_files, zip_of
 from PIL import Image
 
 from data_prep import prepare
@@ -47,23 +47,8 @@ def _faces(folder: str) -> dict[str, bytes]:
     return {f"{folder}/{_name(n)}": _face(n) for n in NUMBERS}
 
 
-def _unpacked(root: Path, files: Mapping[str, bytes]) -> Path:
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    return root
-
-
-def _zip(path: Path, files: Mapping[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
 def _folder(root: Path) -> Path:
-    _unpacked(root, {**_faces("img_align_celeba"), TEXT: _partition(".txt")})
+    write_files(root, {**_faces("img_align_celeba"), TEXT: _partition(".txt")})
     return root / "img_align_celeba"
 
 
@@ -72,23 +57,26 @@ def _above(root: Path) -> Path:
 
 
 def _archive(root: Path) -> Path:
-    _unpacked(root, {TEXT: _partition(".txt")})
-    return _zip(root / "img_align_celeba.zip", {**_faces("img_align_celeba"), "__MACOSX/._000001.jpg": b"junk"})
+    write_files(root, {TEXT: _partition(".txt")})
+    files = {**_faces("img_align_celeba"), "__MACOSX/._000001.jpg": b"junk"}
+    return write_files(root, {"img_align_celeba.zip": zip_of(files)}) / "img_align_celeba.zip"
 
 
 def _official(root: Path) -> Path:
-    _unpacked(root, {f"Eval/{TEXT}": _partition(".txt")})
-    return _zip(root / "Img" / "img_align_celeba.zip", _faces("img_align_celeba"))
+    write_files(root, {f"Eval/{TEXT}": _partition(".txt")})
+    zipped = {"img_align_celeba.zip": zip_of(_faces("img_align_celeba"))}
+    return write_files(root / "Img", zipped) / "img_align_celeba.zip"
 
 
 def _kaggle(root: Path) -> Path:
     csv = {"list_eval_partition.csv": _partition(".csv"), "list_attr_celeba.csv": b"image_id,Bald\n"}
-    return _zip(root / "archive.zip", {**_faces("img_align_celeba/img_align_celeba"), **csv})
+    zipped = {"archive.zip": zip_of({**_faces("img_align_celeba/img_align_celeba"), **csv})}
+    return write_files(root, zipped) / "archive.zip"
 
 
 def _kaggle_unpacked(root: Path) -> Path:
     csv = {"list_eval_partition.csv": _partition(".csv")}
-    _unpacked(root, {**_faces("img_align_celeba/img_align_celeba"), **csv})
+    write_files(root, {**_faces("img_align_celeba/img_align_celeba"), **csv})
     return root / "img_align_celeba" / "img_align_celeba"
 
 
@@ -154,7 +142,7 @@ def test_absent_images_make_a_subset_that_is_named(tmp_path: Path) -> None:
 
 
 def test_a_bucket_is_read_with_its_split_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _unpacked(tmp_path / "memory:", {TEXT: _partition(".txt")})
+    write_files(tmp_path / "memory:", {TEXT: _partition(".txt")})
     monkeypatch.chdir(tmp_path)  # a folder that must not be taken for what lies above a bucket
     bucket = fsspec.filesystem("memory")
     bucket.put(str(_above(tmp_path / "here")), "/celeba", recursive=True)
@@ -173,12 +161,12 @@ def test_a_bucket_is_read_with_its_split_file(tmp_path: Path, monkeypatch: pytes
 def test_a_wrong_celeba_is_refused_in_one_line(tmp_path: Path) -> None:
     def changed(name: str, files: Mapping[str, bytes]) -> str:
         _folder(tmp_path / name)
-        _unpacked(tmp_path / name, files)
+        write_files(tmp_path / name, files)
         return str(tmp_path / name)
 
     lost = _folder(tmp_path / "x" / "y" / "lost")
     (lost.parent / TEXT).unlink()
-    _unpacked(tmp_path / "empty", {TEXT: _partition(".txt"), "a.png": b""})
+    write_files(tmp_path / "empty", {TEXT: _partition(".txt"), "a.png": b""})
     for path, message in [
         (str(lost), f"{TEXT} is neither in it nor beside it"),
         (str(tmp_path / "empty"), r"it holds no images \(000001.jpg"),

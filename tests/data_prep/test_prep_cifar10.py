@@ -5,9 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-import tarfile
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import fsspec
 import numpy as np
 import pytest
 from batches import python2_pickle
+from containers import Files, below, tar_of, write_files
 from PIL import Image
 
 from data_prep import prepare
 from data_prep.formats.unpickle import load_batch
 from data_prep.sources import read_source
-from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_sidecar
 from eiwtrain.storage import StorageError
 
@@ -28,17 +25,11 @@ NAMES = [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 IMAGES = 4  # a batch
 
-Files = dict[str, bytes]
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+pytestmark = pytest.mark.usefixtures("temporary_folder")
 
 
 def _pixels(name: str) -> np.ndarray:
-    """uint8 (IMAGES, 3, 32, 32)."""
+    """Return uint8 (IMAGES, 3, 32, 32), which depend only on the batch's name."""
     return np.random.default_rng(NAMES.index(name)).integers(0, 256, (IMAGES, 3, 32, 32), np.uint8)
 
 
@@ -71,25 +62,8 @@ def _binary() -> Files:
     return files | {"batches.meta.txt": "\n".join(CLASSES).encode() + b"\n\n", "readme.html": b"<html>"}
 
 
-def _folder(root: Path, files: Files) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (root / name).write_bytes(data)
-    return root
-
-
-def _tar(top: str, files: Files) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(f"{top}/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def _check(path: str, remote: bool = False) -> None:
-    """Every row of every batch, as a worker gets it."""
+    """Check every row of every batch, as a worker gets it."""
     source = pickle.loads(pickle.dumps(read_source("cifar10", 32, path)))
     assert list(source.splits) == ["train", "test"]
     assert (source.classes, source.remote) == (tuple(CLASSES), remote)
@@ -116,21 +90,14 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_images_in_folders_and_archives(tmp_path: Path, layout: str) -> None:
     files = LAYOUTS[layout]
-    _check(str(_folder(tmp_path / "inside", files)))
-    _check(str(_folder(tmp_path / "above" / "cifar-10-batches", files).parent))
-    tar = _tar("cifar-10-batches", files)
-    _check(str(_folder(tmp_path / "a", {"cifar10.tar": tar}) / "cifar10.tar"))
+    _check(str(write_files(tmp_path / "inside", files)))
+    _check(str(write_files(tmp_path / "above" / "cifar-10-batches", files).parent))
+    tar = tar_of(below("cifar-10-batches", files))
+    _check(str(write_files(tmp_path / "a", {"cifar10.tar": tar}) / "cifar10.tar"))
     name = "cifar-10-binary.tar.gz" if layout.endswith("bin") else "cifar-10-python.tar.gz"
-    zipped = _folder(tmp_path / "b", {name: gzip.compress(tar)})
+    zipped = write_files(tmp_path / "b", {name: gzip.compress(tar)})
     _check(str(zipped / name))
     _check(str(zipped))
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    url = f"memory://{uuid.uuid4().hex}"
-    yield url
-    storage.delete(url)
 
 
 @pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-batches-bin"])
@@ -138,22 +105,22 @@ def test_batches_and_archives_are_read_from_any_url(bucket: str, layout: str) ->
     fs = fsspec.filesystem("memory")
     for name, data in LAYOUTS[layout].items():
         fs.pipe_file(f"{bucket}/folder/{layout}/{name}", data)
-    fs.pipe_file(f"{bucket}/c.tar.gz", gzip.compress(_tar(layout, LAYOUTS[layout])))
+    fs.pipe_file(f"{bucket}/c.tar.gz", gzip.compress(tar_of(below(layout, LAYOUTS[layout]))))
     _check(f"{bucket}/folder", remote=True)
     _check(f"{bucket}/c.tar.gz", remote=True)
 
 
-def test_an_archive_is_unpacked_once_and_again_where_it_is_not(tmp_path: Path) -> None:
+def test_an_archive_is_unpacked_once_a_machine_and_again_if_changed(tmp_path: Path, temporary_folder: Path) -> None:
     path = tmp_path / "c.tar.gz"
-    path.write_bytes(gzip.compress(_tar("py", _python())))
+    path.write_bytes(gzip.compress(tar_of(below("py", _python()))))
     item = read_source("cifar10", 32, str(path)).splits["train"][0]
-    (unpacked,) = [p for p in (tmp_path / "temporary").rglob("*") if p.is_file() and not p.suffix]
+    (unpacked,) = [p for p in temporary_folder.rglob("*") if p.is_file() and not p.suffix]
     before = unpacked.stat().st_mtime_ns
     _check(str(path))
     assert unpacked.stat().st_mtime_ns == before
     unpacked.unlink()  # as on another machine
     assert np.array_equal(item.load(), _pixels("data_batch_1")[0].transpose(1, 2, 0))
-    path.write_bytes(gzip.compress(_tar("bin", _binary()), compresslevel=0))
+    path.write_bytes(gzip.compress(tar_of(below("bin", _binary())), compresslevel=0))
     _check(str(path))
 
 
@@ -161,13 +128,13 @@ def test_a_changed_batch_of_columns_is_unpacked_again(tmp_path: Path) -> None:
     for value in (0, 7):
         data = np.full((3072, IMAGES), value, np.uint8).T
         files = _python() | {"test_batch": python2_pickle({"data": data, "labels": [0] * IMAGES})}
-        item = read_source("cifar10", 32, str(_folder(tmp_path / "c", files))).splits["test"][0]
+        item = read_source("cifar10", 32, str(write_files(tmp_path / "c", files))).splits["test"][0]
         assert (item.load() == value).all()
 
 
 @pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-10-batches-bin"])
 def test_prepared_shards_hold_the_pixels_and_labels(tmp_path: Path, layout: str) -> None:
-    path = _folder(tmp_path / layout, LAYOUTS[layout])
+    path = write_files(tmp_path / layout, LAYOUTS[layout])
     output = tmp_path / "set"
     manifest = prepare("cifar10", str(output), 32, path=str(path), workers=1)
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 5 * IMAGES, "test": IMAGES}
@@ -218,15 +185,15 @@ WRONG: dict[str, tuple[Files, str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_cannot_be_cifar10_is_refused_in_one_line(tmp_path: Path, what: str) -> None:
+def test_what_is_not_cifar10_is_refused_in_one_line(tmp_path: Path, what: str) -> None:
     files, message = WRONG[what]
     with pytest.raises(DataError, match=message) as caught:
-        read_source("cifar10", 32, str(_folder(tmp_path / "c", files)))
+        read_source("cifar10", 32, str(write_files(tmp_path / "c", files)))
     assert "\n" not in str(caught.value)
 
 
-def test_archives_that_are_none_are_refused_in_one_line(tmp_path: Path) -> None:
-    whole = gzip.compress(_tar("py", _python()))
+def test_broken_archives_are_refused_in_one_line(tmp_path: Path) -> None:
+    whole = gzip.compress(tar_of(below("py", _python())))
     for data in (
         b"",
         b"no archive at all, but long enough",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
-import io
 import lzma
 import os
 import pickle
@@ -19,6 +18,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from containers import tar_of, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,31 +67,6 @@ def put(url: str, kind: str, files: dict[str, bytes]) -> str:
     else:
         storage.write_bytes(url, zip_of(files, zipfile.ZIP_DEFLATED if "deflated" in kind else zipfile.ZIP_STORED))
     return url
-
-
-def tar_of(
-    files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, links: dict[str, tuple[bytes, str]] | None = None
-) -> bytes:
-    """A tar of files, and then links: (type, target) by name."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for name, (kind, target) in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, target
-            tar.addfile(info)
-    return buffer.getvalue()
-
-
-def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
 
 
 def names(entries: list[FoundFile]) -> list[str]:
