@@ -1,5 +1,5 @@
-"""What the docs name exists: pages, headings, fields of the config, commands and their options, files, extras. And the
-Python of the page on the flow runs."""
+"""Everything that the docs name exists: pages, headings, config fields, commands with their options, files, extras. The
+Python of the page on the flow runs. Not for how well a page reads."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ every_text = pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda p: s
 
 
 def prose(page: Path) -> str:
-    """The page without its blocks of code."""
+    """Return the page without its blocks of code."""
     return FENCE.sub("", page.read_text())
 
 
 def whole_lines(text: str) -> str:
-    """The text with lines that a backslash goes on joined."""
+    """Return the text with lines joined where a backslash continues them."""
     return re.sub(r"\\\n\s*", " ", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub makes them."""
+    """Return the anchors of the page's headings, as GitHub makes them."""
     found: set[str] = set()
     for heading in HEADING.findall(prose(page)):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
@@ -62,17 +62,17 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """(module, options) of every `python -m module ... --option`."""
+    """Yield (module, options) of every `python -m module ... --option`."""
     for module, rest in MODULE.findall(whole_lines(text)):
         try:
             words = shlex.split(rest)
-        except ValueError:  # a quote that closes behind what was taken for the command's end
+        except ValueError:  # a quote that closes after what was taken for the command's end
             words = rest.split()
         yield module.rstrip("."), [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
 
 
 def sources(module: str) -> str:
-    """The code of a module of ours; of all its package if that is `data_prep` or the like."""
+    """Return the code of a module of this repository, or of its whole package if it is one, such as `data_prep`."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None
@@ -82,7 +82,7 @@ def sources(module: str) -> str:
 
 
 def is_command(module: str) -> bool:
-    """Whether `python -m module` finds something to run."""
+    """Return whether `python -m module` finds something to run."""
     try:
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -106,7 +106,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         file = page if not path else (page.parent / path)
         if not file.exists() or (anchor and anchor not in anchors(file)):
             missing.add(target)
-    assert not missing, f"{page.name} links to what is not there: {in_order(missing)}"
+    assert not missing, f"{page.name} has broken links: {in_order(missing)}"
 
 
 @pytest.mark.parametrize(("entry", "pages"), [("README.md", "docs/*.md"), ("docs/clusters.md", "docs/clusters/*.md")])
@@ -118,10 +118,10 @@ def test_an_entry_links_to_each_of_its_pages(entry: str, pages: str) -> None:
 
 
 @every_text
-def test_fields_of_the_config_are_its_own(page: Path) -> None:
+def test_config_fields_exist(page: Path) -> None:
     text = page.read_text()
     named = set(OVERRIDE.findall(text)) | {n for n in IN_BACKTICKS.findall(text) if not n.endswith(FILE_NAMES)}
-    assert not named - PARTS, f"{page.name} names fields that the config has not: {in_order(named - PARTS)}"
+    assert not named - PARTS, f"{page.name} names fields that the config does not have: {in_order(named - PARTS)}"
 
 
 @every_text
@@ -132,26 +132,26 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         if module.split(".")[0] in ("eiwtrain", "data_prep", "cluster") and is_command(module):
             code = sources(module)
             missing |= {f"{option} of python -m {module}" for option in options if f'"{option}"' not in code}
-    assert not missing, f"{page.name} names commands that are not there: {in_order(missing)}"
+    assert not missing, f"{page.name} names commands or options that do not exist: {in_order(missing)}"
 
 
 @every_text
-def test_files_of_the_project_exist(page: Path) -> None:
+def test_files_exist(page: Path) -> None:
     named = set(FILE.findall(page.read_text()))
     missing = {name for name in named if not any(HERE.glob(name))}
-    assert not missing, f"{page.name} names files that are not there: {in_order(missing)}"
+    assert not missing, f"{page.name} names files that do not exist: {in_order(missing)}"
 
 
 @every_page
-def test_extras_are_the_packages_own(page: Path) -> None:
+def test_extras_exist(page: Path) -> None:
     table = (HERE / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE))
     named = {extra for names in EXTRA.findall(page.read_text()) for extra in names.split(",")}
     assert extras, "pyproject.toml was not read as it is written"
-    assert not named - extras, f"{page.name} names extras that the package has not: {in_order(named - extras)}"
+    assert not named - extras, f"{page.name} names extras that the package does not have: {in_order(named - extras)}"
 
 
-def test_python_of_the_page_on_the_flow_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_flow_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = HERE / "docs" / "flow.md"
     text = page.read_text()
     blocks = [match for match in FENCE.finditer(text) if match[1] == "python"]
