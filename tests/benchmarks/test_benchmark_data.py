@@ -1,4 +1,4 @@
-"""The data benchmarks: what they count and compare, told apart from what must not pass; and one small run of each."""
+"""The data benchmarks: they find lost and changed images; and one small run of each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COUNT, SIDE, BATCH = 24, 16, 8
 
 
 def installed(peer: str) -> bool:
-    """Whether this interpreter has the peer; elsewhere the benchmark gives it an environment of its own."""
+    """Return whether this interpreter has the peer; otherwise the benchmark makes an environment for it."""
     return bool(environments.versions(PACKAGES[peer]))
 
 
@@ -60,7 +60,7 @@ def test_made_images_are_the_same_whoever_makes_them(source: Path, tmp_path: Pat
         assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_images_are_taken_evenly_from_a_folder_and_from_a_tar_of_it(source: Path, tmp_path: Path) -> None:
+def test_images_are_taken_evenly_from_a_folder_and_from_its_tar(source: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for path in sorted(source.rglob("*")):  # a tar keeps the order in which it is filled
             tar.add(path, str(path.relative_to(source)), recursive=False)
@@ -75,12 +75,12 @@ def test_images_are_taken_evenly_from_a_folder_and_from_a_tar_of_it(source: Path
 @pytest.mark.cluster  # processes of its own
 @pytest.mark.parametrize(("encoding", "codec"), CODECS)
 @pytest.mark.parametrize("peer", list(PACKAGES))
-def test_what_a_peer_writes_is_read_back_to_the_pixel_and_each_epoch_has_each_image_once(
+def test_a_peers_data_set_keeps_every_pixel_and_image(
     peer: str, encoding: str, codec: str, source: Path, expected: dict[str, list[Any]], tmp_path: Path
 ) -> None:
     if not installed(peer):
         pytest.skip(f"{peer} is not installed here")
-    # in a process of its own: the peers fork, which this one, with threads of what was tested before, does not bear
+    # in a process of its own: the peers fork, which is unsafe here, as earlier tests left threads in this process
     mp.start_processes(write_and_read_back, (peer, encoding, codec, source, expected, tmp_path), start_method="spawn")
 
 
@@ -96,7 +96,7 @@ def write_and_read_back(
     assert [loader.wrong_with(start, marks), loader.wrong_with(start, marks)] == ["", ""]
 
 
-def test_a_lost_and_a_changed_image_are_told() -> None:
+def test_a_lost_and_a_changed_image_are_reported() -> None:
     good: dict[str, list[Any]] = {"a": [0, "1"], "b": [1, "2"]}
     assert data_prep.compare(good, dict(good)) == ""
     assert data_prep.compare(good, {"a": [0, "1"]}) == "1 lost (one: b)"
@@ -123,7 +123,7 @@ def test_ours_is_read_by_tarfile_and_pillow(tmp_path: Path) -> None:
     assert (decode_png(memoryview(png.getvalue())) == pixels).all()
 
 
-def test_start_and_rate_are_told_apart() -> None:
+def test_start_time_and_rate_are_separated() -> None:
     assert data_prep.rates([((3.0, 1.0), (7.0, 5.0))], 100, 500) == {
         "images_per_second": 100.0,
         "cpu_us": 10_000.0,
@@ -136,7 +136,7 @@ def test_start_and_rate_are_told_apart() -> None:
     assert data_prep.rates([((3.0, 1.0), (2.9, 1.0))], 100, 500)["images_per_second"] is None
 
 
-def test_a_mark_is_that_of_the_mirror_image_and_of_no_other() -> None:
+def test_only_mirror_images_share_a_mark() -> None:
     image = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
     other = image.copy()
     other[1, 2, 3] ^= 1
@@ -145,7 +145,7 @@ def test_a_mark_is_that_of_the_mirror_image_and_of_no_other() -> None:
     assert len(marks) == 8
 
 
-def test_an_epoch_that_loses_repeats_or_changes_images_is_told() -> None:
+def test_lost_repeated_and_changed_images_of_an_epoch_are_reported() -> None:
     import torch
 
     pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 4, 4), np.uint8)
@@ -162,8 +162,8 @@ def test_an_epoch_that_loses_repeats_or_changes_images_is_told() -> None:
     assert epoch([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 4]) == "1 of 6 lost, 1 of 6 unknown"
 
 
-def test_cpu_time_is_that_of_a_command_and_of_all_below_it() -> None:
-    work = "import time\nwhile time.process_time() < 1: pass\ntime.sleep(0.5)"  # seen in its sleep by one look or more
+def test_cpu_time_includes_all_processes_below_a_command() -> None:
+    work = "import time\nwhile time.process_time() < 1: pass\ntime.sleep(0.5)"  # at least one look sees it asleep
     for _ in range(2):
         work = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}]); print('done')"
     out, seconds, cpu = environments.timed([sys.executable, "-c", work])
@@ -171,7 +171,7 @@ def test_cpu_time_is_that_of_a_command_and_of_all_below_it() -> None:
     assert 1 <= cpu < seconds + 1
 
 
-def test_a_command_that_fails_tells_why_in_a_line() -> None:
+def test_a_failed_command_gives_its_reason_in_a_line() -> None:
     with pytest.raises(environments.FailedError, match="exit code 1") as e:
         environments.run([sys.executable, "-c", "raise ValueError('no good\\n}')"])
     assert e.value.line == "ValueError: no good"

@@ -1,4 +1,4 @@
-"""A small data set of noise images, written without `data_prep`: what the reader needs is the format alone."""
+"""A small data set of noise images, written without `data_prep`: the reader needs only the format."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ SIDE = 8
 
 
 def pixels(split: str, index: int) -> np.ndarray:
-    """Image `index` of the split, (H, W, C)."""
+    """Return image `index` of the split, (H, W, C)."""
     rng = np.random.default_rng([sum(map(ord, split)), index])
     return rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
 def write_data_set(url: str, sizes: dict[str, list[int]]) -> Manifest:
-    """Shards of the given sizes per split at `url`."""
+    """Write shards of the given sizes per split at `url`."""
     preprocessing = {"name": "noise", "version": 1, "params": {}}
     splits = {}
     for split, counts in sizes.items():
@@ -84,11 +84,11 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def new_data_set(tmp_path: Path) -> Callable[..., Manifest]:
-    """Writes data sets that a test may damage."""
+    """A function that writes data sets, which a test may damage."""
     return write_data_set
 
 
 @pytest.fixture
 def image_of() -> Callable[[str, int], np.ndarray]:
-    """The true pixels of a sample."""
+    """A function that returns the true pixels of a sample."""
     return pixels

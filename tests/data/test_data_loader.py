@@ -1,4 +1,4 @@
-"""Batches: every sample with weight one exactly once, equal on replay, at any world size, with any workers."""
+"""Batches: every sample counts exactly once, and is the same on replay, at any world size, with any workers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _train(reader: ShardReader, steps: int, **options: Any) -> list[list[Batch]]
 
 
 def _samples(batches: list[Batch]) -> Counter[tuple[int, bytes, bytes]]:
-    """The rows that count, as (index, image, noise)."""
+    """Return the rows of weight 1, as (index, image, noise)."""
     return Counter(
         (int(b.indices[i]), b.images[i].numpy().tobytes(), b.noise()[i].numpy().tobytes())
         for b in batches
@@ -58,7 +58,7 @@ def _equal(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
     return all(torch.equal(x, y) for p, q in pairs for x, y in zip(p[:4], q[:4], strict=True))
 
 
-def test_a_batch_has_the_shapes_and_types_that_it_says(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+def test_a_batch_has_the_documented_shapes_and_types(data_set: Path, tmp_path: Path, image_of: Any) -> None:
     batch = _train(_reader(data_set, "train", tmp_path), 1)[0][0]
     tensors = (*batch[:4], batch.weight, batch.noise())
     assert [(t.dtype, tuple(t.shape)) for t in tensors] == [
@@ -75,7 +75,7 @@ def test_a_batch_has_the_shapes_and_types_that_it_says(data_set: Path, tmp_path:
 
 @pytest.mark.parametrize(("global_batch", "micro_batch"), [(12, 4), (7, 3), (50, 16), (64, 64), (1, 2)])
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 9])
-def test_a_step_is_the_same_at_any_world_size_and_padding_weighs_nothing(
+def test_a_step_is_the_same_at_any_world_size_without_its_padding(
     data_set: Path, tmp_path: Path, global_batch: int, micro_batch: int, world: int
 ) -> None:
     reader = _reader(data_set, "train", tmp_path)
@@ -92,7 +92,7 @@ def test_a_step_is_the_same_at_any_world_size_and_padding_weighs_nothing(
         assert _samples(batches) == _samples(alone[step])
 
 
-def test_a_resume_gives_what_would_have_come(data_set: Path, tmp_path: Path) -> None:
+def test_a_resumed_stream_continues_the_same(data_set: Path, tmp_path: Path) -> None:
     reader = _reader(data_set, "train", tmp_path)
     whole = _train(reader, 14, flip=True)
     for start in (1, 4, 9):  # steps 4 and 8 straddle two epochs: 50 samples, 12 a step
@@ -112,7 +112,7 @@ def test_workers_change_nothing(data_set: Path, tmp_path: Path) -> None:
     options = {"flip": True, "rank": 1, "world_size": 2}
     state = torch.get_rng_state()
     assert _equal(_train(reader, 9, **options), _train(reader, 9, workers=2, **options))
-    assert torch.equal(state, torch.get_rng_state())  # starting them draws nothing from the global generator
+    assert torch.equal(state, torch.get_rng_state())  # starting them does not use the global generator
 
 
 def test_noise_is_uniform_and_flips_are_half(data_set: Path, tmp_path: Path, image_of: Any) -> None:
@@ -141,7 +141,7 @@ def test_another_seed_gives_other_noise_and_order(data_set: Path, tmp_path: Path
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 30])
 @pytest.mark.parametrize(("images", "expected"), [(1000, 23), (10, 10), (1, 1)])
-def test_evaluation_sees_each_image_once_in_batches_of_equal_number(
+def test_evaluation_sees_each_image_once_in_as_many_batches_a_rank(
     data_set: Path, tmp_path: Path, world: int, images: int, expected: int
 ) -> None:
     reader = _reader(data_set, "test", tmp_path)
@@ -189,7 +189,7 @@ def test_labels_are_those_of_the_sidecars(data_set: Path, tmp_path: Path) -> Non
         assert batch.labels.tolist() == [expected[i] for i in batch.indices]
 
 
-def test_labels_are_wanted_by_models_with_classes_only(data_set: Path, tmp_path: Path) -> None:
+def test_only_models_with_classes_get_labels(data_set: Path, tmp_path: Path) -> None:
     batch = first_batch(_reader(data_set, "train", tmp_path), 3, seed=0)
     assert labels_for(batch, 0) is None
     nameless = batch._replace(labels=torch.tensor([0, -1, 1]))
@@ -199,7 +199,7 @@ def test_labels_are_wanted_by_models_with_classes_only(data_set: Path, tmp_path:
 
 
 class Faulty(ShardReader):
-    """Rides out two failures in each micro-batch."""
+    """A reader that survives two storage failures in each micro-batch."""
 
     def read_into(self, *args: Any) -> Any:
         storage.count_faults(2)
@@ -207,7 +207,7 @@ class Faulty(ShardReader):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_failures_that_were_ridden_out_are_counted_once(data_set: Path, tmp_path: Path, workers: int) -> None:
+def test_survived_storage_failures_are_counted_once(data_set: Path, tmp_path: Path, workers: int) -> None:
     reader = Faulty(str(data_set), load_manifest(str(data_set)), "train", tmp_path)
     new_faults()
     assert len(_train(reader, 2, global_batch=8, micro_batch=4, workers=workers)) == 2
@@ -218,13 +218,13 @@ def test_failures_that_were_ridden_out_are_counted_once(data_set: Path, tmp_path
 
 
 class Stuck(ShardReader):
-    """Waits for storage that does not come back."""
+    """A reader that waits for storage that never answers."""
 
     def read_into(self, *args: Any) -> Any:
         time.sleep(600)
 
 
-def test_workers_that_wait_for_storage_are_not_waited_for(data_set: Path, tmp_path: Path) -> None:
+def test_workers_that_wait_for_storage_are_stopped(data_set: Path, tmp_path: Path) -> None:
     reader = Stuck(str(data_set), load_manifest(str(data_set)), "train", tmp_path)
     batches = train_batches(reader, seed=0, start_step=0, global_batch=4, micro_batch=4, workers=2)
     workers = multiprocessing.active_children()
@@ -324,7 +324,7 @@ def _start(script: str, data_set: Path, tmp_path: Path, before: str = "") -> sub
 
 
 def _wait_for(process: subprocess.Popen[str], word: str) -> list[int]:
-    """The numbers after `word` in the line that starts with it."""
+    """Return the numbers after `word` in the line that starts with it."""
     assert process.stdout is not None
     for line in process.stdout:
         first, *rest = line.split()
@@ -336,7 +336,7 @@ def _wait_for(process: subprocess.Popen[str], word: str) -> list[int]:
 @pytest.mark.parametrize(
     ("moment", "number"), [("starting", signal.SIGINT), ("starting", signal.SIGTERM), ("started", signal.SIGINT)]
 )
-def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
+def test_a_stop_signal_to_the_whole_group_spares_the_workers(
     data_set: Path, tmp_path: Path, moment: str, number: signal.Signals
 ) -> None:
     process = _start(STOPPED, data_set, tmp_path)
@@ -351,14 +351,14 @@ def test_a_stop_signal_to_the_whole_group_leaves_the_workers_to_the_trainer(
 
 
 @pytest.mark.parametrize("before", ["", SLOW_FEEDERS], ids=["plain", "slow"])
-def test_a_program_that_ends_with_the_stream_open_ends(data_set: Path, tmp_path: Path, before: str) -> None:
+def test_a_program_exits_though_its_stream_is_open(data_set: Path, tmp_path: Path, before: str) -> None:
     process = _start(ERROR, data_set, tmp_path, before)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err == "an error elsewhere, with the stream still open\n"
 
 
-def test_workers_of_a_killed_trainer_go(data_set: Path, tmp_path: Path) -> None:
+def test_workers_of_a_killed_trainer_exit(data_set: Path, tmp_path: Path) -> None:
     process = _start(WAITING, data_set, tmp_path)
     workers = _wait_for(process, "started")
     assert len(workers) == 2

@@ -1,4 +1,4 @@
-"""The manifest: what is written is read, what is wrong is named."""
+"""The manifest: it survives writing and reading, and errors name the wrong field."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_wrong_field_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe"])
-def test_what_is_not_json_is_refused(text: bytes) -> None:
+def test_a_manifest_that_is_not_json_is_refused(text: bytes) -> None:
     with pytest.raises(DataError, match="not "):
         manifest_from_json(text, "x")
 
@@ -96,7 +96,7 @@ def test_fingerprint_follows_bytes_and_preprocessing_only(data_set: Path, tmp_pa
     assert fingerprint(manifest.splits, other) != manifest.fingerprint
 
 
-def test_an_absent_or_empty_split_is_refused_with_those_there_are(tmp_path: Path, new_data_set: Any) -> None:
+def test_an_absent_or_empty_split_is_refused_with_a_list(tmp_path: Path, new_data_set: Any) -> None:
     manifest = new_data_set(str(tmp_path), {"train": [3], "test": [0]})
     with pytest.raises(DataError, match="no split 'val'; it has train, test"):
         manifest.split("val")
@@ -104,7 +104,7 @@ def test_an_absent_or_empty_split_is_refused_with_those_there_are(tmp_path: Path
         manifest.split("test")
 
 
-def test_the_package_offers_its_names() -> None:
+def test_the_package_exports_its_names() -> None:
     for name in eiwtrain.data.__all__:
         assert getattr(eiwtrain.data, name).__name__ == name
     with pytest.raises(AttributeError):
@@ -114,9 +114,9 @@ def test_the_package_offers_its_names() -> None:
 def test_the_protocol_stands_beside_the_name() -> None:
     params = {"source": {"name": "imagenet", "protocol": "downsampled by somebody"}}
     plain = Manifest("images", 8, 3, {"name": "x", "version": 1, "params": {}}, {}, "f")
-    told = replace(plain, preprocessing={"name": "x", "version": 1, "params": params})
+    named = replace(plain, preprocessing={"name": "x", "version": 1, "params": params})
     assert (plain.protocol, plain.title) == ("", "images")
-    assert (told.protocol, told.title) == ("downsampled by somebody", "images (downsampled by somebody)")
+    assert (named.protocol, named.title) == ("downsampled by somebody", "images (downsampled by somebody)")
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_the_protocol_stands_beside_the_name() -> None:
         ({"crop": "random", "short_side": 96, "source": {"protocol": "LSUN"}}, "LSUN, shorter side 96, random squares"),
     ],
 )
-def test_the_protocol_tells_which_part_of_an_image_is_shown(params: dict[str, object], protocol: str) -> None:
+def test_the_protocol_names_the_visible_part_of_an_image(params: dict[str, object], protocol: str) -> None:
     assert Manifest("images", 8, 3, {"name": "x", "version": 1, "params": params}, {}, "f").protocol == protocol

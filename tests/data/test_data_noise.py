@@ -1,4 +1,4 @@
-"""Numbers that belong to a sample: uniform, independent, functions of the key alone, the same bits everywhere."""
+"""Noise of a sample: uniform, independent, a function of the key alone, the same bits everywhere."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _noise(keys: np.ndarray, shape: tuple[int, ...] = (3, 8, 8)) -> torch.Tensor
 
 
 @given(st.lists(WORDS, min_size=1, max_size=5), st.integers(1, 40))
-def test_the_numbers_are_those_of_plain_arithmetic(words: list[int], count: int) -> None:
-    """Against whole numbers of any size, which neither overflow nor have a sign."""
+def test_noise_equals_plain_arithmetic(words: list[int], count: int) -> None:
+    """The reference uses Python integers, which neither overflow nor have a sign bit."""
 
     def mix(z: int) -> int:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -43,19 +43,19 @@ def test_the_hash_is_a_bijection(words: list[int]) -> None:
 
 
 @given(st.tuples(SMALL, st.integers(0, 1), SMALL, SMALL), st.tuples(SMALL, st.integers(0, 1), SMALL, SMALL))
-def test_other_words_another_key(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+def test_different_words_give_different_keys(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     keys = [sample_keys(s, stream, np.array([epoch]), np.array([index]))[0] for s, stream, epoch, index in (a, b)]
     assert (keys[0] == keys[1]) == (a == b)
 
 
-def test_a_sample_has_the_same_numbers_in_any_batch() -> None:
+def test_a_sample_has_the_same_noise_in_any_batch() -> None:
     keys = _keys(7, 0, 3, 20)
     assert torch.equal(_noise(keys)[5:9], _noise(keys[5:9]))
     assert np.array_equal(sample_keys(7, 0, np.full(4, 3), np.arange(5, 9)), keys[5:9])
 
 
-def test_the_numbers_do_not_change_with_versions() -> None:
-    """A checkpoint of today goes on with the noise of today."""
+def test_noise_does_not_change_with_versions() -> None:
+    """A checkpoint of an older version resumes with the same noise."""
     found = hashlib.sha256(_noise(_keys(1, 0, 2, 4)).numpy().tobytes() + coins(_keys(1, 0, 2, 64)).tobytes())
     assert found.hexdigest()[:16] == "35089d86125bfb88"
 
@@ -73,7 +73,7 @@ def test_noise_is_uniform_in_each_bit_and_uncorrelated() -> None:
         assert abs(pairs.mean()) < 5 / 12 / np.sqrt(pairs.size)
 
 
-def test_coins_are_fair_and_none_of_the_noises_business() -> None:
+def test_coins_are_fair_and_independent_of_the_noise() -> None:
     keys = np.concatenate([_keys(0, 0, epoch, 1000) for epoch in range(10)])
     tossed = coins(keys)
     assert abs(tossed.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(keys))

@@ -47,7 +47,7 @@ def test_the_samples_of_a_step_are_the_same_at_any_world_size(
     stops=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     worlds=st.lists(st.integers(1, 7), min_size=1, max_size=5),
 )
-def test_interrupted_runs_at_changing_world_sizes_see_what_one_run_sees(
+def test_interrupted_runs_of_any_world_size_see_what_one_run_sees(
     order: SampleOrder, batch: int, stops: list[int], worlds: list[int]
 ) -> None:
     seen = []
@@ -69,7 +69,7 @@ def test_interrupted_runs_at_changing_world_sizes_see_what_one_run_sees(
 
 @settings(max_examples=40, deadline=None)
 @given(order=orders, positions=st.lists(st.integers(0, 10**6), max_size=30))
-def test_positions_asked_together_or_alone_give_the_same(order: SampleOrder, positions: list[int]) -> None:
+def test_positions_together_or_alone_give_the_same_samples(order: SampleOrder, positions: list[int]) -> None:
     epochs, indices = order.at(np.array(positions, np.int64))
     alone = [order.at([p]) for p in positions]
     assert epochs.tolist() == [int(e[0]) for e, _ in alone]
@@ -96,7 +96,7 @@ def test_a_lane_stays_within_the_shards_of_its_slice() -> None:
         assert len(set(shards[order.lanes_of(positions) == lane])) == 2
 
 
-def test_a_rank_keeps_its_lanes_when_the_batch_is_a_multiple_of_them() -> None:
+def test_a_rank_keeps_its_lanes_if_the_batch_is_a_multiple_of_them() -> None:
     order = SampleOrder([997], "a", 0, lanes=16, block=10)
     for step in range(100):
         share = order.rank_positions(step, 32, 1, 4)
@@ -111,8 +111,8 @@ def test_samples_close_in_position_come_from_one_block_a_lane() -> None:
     assert first.tolist()[::2] != list(range(50))
 
 
-def test_permutation_is_the_same_for_ever() -> None:
-    # A change here means that running jobs resume into another order.
+def test_permutation_is_the_same_forever() -> None:
+    # If this changes, running jobs resume into another order.
     assert seeded_permutation(8, "fingerprint", 1, 2).tolist() == [2, 4, 0, 3, 1, 6, 5, 7]
 
 

@@ -1,4 +1,4 @@
-"""Looking ahead: what will be read is fetched before it is, once, within the cache's bound."""
+"""Prefetching: shards are fetched before they are read, each once, within the bound of the cache."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def remote() -> Iterator[str]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was fetched."""
+    """The number of fetches of each file."""
     counts: Counter[str] = Counter()
     get_file, lock = cache_module.storage.get_file, threading.Lock()
 
@@ -65,9 +65,7 @@ def _until(condition: Any) -> None:
     block=st.integers(1, 9),
     position=st.integers(0, 300),
 )
-def test_the_shards_near_a_position_are_those_of_its_block(
-    sizes: list[int], lanes: int, block: int, position: int
-) -> None:
+def test_shards_near_a_position_are_those_of_its_block(sizes: list[int], lanes: int, block: int, position: int) -> None:
     order = SampleOrder(sizes, "f", 0, lanes, block)
     samples = sum(sizes)
     epoch, local = divmod(position, samples)
@@ -82,7 +80,7 @@ def test_the_shards_near_a_position_are_those_of_its_block(
     assert sorted(order.shards_near([position])) == sorted(set(np.searchsorted(ends, indices, side="right").tolist()))
 
 
-def test_every_shard_of_the_steps_ahead_is_asked_for(
+def test_every_shard_of_the_steps_ahead_is_requested(
     remote: str, tmp_path: Path, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_data_set(remote, {"train": [20, 0, 13, 17]})
@@ -92,14 +90,14 @@ def test_every_shard_of_the_steps_ahead_is_asked_for(
         ahead = Lookahead(reader, order, 8, rank, 3)
         asked: list[set[int]] = []
         monkeypatch.setattr(ahead._prefetcher, "want", lambda shards, asked=asked: asked.append(set(shards)))
-        for step in (0, 1, 2, 4, 5, 9, 20, 21):  # with several workers, each sees some of the steps
+        for step in (0, 1, 2, 4, 5, 9, 20, 21):  # each of several workers sees only some of the steps
             ahead.at(step)
             for later in range(step, step + 4 * 4 // 8 + 1):
                 _, indices = order.at(order.rank_positions(later, 8, rank, 3))
                 assert set(reader.place(indices)[0].tolist()) <= asked[-1]
 
 
-def test_the_next_blocks_shards_arrive_before_they_are_read(
+def test_shards_of_the_next_block_arrive_before_they_are_read(
     remote: str, tmp_path: Path, new_data_set: Any, fetched: Counter[str]
 ) -> None:
     new_data_set(remote, {"train": [8] * 6})
@@ -111,7 +109,7 @@ def test_the_next_blocks_shards_arrive_before_they_are_read(
     stream = train_batches(reader, **STREAM)
     next(stream)
     _until(lambda: all(reader.has(number) for number in coming))
-    assert not any(number in reader._open for number in coming)  # they are there, and nobody has read them
+    assert not any(number in reader._open for number in coming)  # they are on this machine, and nothing has read them
     for _ in itertools.islice(stream, 11):  # the epoch
         pass
     assert len([name for name in fetched if name.endswith(".tar")]) == 6
@@ -127,11 +125,11 @@ def test_an_evaluation_fetches_ahead_too(remote: str, tmp_path: Path, new_data_s
     assert not reader.has(4)
     assert sum(1 for _ in batches) == 5
     _until(lambda: reader.has(4))
-    assert not reader.has(5)  # of which nothing is read
+    assert not reader.has(5)  # no image of it is read
     assert set(fetched.values()) == {1}
 
 
-def test_nothing_is_fetched_ahead_that_the_cache_cannot_hold_and_too_small_a_cache_is_told(
+def test_prefetching_stays_within_the_cache_and_warns_of_a_small_one(
     remote: str, tmp_path: Path, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = new_data_set(remote, {"train": [8] * 6})
@@ -141,26 +139,26 @@ def test_nothing_is_fetched_ahead_that_the_cache_cannot_hold_and_too_small_a_cac
     def asked(limit: float, ranks: int = 1) -> tuple[set[int], list[str]]:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         reader = _reader(remote, "train", tmp_path, cache_bytes=int(limit * size))
-        ahead, told = Lookahead(reader, order, 4, 0, 1), list[str]()
+        ahead, warnings = Lookahead(reader, order, 4, 0, 1), list[str]()
         wanted: list[int] = []
         monkeypatch.setattr(ahead._prefetcher, "want", wanted.extend)
         ahead.at(0)
-        next(train_batches(reader, **STREAM, warn=told.append))
-        return set(wanted), told
+        next(train_batches(reader, **STREAM, warn=warnings.append))
+        return set(wanted), warnings
 
     now = set(Lookahead(_reader(remote, "train", tmp_path), order, 4, 0, 1).shards(0))
-    everything, told = asked(100)
+    everything, warnings = asked(100)
     assert everything > now
-    assert told == []
+    assert warnings == []
     assert asked(len(now) + 0.5) == (now, [])
     assert asked(2 * len(now) + 0.5, ranks=2) == (now, [])  # another rank of this node reads as much
-    wanted, told = asked(len(now) - 0.5)
+    wanted, warnings = asked(len(now) - 0.5)
     assert wanted < now
-    assert len(told) == 1
-    assert "data.cache_bytes" in told[0]
+    assert len(warnings) == 1
+    assert "data.cache_bytes" in warnings[0]
 
 
-def test_a_failure_ahead_is_left_to_the_reader(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+def test_a_failed_prefetch_is_left_to_the_reader(remote: str, tmp_path: Path, new_data_set: Any) -> None:
     new_data_set(remote, {"train": [8] * 6})
     reader = _reader(remote, "train", tmp_path)
     fsspec.filesystem("memory").rm(f"{remote}/train-000003.tar")

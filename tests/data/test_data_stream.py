@@ -1,4 +1,4 @@
-"""The reader: right pixels from local and remote shards, damage named, the cache within its bound."""
+"""The reader: correct pixels from local and remote shards, errors that name the damage, a bounded cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_image_comes_back_as_it_was(data_set: Path, tmp_path: Path, image_of: Any, split: str) -> None:
+def test_every_image_is_read_as_it_was_written(data_set: Path, tmp_path: Path, image_of: Any, split: str) -> None:
     reader = _reader(data_set, split, tmp_path)
     assert reader.image_shape == (3, 8, 8)
     for i in range(len(reader)):
@@ -74,7 +74,7 @@ def test_an_index_outside_the_split_is_refused(data_set: Path, tmp_path: Path) -
             reader[index]
 
 
-def test_a_reader_travels_unopened(data_set: Path, tmp_path: Path) -> None:
+def test_a_pickled_reader_has_no_open_shards(data_set: Path, tmp_path: Path) -> None:
     reader = _reader(data_set, "train", tmp_path)
     first = reader[7]
     other = pickle.loads(pickle.dumps(reader))
@@ -97,7 +97,7 @@ def test_remote_shards_are_fetched_once_and_equal_local_ones(
     assert len(fetched) == len(set(fetched)) == 4  # two shards and their sidecars
 
 
-def test_the_cache_stays_within_its_bound_and_drops_the_least_recently_used(
+def test_the_cache_is_bounded_and_drops_the_least_recently_used(
     remote: str, tmp_path: Path, image_of: Any, new_data_set: Any
 ) -> None:
     manifest = new_data_set(remote, {"train": [5] * 6})
@@ -110,11 +110,11 @@ def test_the_cache_stays_within_its_bound_and_drops_the_least_recently_used(
     for number in (3, 4, 5, 0, 1):
         assert np.array_equal(reader[5 * number], image_of("train", 5 * number).transpose(2, 0, 1))
         assert sum(p.stat().st_size for p in tmp_path.glob("*.tar")) <= 3.5 * size
-        assert len(reader._open) <= 3  # what is evicted is unmapped too, or the disk would stay full
+        assert len(reader._open) <= 3  # evicted shards are unmapped too, or the disk would stay full
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_reader_knows_the_index_of_no_more_shards_than_it_holds_open(
+def test_a_reader_keeps_the_indices_of_open_shards_only(
     tmp_path: Path, image_of: Any, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "_OPEN_SHARDS", 2)
@@ -126,7 +126,7 @@ def test_a_reader_knows_the_index_of_no_more_shards_than_it_holds_open(
         return sum(isinstance(o, stream_module._Index) for o in gc.get_objects())
 
     others = indices()
-    for i in (*range(0, 30, 4), 0):  # and one whose index was let go
+    for i in (*range(0, 30, 4), 0):  # and one whose index was dropped
         assert np.array_equal(reader[i], image_of("train", i).transpose(2, 0, 1))
     assert 0 < indices() - others <= 2
     reader.close()
@@ -152,7 +152,7 @@ def test_partial_downloads_of_killed_processes_are_removed(remote: str, tmp_path
     assert new.exists()
 
 
-def test_a_damaged_remote_shard_is_named_and_not_kept(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+def test_a_damaged_remote_shard_is_named_and_not_cached(remote: str, tmp_path: Path, new_data_set: Any) -> None:
     new_data_set(remote, {"train": [5]})
     fs = fsspec.filesystem("memory")
     data = bytearray(fs.cat_file(f"{remote}/train-000000.tar"))
@@ -175,7 +175,7 @@ def test_a_damaged_local_shard_is_named_and_the_others_read(data_set: Path, tmp_
         reader[25]
 
 
-def test_damage_that_comes_after_a_first_check_is_seen_too(data_set: Path, tmp_path: Path) -> None:
+def test_damage_after_a_first_check_is_found_too(data_set: Path, tmp_path: Path) -> None:
     copy = _copy(data_set, tmp_path)
     _reader(copy, "train", tmp_path / "cache")[0]
     _damage(copy / "train-000000.tar")
@@ -211,7 +211,7 @@ def test_a_sidecar_of_other_bytes_is_named(data_set: Path, remote: str, tmp_path
             _reader(str(sidecar).rpartition("/")[0], "train", tmp_path / "cache")[0]
 
 
-def test_what_arrives_damaged_is_asked_for_once_more(
+def test_a_download_that_arrives_damaged_is_repeated_once(
     remote: str, tmp_path: Path, image_of: Any, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_data_set(remote, {"train": [5]})
@@ -228,7 +228,7 @@ def test_what_arrives_damaged_is_asked_for_once_more(
     assert len(asked) == 4  # the sidecar and the shard, twice each
 
 
-def test_sidecars_count_and_go_with_the_least_recently_used(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+def test_sidecars_count_in_the_bound_and_are_evicted_too(remote: str, tmp_path: Path, new_data_set: Any) -> None:
     manifest = new_data_set(remote, {"train": [5] * 4})
     reader = _reader(remote, "train", tmp_path, cache_bytes=manifest.splits["train"].shards[0].bytes)
     for index in (0, 5, 10, 15):
@@ -239,7 +239,7 @@ def test_sidecars_count_and_go_with_the_least_recently_used(remote: str, tmp_pat
 
 
 @pytest.mark.parametrize("damage", [None, "header", "length"])
-def test_uncompressed_images_are_read_as_they_are(tmp_path: Path, damage: str | None) -> None:
+def test_uncompressed_images_equal_the_compressed_ones(tmp_path: Path, damage: str | None) -> None:
     write_images(tmp_path / "images", 6)
     options: dict[str, Any] = {"path": str(tmp_path / "images"), "of_source": {"split": "all"}}
     png, npy = (
@@ -250,7 +250,7 @@ def test_uncompressed_images_are_read_as_they_are(tmp_path: Path, damage: str | 
         change = (b"|u1", b"|i1") if damage == "header" else (b"(8, 8, 3)", b"(8, 9, 3)")
         shard = tmp_path / "npy" / "train-000000.tar"
         shard.write_bytes(shard.read_bytes().replace(*change, 1))
-        _mend_checksums(tmp_path / "npy")
+        _update_checksums(tmp_path / "npy")
         with pytest.raises(DataError, match=r"train-000000\.tar: image 0 cannot be decoded \(not a .npy file of uint8"):
             _reader(tmp_path / "npy", "train", tmp_path / "cache")[0]
         return
@@ -259,8 +259,8 @@ def test_uncompressed_images_are_read_as_they_are(tmp_path: Path, damage: str | 
     assert len(np.unique(one)) > 10
 
 
-def _mend_checksums(folder: Path) -> None:
-    """Make the sidecar and the manifest believe the one shard's bytes."""
+def _update_checksums(folder: Path) -> None:
+    """Write the checksums of the one shard as it is now into its sidecar and the manifest."""
     manifest = load_manifest(str(folder))
     (shard,) = manifest.splits["train"].shards
     data = (folder / shard.name).read_bytes()
@@ -283,15 +283,15 @@ def test_a_cache_that_cannot_be_written_does_not_stop_local_reading(data_set: Pa
 def test_a_cache_that_cannot_be_used_is_one_line(remote: str, tmp_path: Path, new_data_set: Any, where: str) -> None:
     new_data_set(remote, {"train": [5]})
     (tmp_path / "a file").write_text("in the way")
-    folder = tmp_path / where  # an absolute one stands for itself
+    folder = tmp_path / where  # an absolute path replaces tmp_path
     with pytest.raises(storage.StorageError, match=rf"data.cache_dir {folder} cannot be used: "):
         _reader(remote, "train", folder)[0]
 
 
-def test_who_waited_for_another_process_has_that_much_less_patience(
+def test_waiting_for_another_process_counts_as_retry_time(
     remote: str, tmp_path: Path, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or the waits of all that need one shard of a store that is gone would come one after the other."""
+    """Otherwise all that need one shard of a lost store would wait one after the other."""
     manifest = new_data_set(remote, {"train": [5]})
     monkeypatch.setenv("EIWTRAIN_RETRY_SECONDS", "2")
     monkeypatch.setattr(storage, "get_file", lambda url, local: storage.retrying(url, _refused))
@@ -317,7 +317,7 @@ def _suppressed(cache: Any, url: str, shard: Any) -> None:
         cache.fetch(url, shard)
 
 
-def test_the_folder_for_fetched_shards_is_for_its_owner_alone_and_nobody_elses_is_used(tmp_path, monkeypatch):
+def test_the_cache_folder_is_private_and_a_foreign_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
     folder = cache_module.default_cache_dir()
     assert folder.parent == tmp_path
@@ -325,8 +325,8 @@ def test_the_folder_for_fetched_shards_is_for_its_owner_alone_and_nobody_elses_i
     assert cache_module.default_cache_dir() == folder
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    folder.rename(cache_folder := tmp_path / f"eiwtrain-cache-{owner + 1}")  # made by another than asks now
-    if owner == 0:  # root's are taken: it makes the volumes of pods
+    folder.rename(cache_folder := tmp_path / f"eiwtrain-cache-{owner + 1}")  # it now belongs to another user
+    if owner == 0:  # a folder of root is accepted: root creates the volumes of pods
         assert cache_module.default_cache_dir() == cache_folder
         os.chown(cache_folder, owner + 2, -1)
     with pytest.raises(storage.StorageError, match=f"data.cache_dir: {cache_folder} belongs to somebody else"):

@@ -1,4 +1,4 @@
-"""Verify: a sound data set has no problems, and whatever is damaged in one is named, with all else that is."""
+"""Verify: a sound data set has no problems, and every damage in a data set is named."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Members = list[tuple[str, bytes]]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images of 12x10 pixels in three classes and two splits; three are copies, and one is none."""
+    """40 images of 12x10 pixels in three classes and two splits; three are copies, and one is no image."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for n in range(40):
@@ -71,7 +71,7 @@ def _edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Make all checksums, sizes and the fingerprint those of the files as they are: what is wrong then is within."""
+    """Make all checksums, sizes and the fingerprint those of the files, so that only their content is wrong."""
 
     def seal_manifest(manifest: dict[str, Any]) -> None:
         for split in manifest["splits"].values():
@@ -92,7 +92,7 @@ def _members(path: Path) -> Members:
 
 
 def _rewrite(folder: Path, name: str, members: Members, header: dict[str, Any] | None = None) -> None:
-    """Write the tar anew, with the index and all checksums as if nothing had happened."""
+    """Rewrite the tar, and make the index and all checksums fit it."""
     buffer, places = io.BytesIO(), {}
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for member, data in members:
@@ -120,7 +120,7 @@ def _file(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def _expect(found: list[str], *patterns: str) -> None:
-    """Just these problems, in this order."""
+    """Assert that exactly these problems were found, in this order."""
     assert len(found) == len(patterns), found
     for line, pattern in zip(found, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
@@ -143,7 +143,7 @@ def test_the_helpers_of_these_tests_leave_a_data_set_sound(folder: Path) -> None
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_any_changed_bit_of_a_tar_or_a_sidecar_is_found_and_its_file_named(sound: Path, data: st.DataObject) -> None:
+def test_any_changed_bit_is_found_and_its_file_named(sound: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(p.name for p in sound.iterdir() if p.name != "manifest.json")))
     content = bytearray((sound / name).read_bytes())
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -227,7 +227,7 @@ def test_a_shard_cut_off_after_its_last_member_is_named(folder: Path) -> None:
     _expect(verify(str(folder)), rf"{SHARD}: does not end as a tar does: it is cut off")
 
 
-def test_bytes_that_are_no_member_are_named(folder: Path) -> None:
+def test_bytes_after_the_last_member_are_named(folder: Path) -> None:
     data = bytearray((folder / SHARD).read_bytes())
     data[-1] = 1
     (folder / SHARD).write_bytes(data)
@@ -260,7 +260,7 @@ def test_an_image_without_label_or_source_is_named(folder: Path, about: bytes) -
     _expect(verify(str(folder)), rf"{SHARD}: {members[1][0]} has no label and source")
 
 
-def test_other_pixels_are_named_though_all_checksums_hold(folder: Path) -> None:
+def test_other_pixels_are_named_though_checksums_match(folder: Path) -> None:
     members = _members(folder / SHARD)
     with Image.open(io.BytesIO(members[4][1])) as image:
         pixels = np.array(image)
@@ -283,7 +283,7 @@ def test_other_pixels_are_named_though_all_checksums_hold(folder: Path) -> None:
     ],
     ids=["gray", "too wide", "cut off", "another format"],
 )
-def test_an_image_that_is_not_as_it_should_be_is_named(folder: Path, data: bytes, problem: str) -> None:
+def test_an_image_of_a_wrong_form_is_named(folder: Path, data: bytes, problem: str) -> None:
     members = _members(folder / SHARD)
     members[0] = (members[0][0], data)
     _rewrite(folder, SHARD, members)
@@ -322,11 +322,11 @@ def test_headers_that_are_not_normalised_are_named(folder: Path) -> None:
     )
 
 
-def test_what_other_readers_skip_is_named(folder: Path) -> None:
+def test_members_that_other_readers_skip_are_named(folder: Path) -> None:
     members, buffer = _members(folder / SHARD), io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for n, (member, data) in enumerate(members):
-            if n == 3:  # an empty folder: no file, so that only what follows it tells
+            if n == 3:  # an empty folder is no file: only the position of the next one shows it
                 extra = tarfile.TarInfo("folder")
                 extra.type = tarfile.DIRTYPE
                 tar.addfile(extra)
@@ -338,7 +338,7 @@ def test_what_other_readers_skip_is_named(folder: Path) -> None:
     _expect(verify(str(folder)), rf"{SHARD}: has no plain header of {members[3][0]} at byte \d+")
 
 
-def test_members_that_are_not_those_of_the_index_are_named(folder: Path) -> None:
+def test_members_that_differ_from_the_index_are_named(folder: Path) -> None:
     members = _members(folder / SHARD)
     names = [name for name, _ in members]
     _rewrite(folder, SHARD, [members[1], members[0], *members[2:]])
@@ -417,7 +417,7 @@ def test_figures_of_the_manifest_that_are_wrong_are_all_named(folder: Path) -> N
     )
 
 
-def test_a_manifest_that_cannot_be_used_is_a_problem_and_an_absent_one_an_error(folder: Path) -> None:
+def test_an_unusable_manifest_is_a_problem_an_absent_one_an_error(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
     _expect(verify(str(folder)), r"manifest\.json: not JSON \(.*\)")
     (folder / "manifest.json").write_text('{"format": "eiwtrain-data-2", "splits": {"train": 3}}')
@@ -494,7 +494,7 @@ def test_a_shard_that_cannot_be_read_is_a_problem_like_others(folder: Path, monk
     _expect(verify(str(folder)), rf"{SHARD}: cannot be read \(.*Permission denied.*\)")
 
 
-def test_the_unit_of_work_returns_what_the_whole_needs(sound: Path) -> None:
+def test_a_shard_check_returns_what_the_whole_needs(sound: Path) -> None:
     checks: list[ShardCheck] = []
 
     def note(call: Callable[[ShardCheck], ShardFound], given: Iterable[ShardCheck]) -> Iterable[ShardFound]:
