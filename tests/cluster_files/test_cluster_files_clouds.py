@@ -1,4 +1,4 @@
-"""What is promised of the files for AWS, Google Cloud, SkyPilot and Slurm, and what their own tools say of them."""
+"""The files for AWS, Google Cloud, SkyPilot and Slurm: their own tools accept them, and they do what docs promise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parsed(name):
 
 
 def prepared(name):
-    """What `ray up` makes of the file, before it talks to the cloud."""
+    """Return the file as `ray up` reads it, before it calls the cloud."""
     from ray.autoscaler._private.util import prepare_config
 
     return prepare_config(copy.deepcopy(parsed(name)))
@@ -83,7 +83,7 @@ def test_workers_are_spot_nodes_and_the_head_is_none(name):
 
 
 def started(name, demands):
-    """How many nodes of each kind the autoscaler starts for what waits, or runs, on a cluster of the file."""
+    """Return how many nodes of each kind the autoscaler starts for what waits, or runs, on a cluster of the file."""
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest  # `ray up` takes version 2
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -108,7 +108,7 @@ def test_ray_starts_nodes_with_a_gpu_for_training(name):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_data_prep_with_the_workers_that_the_file_names_starts_all_nodes_without_a_gpu_and_none_with_one(name):
+def test_data_prep_starts_all_nodes_without_a_gpu_and_no_other(name):
     (workers,) = map(int, re.findall(r"data_prep .*--workers (\d+)", (CLUSTER / f"{name}.yaml").read_text()))
     cpu = parsed(name)["available_node_types"]["cpu"]
     nodes, seen = 0, []
@@ -130,7 +130,7 @@ def test_no_secret_and_no_run_of_this_machine_is_copied(name):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_job_api_is_on_loopback_and_every_ray_asks_for_a_token(name):
+def test_the_job_api_is_on_loopback_and_ray_asks_for_a_token(name):
     config = parsed(name)
     starts = [c for c in commands(config) if "ray start" in c]
     assert len(starts) == 2
@@ -180,7 +180,7 @@ def test_every_file_of_the_repository_that_is_named_exists(file):
     assert [name for name in named if not (CLUSTER.parent / name).exists()] == []
 
 
-def test_the_job_of_skypilot_is_on_spot_nodes_and_goes_on_when_it_was_stopped_in_good_order():
+def test_skypilots_job_is_on_spot_nodes_and_resumes():
     resources = parsed("sky")["resources"]
     assert resources["use_spot"] is True
     assert set(resources["job_recovery"]["recover_on_exit_codes"]) == {75, 143}
@@ -194,7 +194,7 @@ def test_the_script_of_skypilot_leaves_skypilots_own_ray_alone():
 
 
 @pytest.mark.skipif(not SKY, reason="python -m venv V && V/bin/pip install skypilot; EIWTRAIN_SKY_PYTHON=V/bin/python")
-def test_skypilot_accepts_its_file_and_refuses_it_with_a_field_misspelt(tmp_path):
+def test_skypilot_refuses_its_file_with_a_field_misspelt(tmp_path):
     program = "import sys, sky, yaml; print(sky.Task.from_yaml_config(yaml.safe_load(sys.stdin)).num_nodes)"
 
     def parse(text):
@@ -267,7 +267,7 @@ time.sleep(600)
 
 @pytest.fixture
 def slurm_job(tmp_path):
-    """The script of Slurm with stand-ins for all that it calls: its exit code and what it says."""
+    """Run the Slurm script with stand-ins for all that it calls; return its exit code and output."""
     (tmp_path / "bin").mkdir()
     files = {name: f"#!/usr/bin/env bash\n{text}\n" for name, text in STAND_INS.items()}
     for name, text in (files | {"ray": f"#!{sys.executable}\n{RAY}"}).items():
@@ -298,7 +298,7 @@ def slurm_job(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_slurms_gpus_are_the_most_workers_unless_the_user_says_otherwise(slurm_job):
+def test_slurms_gpus_are_the_most_workers_by_default(slurm_job):
     assert slurm_job("a.yaml", "train.lr=1", gpus="8") == (0, "arguments: a.yaml workers.max=16 train.lr=1\n")
     assert slurm_job("a.yaml", "train.lr=1", gpus="0") == (0, "arguments: a.yaml train.lr=1\n")
     quickstart = str(CLUSTER.parent / "configs" / "quickstart.yaml")

@@ -58,20 +58,20 @@ def render(folder):
 
 @pytest.fixture(scope="module")
 def applied():
-    """(folder, object) of all that is applied."""
+    """Return (folder, object) of all that is applied."""
     return [(folder, each) for folder in APPLIED for each in render(KUBE / folder)]
 
 
 @pytest.fixture(scope="module")
 def clusters(applied):
-    """Folder -> spec of its RayCluster."""
+    """Return the spec of the RayCluster of each folder."""
     specs = {"RayCluster": lambda spec: spec, "RayJob": lambda spec: spec["rayClusterSpec"]}
     return {folder: specs[each["kind"]](each["spec"]) for folder, each in applied if each["kind"] in specs}
 
 
 @pytest.fixture(scope="module")
 def templates(applied, clusters):
-    """Every pod template but what KubeRay adds."""
+    """Return every pod template, without what KubeRay adds."""
     found = [each["spec"]["template"] for _, each in applied if each["kind"] in ("Deployment", "StatefulSet")]
     found += [each["spec"]["submitterPodTemplate"] for _, each in applied if each["kind"] == "RayJob"]
     return found + [template for spec in clusters.values() for template in groups(spec)]
@@ -82,7 +82,7 @@ def groups(spec):
 
 
 def values(tree, key):
-    """All values of a key anywhere in a tree."""
+    """Return all values of a key anywhere in a tree."""
     for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
         if name == key:
             yield value
@@ -95,7 +95,7 @@ def settings():
 
 
 def entrypoint(folder):
-    """The words of a job's command, its variables expanded as the submitter's shell does."""
+    """Return the words of a job's command, with its variables expanded as by the submitter's shell."""
     text = yaml.safe_load((KUBE / folder / "rayjob.yaml").read_text())["spec"]["entrypoint"]
     return shlex.split(re.sub(r"\$(\w+)", lambda found: settings()[found[1]], text))
 
@@ -148,7 +148,7 @@ def test_every_file_is_part_of_something_that_is_applied():
 
 @pytest.fixture(params=["gke", "eks", "aks"])
 def spot(request, tmp_path):
-    """(cloud, a copy of the folder whose settings name that cloud's spot nodes)."""
+    """Return (cloud, a copy of the folder whose settings name that cloud's spot nodes)."""
     kube = shutil.copytree(KUBE, tmp_path / "kuberay")
     setting = kube / "settings" / "kustomization.yaml"
     text, named = setting.read_text(), "# components: [../spot/gke]"
@@ -157,7 +157,7 @@ def spot(request, tmp_path):
     return request.param, kube
 
 
-def test_spot_puts_workers_on_spot_nodes_and_keeps_the_head_off_them(spot):
+def test_spot_nodes_hold_workers_and_not_the_head(spot):
     cloud, kube = spot
     (job,) = render(kube / "train")
     head, worker = (template["spec"] for template in groups(job["spec"]["rayClusterSpec"]))
@@ -178,7 +178,7 @@ def test_a_spot_worker_drains_within_what_its_cloud_grants(spot):
     assert int(head["exec"]["command"][-1]) == 90
 
 
-def test_workers_of_data_prep_stay_off_spot_nodes_and_nodes_with_a_gpu(spot, clusters):
+def test_data_prep_stays_off_spot_and_gpu_nodes(spot, clusters):
     (job,) = render(spot[1] / "prep")
     for spec in (clusters["prep"], job["spec"]["rayClusterSpec"]):
         head, worker = (template["spec"] for template in groups(spec))
@@ -201,7 +201,7 @@ def test_all_but_workers_of_training_stay_where_they_are(applied, clusters, temp
     assert [job["submitterConfig"] for job in jobs] == [{"backoffLimit": 100}] * 3
 
 
-def test_no_pod_restarts_in_place_or_is_told_of_services_by_its_environment(clusters, templates):
+def test_no_pod_restarts_in_place_or_gets_service_variables(clusters, templates):
     assert all(spec["autoscalerOptions"]["version"] == "v2" for name, spec in clusters.items() if name != "prep")
     assert all(template["spec"]["enableServiceLinks"] is False for template in templates)
 
@@ -267,7 +267,7 @@ def test_pods_are_what_the_namespace_lets_in(applied, clusters, templates):
     assert all(each.get("metadata", {}).get("namespace") == "eiwtrain" for _, each in applied if each != namespace)
 
 
-def test_the_grace_period_has_room_for_the_checkpoint_and_the_end_of_ray(clusters):
+def test_the_grace_period_has_room_for_the_checkpoint(clusters):
     for spec in clusters.values():
         for template in groups(spec):
             (container,) = template["spec"]["containers"]
@@ -307,7 +307,7 @@ def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monke
         assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 > config.data.cache_bytes
 
 
-def test_the_first_try_is_a_small_run_on_one_gpu_that_is_not_repeated(applied, clusters, monkeypatch):
+def test_the_first_try_is_a_small_run_on_one_gpu(applied, clusters, monkeypatch):
     for name, value in settings().items():
         monkeypatch.setenv(name, value)
     (job,) = (each for folder, each in applied if folder == "try")
@@ -333,7 +333,7 @@ def test_a_stopped_run_names_the_page_that_resumes_it(clusters, folder, monkeypa
     assert f"\n## {place}\n" in (ROOT / page).read_text()
 
 
-def test_data_prep_is_a_command_that_there_is_and_waits_for_its_workers(clusters):
+def test_data_preps_command_exists_and_waits_for_its_workers(clusters):
     python, *module = entrypoint("prep")[:3]
     assert [python, *module] == ["python", "-m", "data_prep"]
     assert importlib.util.find_spec("data_prep.__main__")
@@ -346,8 +346,8 @@ def test_data_prep_is_a_command_that_there_is_and_waits_for_its_workers(clusters
 
 
 @pytest.mark.parametrize("node", ["worker", "head"])
-def test_a_pod_that_ends_drains_its_node_and_waits_until_the_run_has_left_it(tmp_path, node):
-    """A folder in the place of /proc, and a `ray` that notes what it was told and, unless it stays, ends what waits."""
+def test_a_pod_that_ends_drains_its_node_and_waits(tmp_path, node):
+    """Return a stand-in for /proc, and a `ray` that notes its arguments and, unless it stays, ends what waits."""
     raylet, job = (tmp_path / "proc" / pid / "cmdline" for pid in ("42", "43"))
     raylet.parent.mkdir(parents=True)
     job.parent.mkdir()

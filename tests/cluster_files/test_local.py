@@ -1,4 +1,4 @@
-"""The parts of cluster.local that need no Ray: processes found again and ended, state, ports, errors in one line."""
+"""The parts of cluster.local that need no Ray: processes found again and killed, state, ports, errors in one line."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def until(condition):
 
 @pytest.fixture
 def family(tmp_path):
-    """A process, its two children, and one it has started that is no longer below it nor in its session."""
+    """Start a process, its two children, and one that is no longer below it nor in its session."""
     code = (
         "import os, subprocess, sys, time\n"
         "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); "
@@ -53,7 +53,7 @@ def family(tmp_path):
 
 
 def again(process):
-    """As another Python process reads it from the state file."""
+    """Return the process as another Python process reads it from the state file."""
     return Process(process.name, process.pid, process.started, process.mark)
 
 
@@ -61,7 +61,7 @@ def dead(members):
     return not any(m.is_running() and m.status() != psutil.STATUS_ZOMBIE for m in members)
 
 
-def test_a_killed_process_takes_its_descendants_along_whatever_their_group(family):
+def test_a_killed_process_takes_its_descendants_along(family):
     process, members = family
     assert len({os.getpgid(m.pid) for m in members}) == 3
     assert len({os.getsid(m.pid) for m in members}) == 2
@@ -72,7 +72,7 @@ def test_a_killed_process_takes_its_descendants_along_whatever_their_group(famil
     assert not again(process).alive
 
 
-def test_a_stopped_process_takes_along_descendants_that_ignore_it(family):
+def test_a_stopped_process_takes_deaf_descendants_along(family):
     process, members = family
     process.stop(10)
     assert dead(members)
@@ -164,7 +164,7 @@ def test_a_second_up_meanwhile_is_refused_and_changes_nothing(tmp_path, capsys):
         pass  # it is free again
 
 
-def test_a_folder_of_other_files_is_refused_and_stays_open_to_others(tmp_path, capsys):
+def test_a_folder_of_other_files_is_refused_and_unchanged(tmp_path, capsys):
     tmp_path.chmod(0o755)
     (tmp_path / "a.txt").touch()
     assert "holds other files" in one_line(capsys, *UP, str(tmp_path))
@@ -199,7 +199,7 @@ finally:
 
 
 @pytest.mark.parametrize(("number", "nohup"), [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGTERM, True)])
-def test_a_signal_ends_the_command_in_order_and_a_second_one_does_not_break_that_off(number, nohup):
+def test_a_signal_stops_the_command_in_order_also_if_repeated(number, nohup):
     ignoring = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if nohup else None
     env = os.environ | {"PARENT": str(os.getpid())}
     command = [sys.executable, "-c", ENDED]
@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert "cannot keep a cluster's files here" in one_line(capsys, "up", "--folder", str(tmp_path / "file" / "x"))
 
 
-def test_a_ray_that_does_not_start_is_one_line_and_nothing_is_left(tmp_path, capsys, monkeypatch):
+def test_a_ray_that_does_not_start_leaves_one_line_and_no_more(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ray_nodes, "_RAY", "raise SystemExit('no Ray here')")
     arguments = ("up", "--folder", str(tmp_path), "--no-s3", "--no-mlflow")
     assert "Ray's node head ended: no Ray here" in one_line(capsys, *arguments)

@@ -1,4 +1,4 @@
-"""Notices of spot instances that end: heard from stand-ins for the clouds' metadata services, and told to Ray."""
+"""Notices of spot instances that end, read from stand-ins for the clouds' metadata services and passed on to Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cluster import spot_drain
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """The metadata services of both clouds: nothing, until `said`, and first what is `garbled`."""
+    """The metadata services of both clouds: no notice until `said`, and at first what is `garbled`."""
 
     said = False
     garbled: ClassVar[list[str]] = []
@@ -76,44 +76,42 @@ def test_a_metadata_service_that_refuses_is_an_oserror(notice, metadata):
 
 @pytest.fixture
 def drains(monkeypatch):
-    """What Ray answers to each of the next drains (in the end it agrees), and the seconds that it was told."""
-    answers, told = [], []
+    """Return Ray's answers to the next drains (in the end it agrees), and the seconds that it was given."""
+    answers, asked = [], []
 
     def drain(address, node, seconds):
-        told.append(seconds)
+        asked.append(seconds)
         return answers.pop(0) if answers else ""
 
     monkeypatch.setattr(spot_drain, "drain", drain)
     monkeypatch.setattr(spot_drain, "own_nodes", lambda address: ["a node"])
     monkeypatch.setattr(spot_drain, "_POLL_SECONDS", 0.01)
-    return answers, told
+    return answers, asked
 
 
-def test_a_drain_that_ray_refuses_is_asked_for_again_with_the_seconds_that_are_left(
-    drains, metadata, monkeypatch, capsys
-):
-    answers, told = drains
+def test_a_refused_drain_is_asked_for_again(drains, metadata, monkeypatch, capsys):
+    answers, asked = drains
     answers += ["refused", "refused"]
     monkeypatch.setattr(Metadata, "said", True)
     assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
-    assert len(told) == 3
-    assert 120 >= told[0] > told[1] > told[2]
+    assert len(asked) == 3
+    assert 120 >= asked[0] > asked[1] > asked[2]
     said = capsys.readouterr().err
     assert said.count("refused") == 1
     assert "Ray drains a node" in said
 
 
 def test_a_node_that_ends_is_not_asked_for_any_more(drains, metadata, monkeypatch):
-    answers, told = drains
+    answers, asked = drains
     answers += ["refused"] * 1000
     monkeypatch.setattr(Metadata, "said", True)
-    monkeypatch.setattr(spot_drain, "own_nodes", lambda address: ["a node"] * (len(told) < 3))
+    monkeypatch.setattr(spot_drain, "own_nodes", lambda address: ["a node"] * (len(asked) < 3))
     assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
-    assert len(told) == 3
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize("garbled", ["{}", "[]", "<html>", '{"time": 5}', "not HTTP"])
-def test_a_malformed_notice_is_told_once_and_asked_for_again(garbled, drains, metadata, monkeypatch, capsys):
+def test_a_malformed_notice_is_reported_once_and_asked_again(garbled, drains, metadata, monkeypatch, capsys):
     monkeypatch.setattr(Metadata, "said", True)
     monkeypatch.setattr(Metadata, "garbled", [garbled, garbled])
     assert spot_drain.main(["aws", "--address=10.7.0.1:6379", f"--metadata={metadata}"]) == 0
@@ -132,7 +130,7 @@ def test_rays_command_gets_no_more_time_than_is_left(seconds, limit, monkeypatch
 
 
 @pytest.mark.cluster
-def test_a_spot_notice_drains_the_worker_nodes_of_this_machine_and_not_the_head(metadata, monkeypatch, tmp_path):
+def test_a_spot_notice_drains_this_machines_worker_nodes(metadata, monkeypatch, tmp_path):
     from cluster.local import LocalCluster
 
     with LocalCluster(tmp_path, nodes=1, cpus=1, s3=False, mlflow=False) as cluster:

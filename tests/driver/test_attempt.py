@@ -1,4 +1,4 @@
-"""What an attempt asks for while it runs."""
+"""What an attempt asks the cluster for while it runs."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
 
 
-def test_the_jobs_request_for_nodes_is_renewed_while_an_attempt_runs(monkeypatch):
+def test_an_attempt_renews_the_jobs_request_for_nodes(monkeypatch):
     monkeypatch.setattr(session, "own_node_drains", lambda: False)
     renewed = []
     attempt = Attempt.__new__(Attempt)  # without workers

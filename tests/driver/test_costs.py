@@ -1,4 +1,4 @@
-"""What costs says without data, against the same on tensors with data, and against DeepSpeed's own memory."""
+"""Counted costs, against the same count on tensors with data, and against DeepSpeed's own memory."""
 
 import copy
 import gc
@@ -50,7 +50,7 @@ def one_step(shape: flow.FlowConfig, images: int) -> tuple[flow.EIWFlow, torch.T
 
 @pytest.mark.parametrize("mode", costs.COUNTED_MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_data_and_from_few_steps_the_count_is_that_of_a_real_step(kind, mode):
+def test_the_count_equals_that_of_a_real_step(kind, mode):
     shape = replace(KINDS[kind], backprop=mode)
     assert costs._of_all_steps(shape, 2) == costs.count(shape, 2, fake=False)
 
@@ -76,7 +76,7 @@ def test_flops_are_those_of_torch_s_counter():
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_recomputing_is_a_third_more_arithmetic_and_a_fraction_of_the_memory():
+def test_recomputing_costs_a_third_more_and_saves_memory():
     found = costs.of(config(model={"conditioner": {"hidden": 32}, "steps": 16}))
     stored, inverted = (found.flops_per_image[mode] for mode in ("stored", "invertible"))
     assert 1.3 < inverted / stored < 1.36
@@ -105,7 +105,7 @@ def test_auto_is_planned_as_what_its_budget_makes_of_it(budget, mode):
     assert costs.of(config(model={"backprop": "auto", "memory_budget": budget})).mode == mode
 
 
-def test_a_step_takes_the_flops_of_its_images_or_the_operations_of_its_micro_batches():
+def test_step_time_is_by_flops_or_by_operations():
     found = costs.of(config(model={"backprop": "checkpointed"}, train={"global_batch": 12, "micro_batch": 4}))
     slow = costs.Gpu("slow", 1e8, 80e9)
     fast = replace(slow, flops_per_second=1e18)
@@ -130,7 +130,7 @@ def test_auto_is_settled_on_each_gpu_by_itself():
 
 
 def live_bytes() -> int:
-    """Of all tensors that there are."""
+    """Return the bytes of all tensors that exist."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():

@@ -62,7 +62,7 @@ def test_the_plan_stands_where_gpus_are_missing(path, capsys, monkeypatch):
     assert all(gpu.name in out for gpu in costs.GPUS)
 
 
-def test_with_the_data_there_it_goes_on_to_the_checks_and_counts_epochs(path, tmp_path, capsys):
+def test_with_data_the_plan_counts_epochs_and_checks_follow(path, tmp_path, capsys):
     write_shards(tmp_path / "data")
     code, out, err = printed(capsys, path)
     assert (code, err) == (0, "")
@@ -77,7 +77,7 @@ def test_a_config_that_cannot_be_read_has_no_plan(path, capsys):
 
 
 def a_plan(path, operations: int, *given: str) -> list[str]:
-    """Of a million steps of 8 images at 156 GFLOP, in micro-batches of 4 with so many operations."""
+    """Return the plan of a million steps of 8 images at 156 GFLOP, in micro-batches of 4 with these operations."""
     config = load_config(path, ["workers.gpus=1", "workers.min=1", "train.max_steps=1000000", *given])
     found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.COUNTED_MODES, 156e9))
     return dry_run.lines(config, replace(found, operations=dict.fromkeys(costs.COUNTED_MODES, operations)), None)
@@ -89,7 +89,7 @@ def test_hours_are_the_steps_at_the_images_that_each_worker_has(path):
     assert line[-5:] == ["500", "0.6", "4", "4.4", "4"]
 
 
-def test_gpus_that_wait_for_their_hosts_gain_nothing_by_more_workers_than_micro_batches(path):
+def test_more_workers_than_micro_batches_gain_nothing(path):
     three_hours = round(3 * 3600 / 1e6 / costs.LAUNCH)  # to start a million micro-batches
     for most, gpu_hours in ((8, "24"), (2, "6")):
         said = a_plan(path, three_hours, f"workers.max={most}")
@@ -129,7 +129,7 @@ def test_no_speed_is_assumed_for_fp32(path):
         (100, 101, "cosine", "rises over 101 steps (train.warmup_steps), so train.lr = 0.001 is not reached"),
     ],
 )
-def test_the_way_of_the_learning_rate_is_told(path, steps, warmup, schedule, rate):
+def test_the_plan_says_how_the_learning_rate_changes(path, steps, warmup, schedule, rate):
     given = [f"train.max_steps={steps}", f"train.warmup_steps={warmup}", f"train.schedule={schedule}", "train.lr=1e-3"]
     assert dry_run._rate(load_config(path, given)) == rate
 
@@ -150,7 +150,7 @@ def test_each_config_says_what_it_is_meant_for_and_where_things_are(path, monkey
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_config_asks_for_as_many_workers_as_make_a_step_of_one_full_micro_batch_each(path):
+def test_configs_have_one_full_micro_batch_a_worker(path):
     config = load_config(str(path))
     assert batching(config.train, config.max_workers) == (config.train.micro_batch, 1)
     assert config.max_workers * config.train.micro_batch == config.train.global_batch

@@ -12,7 +12,7 @@ from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
 
 
-def test_a_job_whose_own_node_is_drained_while_it_waits_for_workers_stops_and_goes_on_later(tmp_path, monkeypatch):
+def test_a_waiting_job_whose_own_node_drains_stops(tmp_path, monkeypatch):
     config = Config.model_validate(tiny_config(tmp_path))
     monkeypatch.setattr(session, "room", lambda config: 0)
     drains = iter([False, True])
@@ -26,7 +26,7 @@ def test_a_job_whose_own_node_is_drained_while_it_waits_for_workers_stops_and_go
 
 
 class Guard:
-    """Of a lease that is ours; meanwhile, those of an attempt before may still write."""
+    """The guard of a lease that is ours; `meanwhile` is what workers of an earlier attempt still write."""
 
     def __init__(self, meanwhile):
         self.meanwhile, self.waits = meanwhile, 0
@@ -40,7 +40,7 @@ class Guard:
         self.meanwhile()
 
 
-def test_what_a_cut_off_worker_commits_at_the_last_moment_stays_whole_and_what_it_does_not_goes(tmp_path):
+def test_a_late_commit_of_a_cut_off_worker_stays_whole(tmp_path):
     config = Config.model_validate(tiny_config(tmp_path))
     commit(config.root, 3, None)
     commit(config.root, 6, None)

@@ -59,7 +59,7 @@ def test_absent_data_that_can_be_prepared_is_no_error(folder):
     assert preflight.find_data(config(folder, data={"path": "/nowhere", "prepare": "photos"})) is None
 
 
-def test_gpus_asked_for_and_absent_are_refused_here_but_not_on_a_cluster(folder, monkeypatch):
+def test_missing_gpus_are_refused_here_but_not_on_a_cluster(folder, monkeypatch):
     monkeypatch.setattr(preflight, "gpus_here", lambda: 1)
     monkeypatch.setattr(preflight, "torch_build", lambda: {"cuda": "12.6"})
     with pytest.raises(ConfigError, match=r"workers.gpus: 1 for each of 2 workers, but this machine has 1; use"):
@@ -69,7 +69,7 @@ def test_gpus_asked_for_and_absent_are_refused_here_but_not_on_a_cluster(folder,
     preflight.check_gpus(config(folder), joins_cluster=False)
 
 
-def test_a_torch_without_cuda_is_refused_here_but_not_on_a_cluster(folder, monkeypatch):
+def test_torch_without_cuda_is_refused_but_not_on_a_cluster(folder, monkeypatch):
     monkeypatch.setattr(preflight, "gpus_here", lambda: 2)
     monkeypatch.setattr(preflight, "torch_build", lambda: {"cuda": None, "__version__": "2.13.0+cpu"})
     with pytest.raises(ConfigError, match=r"workers.gpus: 1, .* torch .* 2\.13\.0\+cpu, .* without CUDA; .*pip") as e:
@@ -82,8 +82,8 @@ def test_a_torch_without_cuda_is_refused_here_but_not_on_a_cluster(folder, monke
 def test_how_torch_was_built_is_known_without_importing_it():
     code = "import sys; from eiwtrain.driver.preflight import torch_build; found = torch_build();"
     code += "assert 'torch' not in sys.modules; print(found['cuda'], found['__version__'])"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert told == [str(torch.version.cuda), str(torch.__version__)]
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [str(torch.version.cuda), str(torch.__version__)]
 
 
 def test_gpus_hidden_from_this_process_do_not_count(monkeypatch):

@@ -26,7 +26,7 @@ def path(tmp_path):
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Whatever a job does with signals, this process gets its own back."""
+    """Give this process its own signal handlers back, whatever a job did with them."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -75,7 +75,7 @@ def test_an_exception_that_nobody_foresaw_leaves_no_run_running(path, monkeypatc
     assert status(path) == "FAILED"
 
 
-def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
+def test_the_command_that_resumes_is_the_one_that_was_given(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert resume_command(["a.yaml", "run.name=x y"]).endswith("-m eiwtrain.run a.yaml 'run.name=x y'")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
@@ -83,18 +83,18 @@ def test_the_command_that_goes_on_is_the_one_that_was_given(monkeypatch):
 
 
 class Watched:
-    """What a watcher was told."""
+    """A stand-in for the watcher that keeps what it is sent."""
 
-    told: list[tuple[str, ...]]
+    heard: list[tuple[str, ...]]
 
     def __init__(self, tracked, root, owner):
-        Watched.told = [("watches", tracked.run_id, root, owner)]
+        Watched.heard = [("watches", tracked.run_id, root, owner)]
 
     def will_end(self, status, detail):
-        Watched.told.append(("will end", status, detail))
+        Watched.heard.append(("will end", status, detail))
 
     def dismiss(self):
-        Watched.told.append(("dismissed",))
+        Watched.heard.append(("dismissed",))
 
 
 STOPPED = Stopped("SIGTERM", 3, "x")
@@ -104,32 +104,32 @@ WILL_END = ("will end", "KILLED", "stopped by SIGTERM; resumes with the same com
 def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch):
     def train(config, data_fingerprint, newest, tracked, lease, *rest):
         assert data_fingerprint == load_manifest(config.data.path).fingerprint
-        assert Watched.told == [("watches", tracked.run_id, config.root, lease.owner)]
+        assert Watched.heard == [("watches", tracked.run_id, config.root, lease.owner)]
         return STOPPED
 
     monkeypatch.setattr(launch, "train", train)
     monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 75
-    assert Watched.told[1:] == [WILL_END, ("dismissed",)]
+    assert Watched.heard[1:] == [WILL_END, ("dismissed",)]
 
 
-def test_the_watcher_stays_when_mlflow_could_not_be_told(path, monkeypatch):
+def test_the_watcher_stays_when_mlflow_does_not_answer(path, monkeypatch):
     monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
     monkeypatch.setattr(main_job, "Watcher", Watched)
     monkeypatch.setattr(tracking, "end", lambda *args: False)
     run.main([str(path)])
-    assert Watched.told[1:] == [WILL_END]
+    assert Watched.heard[1:] == [WILL_END]
 
 
-def test_a_run_that_is_anothers_by_now_is_not_ended_nor_watched(path, monkeypatch, capsys):
+def test_a_run_that_another_driver_has_is_not_ended(path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "train", lambda *args: Lost("taken over"))
     monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 1
-    assert Watched.told[-1] == ("dismissed",)
+    assert Watched.heard[-1] == ("dismissed",)
     assert status(path) == "RUNNING"
 
 
-def test_the_page_of_a_run_tells_what_it_trains_on_with_what_and_how_it_goes_on(path, monkeypatch):
+def test_the_page_of_a_run_names_data_model_and_command(path, monkeypatch):
     monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
     run.main([str(path)])
     client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")

@@ -1,4 +1,4 @@
-"""The watcher of a driver that is killed, that ends in order, or that another has followed: real processes, sqlite."""
+"""The watcher of a driver that is killed, exits in order, or is replaced by another: real processes, sqlite."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ class Driver:
     def watchers(self):
         return watchers(self.environment)
 
-    def tell(self, words):
+    def send(self, words):
         self.process.stdin.write(words + "\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
@@ -107,7 +107,7 @@ def state(run):
     return found.info.status, found.data.tags["eiwtrain.status"]
 
 
-def test_a_driver_that_is_killed_leaves_a_run_that_says_so_and_no_watcher(run, driver):
+def test_a_killed_driver_leaves_a_killed_run_and_no_watcher(run, driver):
     began = time.time()
     driver.kill()
     wait_until(lambda: state(run)[0] == "KILLED")
@@ -120,30 +120,30 @@ def test_a_driver_that_is_killed_leaves_a_run_that_says_so_and_no_watcher(run, d
 
 
 def test_a_watcher_is_out_of_reach_of_what_ends_the_driver(driver):
-    """`ray job stop` signals the driver and all below it, a terminal the driver's session."""
+    """`ray job stop` signals the driver and all below it; a terminal signals the driver's session."""
     assert driver.watcher.pid not in [p.pid for p in driver.tree]
     assert os.getsid(driver.watcher.pid) != os.getsid(driver.process.pid)
     assert {fd.name for fd in Path(f"/proc/{driver.watcher.pid}/fd").iterdir()} == {"0", "1", "2"}
 
 
 def test_a_watcher_that_is_dismissed_ends_and_leaves_the_run_alone(run, driver):
-    driver.tell("dismiss")
+    driver.send("dismiss")
     wait_until(lambda: not driver.watchers())
-    driver.tell("dismiss")
-    driver.tell("will_end FINISHED too-late")
+    driver.send("dismiss")
+    driver.send("will_end FINISHED too-late")
     driver.kill()
     assert state(run) == ("RUNNING", "running")
 
 
-def test_a_watcher_tells_what_its_driver_could_not(run, driver):
-    driver.tell("will_end FINISHED at-last")
+def test_a_watcher_reports_what_its_driver_could_not(run, driver):
+    driver.send("will_end FINISHED at-last")
     driver.process.stdin.close()
     driver.process.wait()
     wait_until(lambda: state(run) == ("FINISHED", "at-last"))
     wait_until(lambda: not driver.watchers())
 
 
-def test_a_watcher_whose_driver_has_been_followed_by_another_writes_nothing(config, run, held, driver):
+def test_a_watcher_of_a_replaced_driver_writes_nothing(config, run, held, driver):
     held.release("stopped")
     Lease.acquire(config.root, config.run.name, lambda line: None).release("finished")
     driver.kill()
@@ -158,7 +158,7 @@ def test_a_watcher_that_waits_has_loaded_next_to_nothing():
     assert found.stdout == "[]\n"
 
 
-def test_a_watcher_that_cannot_be_started_is_no_hindrance(run, monkeypatch):
+def test_a_watcher_that_cannot_be_started_is_no_error(run, monkeypatch):
     for executable in ("/nowhere/python", "false"):
         monkeypatch.setattr(sys, "executable", executable)
         watching = watcher.Watcher(run, "root", "owner")
@@ -166,7 +166,7 @@ def test_a_watcher_that_cannot_be_started_is_no_hindrance(run, monkeypatch):
         watching.dismiss()
 
 
-TOLD = {"uri": "sqlite://", "experiment_id": "1", "run_id": "a", "root": "b", "owner": "c"}
+WORDS = {"uri": "sqlite://", "experiment_id": "1", "run_id": "a", "root": "b", "owner": "c"}
 
 
 @pytest.mark.parametrize(
@@ -189,5 +189,5 @@ def test_what_is_away_is_tried_again_for_a_while(monkeypatch, errors, calls):
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
     monkeypatch.setattr(watcher, "time", clock)
     monkeypatch.setattr(tracking, "settle", settle)
-    watcher._settle(TOLD, 1.5e9)
+    watcher._settle(WORDS, 1.5e9)
     assert made == [(tracking.TrackedRun("sqlite://", "1", "a"), "c", "b", 1.5e9, None, "")] * calls

@@ -1,4 +1,4 @@
-"""What stands as the target of a cluster that grows: computed by Ray's own coordinator and scheduler, without a Ray."""
+"""The target of a cluster that grows, computed by Ray's own coordinator and scheduler without a running Ray."""
 
 import functools
 import time
@@ -44,7 +44,7 @@ class Cluster:
         )
 
     def pass_seconds(self, seconds, *living):
-        """Time in which these jobs poll, and the coordinator does what it does every 20 s."""
+        """Let time pass in which these jobs poll, and the coordinator does what it does every 20 s."""
         for second in range(int(seconds)):
             self.now += 1
             for job in living:
@@ -79,7 +79,7 @@ def job(tmp_path):
 
 @pytest.fixture
 def attempt():
-    """Ray Train's own policy for an attempt of so many workers, as `eiwtrain.driver.attempt` has it."""
+    """Build Ray Train's own policy for an attempt, as `eiwtrain.on_ray.trainer` has it."""
     from ray.train import ScalingConfig
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
@@ -110,13 +110,13 @@ def test_the_target_is_workers_max_whatever_attempt_runs(cluster, job, attempt):
     assert cluster.target == []
 
 
-def test_ray_train_of_this_version_would_ask_for_the_attempts_workers_besides(cluster, job, attempt):
+def test_ray_train_by_itself_would_ask_for_more_nodes(cluster, job, attempt):
     job().renew()
     attempt(3, quiet=False)
     assert cluster.target == [WORKER] * 11
 
 
-def test_two_jobs_add_up_and_one_that_ends_leaves_the_others_request(cluster, job):
+def test_requests_of_two_jobs_add_up_and_end_apart(cluster, job):
     one, two = job("one"), job("two", max=4)
     cluster.pass_seconds(100, one, two)
     assert cluster.target == [WORKER] * 12
@@ -125,7 +125,7 @@ def test_two_jobs_add_up_and_one_that_ends_leaves_the_others_request(cluster, jo
     assert cluster.target == [WORKER] * 4
 
 
-def test_a_job_that_was_killed_asks_for_nothing_after_a_while_and_who_goes_on_takes_its_request_over(cluster, job):
+def test_a_killed_jobs_request_expires_or_is_taken_over(cluster, job):
     job("one").renew()
     again = job("one", max=6)
     again.renew()
@@ -136,7 +136,7 @@ def test_a_job_that_was_killed_asks_for_nothing_after_a_while_and_who_goes_on_ta
     assert cluster.target == []
 
 
-def test_a_request_is_renewed_every_twenty_seconds_however_often_the_job_polls(cluster, job, monkeypatch):
+def test_a_request_is_renewed_every_twenty_seconds(cluster, job, monkeypatch):
     asked = []
     monkeypatch.setattr(autoscaling, "_ask", lambda requester, bundles: asked.append(len(bundles)))
     one = job()
@@ -168,7 +168,7 @@ def test_a_head_that_is_away_is_asked_again_later(cluster, job, monkeypatch):
 
 
 class Scheduler:
-    """Ray's autoscaler (version 2) that may start so many nodes of one GPU."""
+    """Ray's autoscaler (version 2), which may start `nodes` nodes of one GPU."""
 
     def __init__(self, cluster, nodes):
         from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
@@ -180,7 +180,7 @@ class Scheduler:
         self.schedule = functools.cache(self._schedule)
 
     def renew(self):
-        """As it does every few seconds: what it starts from nothing for the cluster's target."""
+        """Compute, as it does every few seconds, what it starts from nothing for the cluster's target."""
         assert all(bundle == WORKER for bundle in self.cluster.target)
         self.started, self.cluster.too_much = self.schedule(len(self.cluster.target))
 
@@ -203,14 +203,14 @@ class Scheduler:
         return started, bool(reply.infeasible_cluster_resource_constraints)
 
 
-def test_rays_autoscaler_starts_nothing_for_a_target_that_is_too_much_for_it(cluster, job):
+def test_rays_autoscaler_starts_nothing_for_too_large_a_target(cluster, job):
     scheduler = Scheduler(cluster, 8)
     job(max=9).renew()
     scheduler.renew()
     assert (scheduler.started, cluster.too_much) == (0, True)
 
 
-def test_a_job_that_asks_for_more_than_the_cluster_can_have_gets_about_all_of_it(cluster, job):
+def test_a_job_that_asks_for_too_much_gets_about_all_there_is(cluster, job):
     scheduler, one = Scheduler(cluster, 8), job(max=64)
     cluster.pass_seconds(200, one, scheduler)
     assert scheduler.started in (7, 8)
@@ -222,7 +222,7 @@ def test_a_job_that_asks_for_more_than_the_cluster_can_have_gets_about_all_of_it
     assert started.count(0) < 0.1 * len(started)  # it tries for more now and then
 
 
-def test_two_jobs_that_together_ask_for_more_than_the_cluster_can_have_share_it(cluster, job):
+def test_two_jobs_that_ask_for_too_much_share_the_cluster(cluster, job):
     scheduler, one, two = Scheduler(cluster, 8), job("one"), job("two")
     cluster.pass_seconds(100, one, two, scheduler)
     assert 6 <= scheduler.started <= 8
@@ -232,7 +232,7 @@ def test_two_jobs_that_together_ask_for_more_than_the_cluster_can_have_share_it(
 
 
 @pytest.mark.parametrize("too_much", [False, True])
-def test_what_the_autoscaler_says_of_the_target_is_read_from_rays_head(too_much, monkeypatch):
+def test_rays_head_says_whether_a_target_is_too_large(too_much, monkeypatch):
     from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, GetClusterStatusReply
     from ray.experimental import internal_kv
 

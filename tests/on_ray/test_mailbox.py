@@ -1,4 +1,4 @@
-"""What the driver asks reaches the workers, a stop above all."""
+"""The mailbox: the driver's request reaches the workers, and a stop takes precedence."""
 
 from eiwtrain.on_ray.mailbox import Mailbox
 from eiwtrain.on_ray.messages import Note, Request
@@ -14,7 +14,7 @@ def test_messages_are_taken_once_and_in_order():
     assert box.take() == []
 
 
-def test_a_stop_takes_the_place_of_a_wish_for_other_workers_and_is_not_taken_back():
+def test_a_stop_replaces_a_request_for_another_attempt():
     box = Mailbox()
     assert box.asked() is None
     box.ask(AGAIN)

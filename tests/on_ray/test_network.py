@@ -1,4 +1,4 @@
-"""By which interface workers talk to one another."""
+"""The interface by which workers communicate."""
 
 import importlib
 import ipaddress
@@ -27,7 +27,7 @@ OUTER = next((a for found in ADDRESSES.values() for a in found if "." in a and n
 
 @pytest.fixture
 def on(monkeypatch):
-    """A worker on the node that Ray knows by that address; what it changes is taken back."""
+    """Act as a worker on the node that Ray knows by that address; what it changes is undone afterwards."""
     monkeypatch.setattr(RENDEZVOUS, "TCPStore", dist.TCPStore)
     for name in SETTINGS:
         monkeypatch.setenv(name, "")  # so that it is taken back
@@ -41,7 +41,7 @@ def on(monkeypatch):
     return worker
 
 
-def test_the_interface_of_an_address_is_found_and_none_for_an_address_that_is_not_of_this_machine():
+def test_the_interface_of_an_address_of_this_machine_is_found():
     for name, found in ADDRESSES.items():
         for address in found:
             plain = address.partition("%")[0]
@@ -56,16 +56,16 @@ def test_on_loopback_the_store_and_nccl_stay_there_too(on):
 
 
 @pytest.mark.parametrize("host", [pytest.param(OUTER, marks=pytest.mark.skipif(not OUTER, reason="no network"))])
-def test_in_a_network_gloo_takes_the_interface_of_the_node_and_all_else_is_torchs(on, host):
+def test_in_a_network_gloo_takes_the_nodes_interface(on, host):
     assert on(host) == [network.interface_of(host), None]
     assert RENDEZVOUS.TCPStore is dist.TCPStore
 
 
-def test_an_address_that_no_interface_has_leaves_the_choice_to_gloo(on):
+def test_an_address_without_an_interface_is_left_to_gloo(on):
     assert on("203.0.113.77") == [None, None]
 
 
-def test_what_the_environment_says_counts_and_the_drivers_reaches_the_workers_before_gloo_reads_it(on, monkeypatch):
+def test_variables_of_the_environment_take_precedence(on, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert session.worker_environment() == session.WORKER_ENV | {"GLOO_SOCKET_IFNAME": "ib0"}
     assert on("127.0.0.1")[0] == "ib0"
@@ -74,7 +74,7 @@ def test_what_the_environment_says_counts_and_the_drivers_reaches_the_workers_be
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", pytest.param(OUTER, marks=pytest.mark.skipif(not OUTER, reason="no network"))]
 )
-def test_gloo_listens_on_the_nodes_address_whatever_the_hosts_name_stands_for(on, host):
+def test_gloo_listens_on_the_nodes_address(on, host):
     on(host)
     store, before, sums = dist.HashStore(), listening(), []
 
@@ -94,5 +94,5 @@ def test_gloo_listens_on_the_nodes_address_whatever_the_hosts_name_stands_for(on
 
 
 def listening():
-    """(address, port) of the sockets on which this process waits for connections."""
+    """Return (address, port) of the sockets on which this process waits for connections."""
     return {tuple(c.laddr) for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN}

@@ -1,4 +1,4 @@
-"""What is reported of workers that Ray gave up on."""
+"""The line that is reported about workers that Ray gave up on."""
 
 from eiwtrain.on_ray.trainer import cause_of
 
@@ -9,7 +9,7 @@ class TrainingFailed(Exception):
         self.worker_failures = failures
 
 
-def test_a_rank_that_died_is_named_before_those_that_lost_their_connection_to_it():
+def test_a_rank_that_died_is_named_before_cut_connections():
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:3293: Connection reset by peer")
     died = RuntimeError(
         "A worker health check failed.\nThe actor died unexpectedly before finishing this task.\n\tpid: 12\n"

@@ -79,7 +79,7 @@ def test_no_password_outlives_redaction_wherever_the_url_stands(scheme, user, pa
 
 
 @given(st.sampled_from(["postgresql", "mysql+pymysql", "mssql+pyodbc", "s3"]), WORD, SECRET, WORD)
-def test_where_no_url_has_a_port_before_an_at_a_password_is_seen_whatever_it_looks_like(scheme, user, password, host):
+def test_a_password_that_looks_like_a_port_is_seen(scheme, user, password, host):
     assert redact(f"{scheme}://{user}:{password}@{host}/x") == f"{scheme}://***@{host}/x"
 
 
@@ -134,13 +134,13 @@ def test_every_command_refuses_it_in_one_line(command, arguments, capsys, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_registered_model_of_a_server_with_a_password_in_its_address_is_refused(monkeypatch, capsys):
+def test_a_registered_model_with_a_password_in_its_url_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{PLANTED}@127.0.0.1:1")
     assert evaluate.main(["models:/x@best", "--data", "nowhere"]) == 2
     assert PLANTED not in capsys.readouterr().err
 
 
-def test_a_run_whose_config_takes_a_password_from_the_environment_is_refused(monkeypatch, capsys, tmp_path):
+def test_a_password_from_the_environment_is_refused(monkeypatch, capsys, tmp_path):
     import yaml
 
     from eiwtrain import run

@@ -19,9 +19,7 @@ CONFIG = Config.model_validate(tiny_config(Path("/x")))
 
 
 @given(global_batch=st.integers(1, 300), micro_batch=st.integers(1, 300), world_size=st.integers(1, 20))
-def test_batching_fits_the_global_batch_with_less_than_one_row_a_micro_batch_to_spare(
-    global_batch, micro_batch, world_size
-):
+def test_batching_spares_less_than_one_row_a_micro_batch(global_batch, micro_batch, world_size):
     micro_batch = min(micro_batch, global_batch)
     rows, accumulation = batching(Train(global_batch=global_batch, micro_batch=micro_batch), world_size)
     assert rows <= micro_batch
@@ -64,7 +62,7 @@ def model():
     return model.double()
 
 
-def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model):
+def test_losses_of_micro_batches_sum_to_the_mean(model):
     x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
     whole = MicroBatch(torch.ones(8, dtype=torch.float64), CONFIG, x)
     expected = whole.loss(model).detach()
@@ -78,7 +76,7 @@ def test_losses_of_all_micro_batches_sum_to_the_mean_whatever_the_padding(model)
     assert float(whole.sums[0]) / 8 == pytest.approx(float(model.bits_per_dim(x).mean().detach()))
 
 
-def test_between_forward_and_backward_pass_nothing_is_read_from_the_device():
+def test_nothing_is_read_from_the_device_before_backward():
     on = torch.device("meta")  # whose tensors have no numbers to read
     out = flow.FlowOutput(torch.empty(4, device=on), torch.empty(4, device=on), torch.empty(2, 2, device=on))
     micro = MicroBatch(torch.empty(4, device=on), CONFIG, torch.empty(4, 3, 8, 8, device=on))
@@ -103,7 +101,7 @@ class Driver:
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Starts the only worker of a run, and gives what it sends to its driver."""
+    """Start the only worker of a run; return what it sends to its driver."""
     monkeypatch.setattr(loop, "WorkerEnd", Driver)
     monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
     write_shards(tmp_path / "data")
@@ -119,7 +117,7 @@ def start(tmp_path, monkeypatch):
         yield start
 
 
-def test_a_data_set_that_was_replaced_between_two_attempts_ends_the_run(start, tmp_path):
+def test_a_data_set_that_was_replaced_ends_the_run(start, tmp_path):
     (said,) = start(fingerprint="0123456789abcdef")
     now = data.load_manifest(str(tmp_path / "data")).fingerprint[:12]
     assert isinstance(said, Failed)

@@ -37,7 +37,7 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
         (math.nan, {"anchor_every": 4, "trunk_dtype": "float64"}, ["precision. model.backprop"]),
     ],
 )
-def test_drift_beyond_the_limit_is_told_with_the_remedy(tmp_path, drift, model, remedies):
+def test_drift_beyond_the_limit_is_reported_with_a_remedy(tmp_path, drift, model, remedies):
     warning = report.drift_warning(drift, Config.model_validate(tiny_config(tmp_path, model=model)))
     assert bool(warning) == bool(remedies)
     assert [r for r in remedies if r not in warning] == []
