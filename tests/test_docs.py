@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import torch
 
 from eiwtrain.config import Config, leaf_fields
+from eiwtrain.data.order import SampleOrder
 
 HERE = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -149,6 +151,19 @@ def test_extras_exist(page: Path) -> None:
     named = {extra for names in EXTRA.findall(page.read_text()) for extra in names.split(",")}
     assert extras, "pyproject.toml was not read as it is written"
     assert not named - extras, f"{page.name} names extras that the package does not have: {in_order(named - extras)}"
+
+
+def test_the_drawn_order_of_samples_is_the_order() -> None:
+    page = (HERE / "docs" / "data.md").read_text()
+    order = SampleOrder([4, 4, 4, 4], "f", 0, lanes=2, block=4)
+    assert 'SampleOrder([4, 4, 4, 4], "f", 0, lanes=2, block=4)' in page
+    for positions in (
+        np.arange(8),
+        np.arange(8, 16),
+        order.batch_positions(0, 8),
+        *(order.rank_positions(0, 8, rank, ranks) for ranks in (2, 3) for rank in range(ranks)),
+    ):
+        assert " ".join(map(str, order.at(positions)[1])) in page
 
 
 def test_python_of_the_flow_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
