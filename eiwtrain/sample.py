@@ -1,80 +1,67 @@
-"""Images from a flow: samples, reconstructions, one picture of both, and the command that draws samples.
+"""Draw images from a trained flow: samples, or ways between samples or held-out images.
 
 python -m eiwtrain.sample runs/quickstart/model --n 64 --temperature 0.7 --seed 0 --output grid.png
 
-Not for which images there are to draw (`eiwtrain.sampling.series`), how pictures look (`eiwtrain.sampling.pictures`),
-or files of many images (`eiwtrain.sampling.image_sets`).
+The images to draw come from `eiwtrain.sampling.series`, pictures of them from `eiwtrain.sampling.drawing`, and files of
+many images from `eiwtrain.sampling.image_sets`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from eiwtrain import data, storage
-from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.exporting import models
-from eiwtrain.sampling import image_sets, pictures
-from eiwtrain.sampling.series import (
-    BATCH,
-    Series,
-    between_images,
-    between_samples,
-    pairs_of,
-    render,
-    samples,
-)
+from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
+from eiwtrain.sampling import drawing, image_sets, pictures
+from eiwtrain.sampling.series import between_images, between_samples, pairs_of, render, samples
 from eiwtrain.train import device
 
 _N, _ROWS = 64, 8  # of images; of interpolations, and of images of each class
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    args = _arguments(argv)
-    try:
-        kind = _check(args)
-        found = models.open_model(args.model)
-        classes = _classes(args, found)
-        n, columns, rows = _layout(args, len(classes))
-        _check_output(args, kind, found, columns, rows)
-        reader = models.open_split(found, args.data, args.split) if args.data is not None else None
-        model = found.flow.to(device.of_command(args.device))
-        if reader is not None:
-            pairs = pairs_of(reader, n, model.config.classes, args.seed)
-            series = between_images(model, pairs, args.interpolate, args.batch)
-        elif args.interpolate:
-            series = between_samples(model, n, args.interpolate, args.seed, classes)
+    """Run the command and return the exit code."""
+    return run_command(_sample, _arguments(argv))
+
+
+def _sample(args: argparse.Namespace) -> int:
+    kind = _check(args)
+    found = models.open_model(args.model)
+    classes = _classes(args, found)
+    n, columns, rows = _layout(args, len(classes))
+    _check_output(args, kind, found, columns, rows)
+    reader = models.open_split(found, args.data, args.split) if args.data is not None else None
+    model = found.flow.to(device.of_command(args.device))
+    if reader is not None:
+        pairs = pairs_of(reader, n, model.config.classes, args.seed)
+        series = between_images(model, pairs, args.interpolate, args.batch)
+    elif args.interpolate:
+        series = between_samples(model, n, args.interpolate, args.seed, classes)
+    else:
+        series = samples(model, n, args.seed, classes)
+    what = _what(args, reader)
+    with tqdm(total=series.n * len(args.temperature), unit=" images", disable=None) as bar:  # None: on a terminal
+        drawn = [_counted(render(model, series, t, args.batch), bar) for t in args.temperature]
+        if kind == "npz":
+            image_sets.write_npz(args.output, drawn[0], series.n, series.labels)
+        elif kind == "folder":
+            image_sets.write_folder(args.output, drawn[0])
         else:
-            series = samples(model, n, args.seed, classes)
-        what = _what(args, reader)
-        with tqdm(total=series.n * len(args.temperature), unit=" images", disable=None) as bar:  # None: on a terminal
-            drawn = [_counted(render(model, series, t, args.batch), bar) for t in args.temperature]
-            if kind == "npz":
-                image_sets.write_npz(args.output, drawn[0], series.n, series.labels)
-            elif kind == "folder":
-                image_sets.write_folder(args.output, drawn[0])
+            titles = [what] if len(drawn) == 1 else [f"temperature {t:g}" for t in args.temperature]
+            panels = [(title, torch.cat(list(batches))) for title, batches in zip(titles, drawn, strict=True)]
+            if args.interpolate:
+                picture = drawing.rows_between(panels, series, columns, _names(found))
             else:
-                panels = [torch.cat(list(batches)) for batches in drawn]
-                picture = _picture(args, what, series, panels, columns, classes, _names(found))
-                storage.write_bytes(args.output, pictures.png(picture))
-    except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(
-            f"error: --batch: {args.batch} images at a time do not fit in the GPU's memory; give fewer", file=sys.stderr
-        )
-        return 2
+                picture = drawing.rows_of_classes(panels, columns, [_names(found)[number] for number in classes])
+            storage.write_bytes(args.output, pictures.png(picture))
     images = f"{series.n:,} image{'s' * (series.n > 1)}"
     print(f"{args.output}: {images} ({what}), seed {args.seed}, of {found.source}")
     return 0
@@ -82,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.sample", description="Draw samples of a trained flow.")
-    parser.add_argument("model", help="an exported model, a checkpoint or a run (folder or URL), or models:/NAME@best")
+    add_model_options(parser)
     parser.add_argument(
         "--n",
         type=int,
@@ -95,7 +82,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="T",
         help="scale of the latents, 1 unless given; several: the same latents, side by side",
     )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="all, or numbers or names: a row for each, images in turn"
     )
@@ -107,40 +93,33 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default="grid.png",
         help="x.png: a grid; x.npz: one array, for FID tools; x/: PNG files 000000.png and so on. Path or URL",
     )
-    parser.add_argument("--batch", type=int, default=BATCH, help="images decoded at a time")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
 
 
 def _check(args: argparse.Namespace) -> str:
-    """What can be told before anything is opened; fills in defaults. Returns the kind of the output."""
-    for name, value, least in (("n", args.n, 1), ("batch", args.batch, 1), ("interpolate", args.interpolate, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"--{name}: {value} is too few; give at least {least}")
-    for t in args.temperature or ():
-        if not 0 < t < math.inf:
-            raise ValueError(f"--temperature: {t} is not a number above 0")
+    """Check what can be checked before anything is opened, fill in defaults, and return the kind of the output."""
+    check_numbers(args, n=1, batch=1, interpolate=2)
     if args.data is not None:
         if args.interpolate is None:
             raise ValueError("--data: it goes with --interpolate K, whose rows lead from one of its images to another")
         if args.temperature or args.classes:
             raise ValueError("--data: images have their own latents and classes; leave out --temperature, --classes")
     args.temperature = args.temperature or [1.0]
-    with _about("--output"):
+    with models.about_option("output"):
         kind = image_sets.kind(args.output)
     if kind != "grid" and len(args.temperature) > 1:
         raise ValueError(f"--temperature: several are for a grid (x.png) to compare them; {args.output} takes one")
     return kind
 
 
-def _names(found: models.Model) -> list[str]:
-    """What to call each class: its name if the model knows names, else its number."""
+def _names(found: models.LoadedModel) -> list[str]:
+    """Return what to call each class: its name if the model knows names, else its number."""
     named = list(map(str, found.metadata.get("class_names") or []))
     return named if len(named) == found.flow.config.classes else list(map(str, range(found.flow.config.classes)))
 
 
-def _classes(args: argparse.Namespace, found: models.Model) -> list[int]:
-    """The classes that --classes names, by number or name."""
+def _classes(args: argparse.Namespace, found: models.LoadedModel) -> list[int]:
+    """Return the numbers of the classes that --classes names, by number or name."""
     if args.classes is None:
         return []
     count, names = found.flow.config.classes, _names(found)
@@ -156,7 +135,7 @@ def _classes(args: argparse.Namespace, found: models.Model) -> list[int]:
 
 
 def _layout(args: argparse.Namespace, classes: int) -> tuple[int, int, int]:
-    """How many images, or rows of interpolations, and the columns and rows of a panel of them."""
+    """Return the number of images, or of rows of interpolations, and the columns and rows of a panel of them."""
     if args.interpolate:
         rows = args.n or _ROWS
         return rows, args.interpolate, rows
@@ -169,7 +148,7 @@ def _layout(args: argparse.Namespace, classes: int) -> tuple[int, int, int]:
     return n, columns, -(-n // columns)
 
 
-def _check_output(args: argparse.Namespace, kind: str, found: models.Model, columns: int, rows: int) -> None:
+def _check_output(args: argparse.Namespace, kind: str, found: models.LoadedModel, columns: int, rows: int) -> None:
     channels = found.flow.config.image_shape[0]
     if channels != 3:
         raise ValueError(f"{args.model}: its images have {channels} channels, and what is written here has 3")
@@ -178,7 +157,7 @@ def _check_output(args: argparse.Namespace, kind: str, found: models.Model, colu
             pictures.check_size(columns * len(args.temperature), rows)
         except ValueError as e:
             raise ValueError(f"--output: {e}; draw fewer, or give x.npz, or x/ for PNG files") from None
-    with _about("--output"):
+    with models.about_option("output"):
         image_sets.check(args.output)
 
 
@@ -189,40 +168,10 @@ def _what(args: argparse.Namespace, reader: data.ShardReader | None) -> str:
     return f"{'between samples' if args.interpolate else 'samples'}, temperature {temperatures}"
 
 
-def _picture(
-    args: argparse.Namespace,
-    what: str,
-    series: Series,
-    panels: list[Tensor],
-    columns: int,
-    classes: list[int],
-    names: list[str],
-) -> Image.Image:
-    """The images at each temperature, with titles."""
-    row_titles: list[str] = []
-    if args.interpolate and series.labels is not None:
-        row_titles = [names[number] for number in series.labels[:: args.interpolate].tolist()]
-    elif classes and not args.interpolate:
-        panels = [pictures.by_class(panel, len(classes)) for panel in panels]
-        spare = [""] * (pictures.rows_by_class(series.n, len(classes))[1] - 1)
-        row_titles = [title for number in classes for title in (names[number], *spare)]
-    titles = [what] if len(panels) == 1 else [f"temperature {t:g}" for t in args.temperature]
-    return pictures.grid(list(zip(titles, panels, strict=True)), columns, row_titles, side_by_side=True)
-
-
 def _counted(batches: Iterator[Tensor], bar: tqdm[NoReturn]) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
         bar.update(len(batch))
-
-
-@contextlib.contextmanager
-def _about(argument: str) -> Iterator[None]:
-    """Errors name the argument."""
-    try:
-        yield
-    except (ValueError, storage.StorageError) as e:
-        raise ValueError(f"{argument}: {e}") from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from safetensors.torch import save
 
 from eiwtrain import checkpoints, flow, storage
 from eiwtrain.config import Config
+from eiwtrain.exporting import assemble
 from eiwtrain.train.state import flow_config
 
 FINGERPRINT = "f" * 64
@@ -49,6 +50,13 @@ def commit(root: Path | str, step: int, bits: float | None, model: flow.EIWFlow 
     saved = checkpoints.Checkpoint(url, step, 8 * step, (part,), about | state)
     storage.write_bytes(storage.join(url, part.name), data)
     storage.write_bytes(storage.join(url, checkpoints.MANIFEST), checkpoints.render(saved))
+
+
+def export_model(model: flow.EIWFlow, folder: Path, **metadata) -> str:
+    """Export the model and return its folder."""
+    with assemble.assembled(model, metadata) as assembled:
+        assemble.publish(assembled, str(folder))
+    return str(folder)
 
 
 def tracked(uri: str, artifacts: Path | None = None) -> str:

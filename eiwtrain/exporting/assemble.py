@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,29 +11,17 @@ from typing import Any
 
 import torch
 
-from eiwtrain import flow, storage
+from eiwtrain import data, flow, storage
 from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.exporting import model_card, models, onnx, registry
 from eiwtrain.exporting.pyfunc import MLMODEL, note_size, package
 from eiwtrain.sampling import pictures
-from eiwtrain.scoring.yardsticks import Yardsticks
+from eiwtrain.scoring.yardsticks import CODERS, Yardsticks
 from eiwtrain.tracking import TrackedRun
 
 _SAMPLES, _TEMPERATURES, _SEED = 16, (0.7, 1.0), 0
 _EXAMPLES = 2
-
-
-def export(
-    model: flow.EIWFlow,
-    url: str,
-    metadata: Mapping[str, Any],
-    manifest: Manifest | None = None,
-    yardsticks: Yardsticks | None = None,
-) -> None:
-    """Publish the model at a folder or URL, in place of one that is there. Arguments as of `assembled`."""
-    with assembled(model, metadata, manifest, yardsticks) as folder:
-        publish(folder, url)
 
 
 @contextlib.contextmanager
@@ -87,7 +76,44 @@ def publish(folder: Path, url: str) -> None:
 
 def place(root: str, saved: Checkpoint) -> str:
     """Where the model of a checkpoint goes if nothing else is said: a folder of its own, below the run's root."""
-    return storage.join(root, "exported", name_of(saved))
+    return storage.join(root, "exported", models.name_of(saved))
+
+
+def check_place(url: str, saved: Checkpoint) -> None:
+    """Check that a folder or URL is empty, or holds an export of this checkpoint.
+
+    Raises:
+        ValueError: it holds another model, to which a registered version may refer, or files of the user.
+    """
+    if not storage.listdir(url):
+        return
+    try:
+        there = json.loads(storage.read_bytes(storage.join(url, flow.CONFIG_FILE)))["metadata"].get("checkpoint")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{url} is not empty; name another folder") from None
+    if there != models.name_of(saved):
+        raise ValueError(f"{url} holds another model; name another folder, or delete it first")
+
+
+def manifest_of(saved: Checkpoint) -> Manifest | None:
+    """Return the manifest of a checkpoint's data set, or None if that is not there any more, or has changed."""
+    try:
+        manifest = data.load_manifest(saved.state["config"]["data"]["path"])
+    except (data.DataError, storage.StorageError, OSError):
+        return None
+    return manifest if manifest.fingerprint == saved.state["data_fingerprint"] else None
+
+
+def yardsticks_of(root: str, saved: Checkpoint) -> Yardsticks | None:
+    """Return the yardsticks in a run's summary, or None if it has none for the images of the checkpoint's score."""
+    try:
+        summary = json.loads(storage.read_bytes(storage.join(root, "summary.json")))
+        if summary["test_images"] == (saved.state["score"] or {}).get("images"):
+            bits = {coder: float(summary[f"{coder}_bits_per_dim"]) for coder in CODERS}
+            return Yardsticks(int(summary["yardstick_images"]), bits)
+    except (OSError, ValueError, KeyError, TypeError, storage.StorageError):
+        pass
+    return None
 
 
 def register(
@@ -105,10 +131,6 @@ def register(
         url = place(root, saved)
         publish(folder, url)
     return registry.register(name, folder, url, tracked.uri, tracked.run_id, model, models.metadata_of(saved))
-
-
-def name_of(saved: Checkpoint) -> str:
-    return saved.url.rpartition("/")[2]
 
 
 def _samples(model: flow.EIWFlow, n: int, temperature: float) -> torch.Tensor:

@@ -5,10 +5,12 @@ For the commands. Not for resuming training, nor for programs without the rest o
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ _TRAINING = ("global_batch", "lr", "schedule", "warmup_steps", "weight_decay", "
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A flow, in eval mode on the CPU, and what is known of it.
 
     Attributes:
@@ -37,7 +39,7 @@ class Model:
     metadata: dict[str, Any]
 
 
-def open_model(name: str) -> Model:
+def open_model(name: str) -> LoadedModel:
     """The flow at `name`: an exported model's folder or URL, a checkpoint's, a run's (its best checkpoint, the newest
     if none was evaluated), or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of the MLflow Model Registry that
     MLFLOW_TRACKING_URI names.
@@ -59,7 +61,7 @@ def open_model(name: str) -> Model:
     return of_checkpoint(checkpoints.best(found) or found[0])
 
 
-def open_split(model: Model, url: str, split: str, option: str = "data") -> data.ShardReader:
+def open_split(model: LoadedModel, url: str, split: str, option: str = "data") -> data.ShardReader:
     """A split of the data set at `url`, of images and classes that the model takes.
 
     Args:
@@ -68,25 +70,34 @@ def open_split(model: Model, url: str, split: str, option: str = "data") -> data
     Raises:
         ValueError: there is no such split, or it is not for this model.
     """
-    try:
+    with about_option(option):
         reader = data.ShardReader(url, data.load_manifest(url), split)
+        config, classes = model.flow.config, reader.manifest.classes
+        if reader.image_shape != config.image_shape:
+            has, takes = ("x".join(map(str, shape)) for shape in (reader.image_shape, config.image_shape))
+            channels, height, width = config.image_shape
+            fix = (
+                f"; python -m data_prep ... --resolution {height} writes such"
+                if (channels, height) == (3, width)
+                else ""
+            )
+            raise ValueError(f"images of {reader.manifest.title} are {has}, and the model takes {takes}{fix}")
+        if config.classes and config.classes != len(classes):
+            raise ValueError(f"{len(classes)} classes, and the model has {config.classes}")
+        named = model.metadata.get("class_names")
+        if config.classes and named and list(named) != list(classes):
+            known = ", ".join(named[:5])
+            raise ValueError(f"its classes are not the model's, or in another order; the model's: {known}, ...")
+        return reader
+
+
+@contextlib.contextmanager
+def about_option(name: str) -> Iterator[None]:
+    """Name the option `--name` in errors of the block."""
+    try:
+        yield
     except (ValueError, storage.StorageError) as e:
-        raise ValueError(f"--{option}: {e}") from None
-    config, classes = model.flow.config, reader.manifest.classes
-    if reader.image_shape != config.image_shape:
-        has, takes = ("x".join(map(str, shape)) for shape in (reader.image_shape, config.image_shape))
-        channels, height, width = config.image_shape
-        mend = (
-            f"; python -m data_prep ... --resolution {height} writes such" if (channels, height) == (3, width) else ""
-        )
-        raise ValueError(f"--{option}: images of {reader.manifest.title} are {has}, and the model takes {takes}{mend}")
-    if config.classes and config.classes != len(classes):
-        raise ValueError(f"--{option}: {len(classes)} classes, and the model has {config.classes}")
-    named = model.metadata.get("class_names")
-    if config.classes and named and list(named) != list(classes):
-        known = ", ".join(named[:5])
-        raise ValueError(f"--{option}: its classes are not the model's, or in another order; the model's: {known}, ...")
-    return reader
+        raise ValueError(f"--{name}: {e}") from None
 
 
 def choose(which: str, root: str) -> Checkpoint:
@@ -109,11 +120,16 @@ def choose(which: str, root: str) -> Checkpoint:
     return found[0]
 
 
-def of_checkpoint(saved: Checkpoint) -> Model:
+def of_checkpoint(saved: Checkpoint) -> LoadedModel:
     """The averaged weights of a checkpoint."""
     model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
     model.load_state_dict(checkpoints.section(checkpoints.load(saved), "ema"))
-    return Model(model.eval(), saved.url, metadata_of(saved))
+    return LoadedModel(model.eval(), saved.url, metadata_of(saved))
+
+
+def name_of(saved: Checkpoint) -> str:
+    """Return the name of a checkpoint's folder, `step-...`."""
+    return saved.url.rpartition("/")[2]
 
 
 def metadata_of(saved: Checkpoint) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
 
     return {
         "run": config["run"]["name"],
-        "checkpoint": saved.url.rpartition("/")[2],
+        "checkpoint": name_of(saved),
         "step": saved.step,
         "updates": state.get("updates"),
         "samples_seen": saved.samples_seen,
@@ -145,7 +161,7 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _exported(url: str) -> Model:
+def _exported(url: str) -> LoadedModel:
     # the header of the weights holds all that config.json does: no other file is fetched
     if storage.is_local(url):
         return _loaded(Path(storage.absolute(url), flow.MODEL_FILE), url)
@@ -154,11 +170,11 @@ def _exported(url: str) -> Model:
         return _loaded(Path(copy, flow.MODEL_FILE), url)
 
 
-def _loaded(file: Path, source: str) -> Model:
-    return Model(flow.load(file), source, flow.metadata(file))
+def _loaded(file: Path, source: str) -> LoadedModel:
+    return LoadedModel(flow.load(file), source, flow.metadata(file))
 
 
-def _registered(name: str) -> Model:
+def _registered(name: str) -> LoadedModel:
     import mlflow
 
     from eiwtrain.tracking.store import TrackingError, client

@@ -83,6 +83,24 @@ def register(
         raise TrackingError(f"{uri}: {cause_line(e)}") from None
 
 
+def store_of(root: str, config: Mapping[str, Any]) -> str:
+    """Return the URI of the MLflow in which a run was recorded.
+
+    Args:
+        root: of the run.
+        config: of the run, as JSON data.
+
+    Raises:
+        TrackingError: it was a database beside the run, which is not there any more.
+    """
+    if config["tracking"]["uri"]:
+        return str(config["tracking"]["uri"])
+    database = Path(storage.absolute(root)).parent / "mlflow.db"
+    if not storage.is_local(root) or not database.is_file():
+        raise TrackingError(f"{database if storage.is_local(root) else root}: no MLflow there; give --tracking-uri")
+    return f"sqlite:///{database}"
+
+
 def _register(
     mlflow: Any,
     name: str,

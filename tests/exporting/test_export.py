@@ -11,7 +11,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from small_run import commit, small_flow, tracked
+from small_run import commit, export_model, small_flow, tracked
 
 from eiwtrain import export, flow, storage
 from eiwtrain.exporting import assemble, models, pyfunc
@@ -133,7 +133,7 @@ def test_predict_says_what_it_takes(folder, tmp_path):
         model.predict(images.astype(np.float32))
     with pytest.raises(Exception, match="draws: 0"):
         model.predict(images, params={"draws": 0})
-    assemble.export(small_flow(classes=2), str(tmp_path / "classes"), {"step": 1})
+    export_model(small_flow(classes=2), tmp_path / "classes", step=1)
     conditional = mlflow.pyfunc.load_model(str(tmp_path / "classes"))
     with pytest.raises(Exception, match="a class from 0 to 1 for each of 2 images"):
         conditional.predict(images)

@@ -6,11 +6,11 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import commit, small_flow
+from small_run import commit, export_model, small_flow
 
 from eiwtrain import checkpoints
 from eiwtrain.data.manifest import Manifest, Shard, Split
-from eiwtrain.exporting import assemble, model_card, models
+from eiwtrain.exporting import model_card, models
 from eiwtrain.scoring.yardsticks import Yardsticks
 
 MANIFEST = Manifest(
@@ -97,7 +97,7 @@ def test_what_is_not_known_has_no_line(data, metadata):
 @pytest.mark.parametrize("classes", [0, 2])
 def test_the_code_in_the_card_runs_as_it_stands(tmp_path, classes):
     model = small_flow(classes=classes)
-    assemble.export(model, str(tmp_path / "m"), {"step": 1})
+    export_model(model, tmp_path / "m", step=1)
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "m" / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)

@@ -1,28 +1,15 @@
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, write_shards
+from helpers import write_shards
 from PIL import Image
 from ranks import run_ranks
+from small_run import export_model, small_flow
 
 from eiwtrain import data, evaluate, export, flow
-from eiwtrain.config import Config
-from eiwtrain.exporting import assemble
 from eiwtrain.scoring import scores, yardsticks
-from eiwtrain.train.state import flow_config
-
-
-def tiny_model(**model):
-    torch.manual_seed(0)
-    built = flow.EIWFlow(flow_config(Config.model_validate(tiny_config(Path("/x"), model=model)), 3))
-    built.initialize(torch.rand(32, 3, 8, 8) - 0.5)
-    with torch.no_grad():
-        for p in built.parameters():
-            p.add_(0.02 * torch.randn_like(p))
-    return built.eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +22,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    assemble.export(tiny_model(), str(folder), {"step": 3})
+    export_model(small_flow(), folder, step=3)
     return folder
 
 
@@ -44,11 +31,11 @@ def reader(folder):
 
 
 def score(folder, **kwargs):
-    return scores.score(tiny_model(), data.eval_batches(reader(folder), images=100, seed=0, **kwargs))
+    return scores.score(small_flow(), data.eval_batches(reader(folder), images=100, seed=0, **kwargs))
 
 
 def test_the_score_is_the_mean_over_images_with_its_standard_error(shards):
-    model, images = tiny_model(), reader(shards)
+    model, images = small_flow(), reader(shards)
     (batch,) = data.eval_batches(images, images=100, seed=0, micro_batch=len(images))
     bits = model.bits_per_dim(flow.dequantize(batch.images, batch.noise(), 8)).detach().double()
     result = score(shards, micro_batch=5)
@@ -70,7 +57,7 @@ def test_the_score_is_the_same_at_another_world_size(shards):
 
 
 def test_more_draws_of_noise_give_a_tighter_bound(shards):
-    model, numbers = tiny_model(), range(2)
+    model, numbers = small_flow(), range(2)
     a, b = (next(data.eval_batches(reader(shards), images=9, seed=0, micro_batch=9, draw=n)) for n in numbers)
     (one, alone), (other, _), (first, both) = (scores.image_bits(model, draws) for draws in ([a], [b], [a, b]))
     assert torch.equal(one, alone)
@@ -81,7 +68,7 @@ def test_more_draws_of_noise_give_a_tighter_bound(shards):
 
 
 def test_a_class_conditional_model_is_scored_with_the_labels_of_the_images(shards):
-    model = tiny_model(classes=2)
+    model = small_flow(classes=2)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -99,7 +86,7 @@ def test_a_class_conditional_model_is_scored_with_the_labels_of_the_images(shard
 def test_an_evaluation_stops_when_asked(shards):
     batches = data.eval_batches(reader(shards), images=100, seed=0, micro_batch=2)
     answers = iter([False, True])
-    assert scores.score(tiny_model(), batches, lambda: next(answers)) is None
+    assert scores.score(small_flow(), batches, lambda: next(answers)) is None
 
 
 def test_png_yardstick_counts_whole_files():

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from score_sets import noise, reader, smooth, trained_flow, write_set
+from small_run import export_model
 
 from eiwtrain import data, evaluate, flow, storage
-from eiwtrain.exporting import assemble
-from eiwtrain.scoring import scores, yardsticks
+from eiwtrain.scoring import evaluation, scores, yardsticks
 from eiwtrain.scoring.score_table import score_images
 
 
@@ -21,7 +21,7 @@ def here(tmp_path_factory):
     held_out = write_set(folder / "soft", smooth(20))
     model = trained_flow()
     about = {"data": "soft", "data_fingerprint": data.load_manifest(held_out).fingerprint, "train_split": "train"}
-    assemble.export(model, str(folder / "model"), {"step": 60, **about})
+    export_model(model, folder / "model", step=60, **about)
     return SimpleNamespace(
         folder=folder,
         model=model,
@@ -124,7 +124,7 @@ def test_iwbo_comes_beside_the_same_one_sample_bound(here, capsys):
 
 def test_a_variational_model_of_five_bits_is_scored_as_such(here, capsys):
     model = trained_flow(steps=1, dequantization="variational", n_bits=5)
-    assemble.export(model, str(here.folder / "five"), {})
+    export_model(model, here.folder / "five")
     out = run(capsys, here.folder / "five", "--data", here.soft)
     assert "(ELBO, of 5-bit images)" in out
     coders = yardsticks.bits_per_dim((reader(here.soft)[i] for i in range(20)), n_bits=5)
@@ -132,7 +132,7 @@ def test_a_variational_model_of_five_bits_is_scored_as_such(here, capsys):
 
 
 def test_labels_of_a_class_conditional_model_are_in_the_table(here, capsys):
-    assemble.export(trained_flow(steps=1, classes=2), str(here.folder / "two"), {})
+    export_model(trained_flow(steps=1, classes=2), here.folder / "two")
     classes = write_set(here.folder / "classes", smooth(6), ("cat", "dog"))
     run(capsys, here.folder / "two", "--data", classes, "--scores", "memory://c/two.parquet")
     assert sorted(table("memory://c/two.parquet")["label"].to_pylist()) == [0, 0, 0, 1, 1, 1]
@@ -186,7 +186,7 @@ def test_it_says_which_checkpoint_was_scored(here, capsys):
     ],
 )
 def test_what_cannot_work_is_said_in_one_line_before_anything_is_scored(args, words, here, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "score_images", None)
+    monkeypatch.setattr(evaluation, "score_images", None)
     places = {"LARGE": here.large, "SOFT": here.soft, "MODEL": here.exported}
     for name, place in places.items():
         args, words = [arg.replace(name, place) for arg in args], words.replace(name, place)
@@ -206,7 +206,7 @@ def test_a_gpu_that_is_not_there_is_named(here, capsys):
 
 
 def test_a_class_conditional_model_cannot_tell_a_set_of_other_classes(here, capsys):
-    assemble.export(trained_flow(steps=1, classes=2), str(here.folder / "pets"), {})
+    export_model(trained_flow(steps=1, classes=2), here.folder / "pets")
     pets = write_set(here.folder / "pets-data", smooth(6), ("cat", "dog"))
     cars = write_set(here.folder / "cars-data", smooth(6), ("car", "bus"))
     assert evaluate.main([str(here.folder / "pets"), "--data", pets, "--against", cars]) == 2

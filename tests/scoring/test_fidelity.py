@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from score_sets import reader, smooth, trained_flow, write_set
+from small_run import export_model
 
 from eiwtrain import evaluate
-from eiwtrain.exporting import assemble
 from eiwtrain.sampling import series
 from eiwtrain.scoring import fidelity
 
@@ -121,7 +121,7 @@ def here(tmp_path_factory):
     save_file(weights, folder / "random.safetensors")
     torch.save(weights, folder / "random.pth")
     model = trained_flow(steps=5)
-    assemble.export(model, str(folder / "model"), {})
+    export_model(model, folder / "model")
     soft = write_set(folder / "soft", smooth(6))
     return SimpleNamespace(folder=folder, weights=weights, model=model, exported=str(folder / "model"), soft=soft)
 

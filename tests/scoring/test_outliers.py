@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from score_sets import flat, noise, reader, smooth, trained_flow, write_set
+from small_run import export_model
 
 from eiwtrain import evaluate, storage
-from eiwtrain.exporting import assemble
 from eiwtrain.scoring import outliers
 from eiwtrain.scoring.score_table import score_images
 
@@ -21,7 +21,7 @@ SCORES = st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 1.5, 40.0]), min_size=2,
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outliers")
     model = trained_flow()
-    assemble.export(model, str(folder / "model"), {})
+    export_model(model, folder / "model")
     sets = {
         name: write_set(folder / name, images)
         for name, images in (("soft", smooth(40)), ("noise", noise(30)), ("flat", flat(30)))

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from helpers import tiny_config, write_shards
-from small_run import small_flow
+from small_run import export_model, small_flow
 
 from eiwtrain import evaluate, sample
 from eiwtrain.config import Config
-from eiwtrain.exporting import assemble, pyfunc
+from eiwtrain.exporting import pyfunc
 from eiwtrain.train import device
 
 
@@ -51,7 +51,7 @@ def test_a_command_uses_the_named_device_and_rounds_no_float32(there_is_one, mon
 
 @pytest.mark.parametrize("command", ["evaluate", "sample"])
 def test_the_commands_round_no_float32(command, tmp_path):
-    assemble.export(small_flow(), str(tmp_path / "model"), {"step": 1})
+    export_model(small_flow(), tmp_path / "model", step=1)
     if command == "sample":
         assert sample.main([str(tmp_path / "model"), "--n", "1", "--output", str(tmp_path / "x.png")]) == 0
     else:

@@ -1,0 +1,49 @@
+"""What the commands on a trained model share: their options, checks of numbers, and errors in one line.
+
+Not for the work of any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+from eiwtrain import storage
+from eiwtrain.checkpoints import DamagedCheckpoint
+from eiwtrain.sampling.series import BATCH
+from eiwtrain.terminal.lines import one_line
+
+
+def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Do the work of a command and return its exit code; an error that the user can fix is one line, and code 2."""
+    try:
+        return work(args)
+    except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
+        why = one_line(e, limit=None)
+    except torch.OutOfMemoryError:
+        why = f"--batch: {args.batch} images at a time do not fit in the GPU's memory; give fewer"
+    print(f"error: {why}", file=sys.stderr)
+    return 2
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the model to a command, and where and in which batches it computes."""
+    parser.add_argument("model", help="an exported model, a checkpoint or a run (folder or URL), or models:/NAME@best")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and samples")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images at a time; changes nothing but rounding")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def check_numbers(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for a number below its least, where it is given, or a temperature that is not above 0."""
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is too few; give at least {low}")
+    given = args.temperature if isinstance(args.temperature, list) else [args.temperature]
+    for t in given:
+        if t is not None and not 0 < t < math.inf:
+            raise ValueError(f"--temperature: {t} is not a number above 0")
