@@ -1,7 +1,8 @@
 """The command line: `python -m data_prep SOURCE --source URL --output URL --resolution N`, and `show`, `verify PATH`.
 
-Ends with 0 when the data set stands, 1 when `verify` finds problems, 2 with one line on stderr for what the caller can
-mend, 130 or 143 when stopped: then the same command goes on where it was.
+Exit codes: 0 when the data set is complete; 1 when `verify` finds problems; 2, with one line on stderr, for an error
+that the caller can fix; 130 or 143 when stopped, after which the same command resumes. Not for calls from Python: that
+is `data_prep.prepare`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _STOPPED = "data_prep: stopped; the same command resumes"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -66,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     imagenet = commands.add_parser("imagenet", parents=[url, common], help="ImageNet, original or downsampled")
     imagenet.add_argument("--val-labels", help="file of the validation images' classes, one a line")
     lsun = commands.add_parser("lsun", parents=[url, common], help="LSUN's category LMDBs")
-    lsun.add_argument("--category", action="append", default=[], help="of several; may be given again (default: all)")
+    lsun.add_argument(
+        "--category", action="append", default=[], help="use only this one; can be repeated (default: all)"
+    )
     celeba = commands.add_parser("celeba", parents=[url, common], help="CelebA, aligned, with its official splits")
     celeba.add_argument(
         "--face",
@@ -87,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="print what a data set holds, and draw its first images")
     show.add_argument("path", help="the data set: a path or any fsspec URL")
-    show.add_argument("--sheet", default="contact-sheet.png", help="where its first images go (default: %(default)s)")
-    show.add_argument("--no-sheet", action="store_true", help="print alone")
-    show.add_argument("--split", help="of this split alone")
+    show.add_argument(
+        "--sheet", default="contact-sheet.png", help="file to draw its first images in (default: %(default)s)"
+    )
+    show.add_argument("--no-sheet", action="store_true", help="print only")
+    show.add_argument("--split", help="draw only this split")
     check = commands.add_parser("verify", help="read all of a data set back and check it")
     check.add_argument("path", help="the data set: a path or any fsspec URL")
     _add_workers(check)
@@ -106,8 +111,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="tasks at a time, on Ray, each on one CPU; a cluster that starts nodes starts what they need "
-        "(default: two for each CPU of the machine or cluster, for which it starts all nodes that it may)",
+        help="tasks at a time, on Ray, each on one CPU; a cluster that starts nodes starts as many as these need "
+        "(default: two for each CPU of the machine or cluster, which then starts all nodes that it can)",
     )
 
 
@@ -117,34 +122,40 @@ def _common_options() -> argparse.ArgumentParser:
     common.add_argument("--resolution", required=True, type=int, help="height and width of the images, in pixels")
     pixels = common.add_argument_group("pixels")
     pixels.add_argument("--resample", choices=list(RESAMPLING), default="box", help="filter (default: %(default)s)")
-    pixels.add_argument("--crop", choices=CROPS, default="center", help="of the square (default: %(default)s)")
-    pixels.add_argument("--crop-seed", type=int, default=0, help="of random crops (default: %(default)s)")
     pixels.add_argument(
-        "--short-side", type=int, help="resize to this first, then cut --resolution (default: cut, then resize)"
+        "--crop", choices=CROPS, default="center", help="where the square is cut (default: %(default)s)"
+    )
+    pixels.add_argument("--crop-seed", type=int, default=0, help="seed of random crops (default: %(default)s)")
+    pixels.add_argument(
+        "--short-side",
+        type=int,
+        help="resize the shorter side to this, then cut --resolution (default: cut, then resize)",
     )
     pixels.add_argument(
         "--encoding",
         choices=ENCODINGS,
         default="png",
-        help="npy is half as large again, and read many times faster (default: %(default)s)",
+        help="npy files are half as large again, and read many times faster (default: %(default)s)",
     )
     which = common.add_argument_group("which images")
     which.add_argument("--split", default="auto", help=f"what is held out: {RULES} (default: %(default)s)")
-    which.add_argument("--only", action="append", default=[], help="write this split alone; may be given again")
+    which.add_argument("--only", action="append", default=[], help="write only this split; can be repeated")
     which.add_argument(
-        "--drop-duplicates", action="store_true", help="train on no image that equals another or a held-out one"
+        "--drop-duplicates",
+        action="store_true",
+        help="leave images out of training that equal another one or a held-out one",
     )
     which.add_argument(
         "--max-rejects",
         type=float,
         default=0.01,
-        help="share of images that may turn out not to be decodable (default: %(default)s)",
+        help="largest share of images that cannot be decoded (default: %(default)s)",
     )
     common.add_argument("--shard-size", type=int, default=1000, help="images a shard (default: %(default)s)")
     _add_workers(common)
-    common.add_argument("--name", help="of the data set (default: the last part of --output)")
+    common.add_argument("--name", help="name of the data set (default: the last part of --output)")
     common.add_argument("--overwrite", action="store_true", help="replace another data set at --output")
-    common.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    common.add_argument("--dry-run", action="store_true", help="print what would be written, and write nothing")
     return common
 
 
@@ -178,14 +189,16 @@ def _write(args: argparse.Namespace) -> None:
     if outcome.written == 0:
         print(f"already complete: {outcome.skipped} shards, all checksums hold")
     else:
-        print(f"wrote {outcome.written} shards in {time.monotonic() - start:.1f} s, {outcome.skipped} stood already")
+        print(
+            f"wrote {outcome.written} shards in {time.monotonic() - start:.1f} s, {outcome.skipped} were there already"
+        )
     if outcome.rejects:
         first = outcome.rejects[0]
         print(f"left out {len(outcome.rejects)} images; the first: {first['source']} ({first['reason']})")
     if outcome.duplicates:
         d = outcome.duplicates[0]
         print(
-            f"{len(outcome.duplicates)} images have the very pixels of another, the first: {d.split}/{d.key} those of "
+            f"{len(outcome.duplicates)} images have the same pixels as another, the first: {d.split}/{d.key} as "
             f"{d.first}; {outcome.dropped or 'none'} dropped"
         )
     print(describe(outcome.manifest, plan.output))
@@ -225,7 +238,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End now: threads that still wait for storage, for minutes maybe, are not waited for."""
+    """Exit at once, without waiting for threads that can wait for storage for minutes."""
     session.stop()
     sys.stdout.flush()
     sys.stderr.flush()

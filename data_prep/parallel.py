@@ -1,4 +1,4 @@
-"""Who does the tasks: this process, or workers of Ray, of this machine or of a cluster. Not what a task is."""
+"""Runs tasks in this process or in workers of Ray, on this machine or a cluster. Not for what a task is."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _IN_FLIGHT = 2  # tasks handed out per CPU: while one is done, another waits
 
 
 def check_workers(workers: int | None) -> None:
-    """Raises DataError for a number of workers that cannot be."""
+    """Raise DataError if there would be no workers."""
     if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, not {workers}")
 
 
 def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -> Iterator[tuple[T, R]]:
-    """Every task with what `call` makes of it, in the order in which they are done. All three can be pickled.
+    """Yield every task with the result of `call`, in the order in which they finish. All three can be pickled.
 
-    With one worker all is done in this process; None takes all CPUs of the machine, or of the cluster. A cluster that
-    starts nodes does so for tasks that wait, of which there are none beyond `workers`.
+    One worker is this process; None takes all CPUs of the machine, or of the cluster. A cluster that starts nodes
+    starts them for tasks that wait; no more than `workers` tasks run or wait at a time.
 
     Raises:
-        DataError, StorageError: as a task raised it; or workers died again and again, or Ray cannot be had.
+        DataError, StorageError: as a task raised it; or workers died again and again, or Ray does not start.
     """
     check_workers(workers)
     if workers == 1:
@@ -43,7 +43,7 @@ def run_tasks(call: Callable[[T], R], tasks: Iterator[T], workers: int | None) -
 
 
 def in_flight(workers: int | None, cpus: int) -> int:
-    """How many tasks Ray is given at a time: those without a CPU wait, and a cluster that can starts nodes for them."""
+    """Return how many tasks Ray gets at a time: some wait for a CPU, so that a cluster that can start nodes does."""
     return cpus * _IN_FLIGHT if workers is None else min(workers, cpus * _IN_FLIGHT)
 
 
@@ -70,9 +70,9 @@ def _note(line: str) -> None:
 
 
 def _run_in_worker(call: Callable[[T], R], environment: dict[str, str], task: T) -> R | Exception:
-    """The result, or the error as a value: raised, its one line would be buried in a traceback."""
+    """Return the result, or the error: if it were raised, Ray would bury its one line in a traceback."""
     os.environ.update(environment)
-    fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
+    fsspec.config.set_conf_env(fsspec.config.conf)  # fsspec read the environment when it was imported
     try:
         return call(task)
     except (DataError, StorageError) as e:

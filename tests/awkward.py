@@ -1,4 +1,4 @@
-"""Images as they come: everything that a folder of found images may hold, in small, and what is to become of each."""
+"""Awkward images: small examples of all that a folder of found images can hold, and what each must become."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from PIL import Image, ImageCms
 
 QUADRANTS = ((230, 30, 30), (30, 200, 30), (30, 30, 230), (230, 220, 30))  # top left, top right, bottom left and right
 EXIF_ORIENTATION = 0x0112
-UNDECODABLE_NAME = os.fsdecode(b"undecodable-\xff.png")  # a name that is no UTF-8, as Linux allows
+UNDECODABLE_NAME = os.fsdecode(b"undecodable-\xff.png")  # a name that is not UTF-8, as Linux allows
 
 
 def quadrants(width: int = 48, height: int = 32) -> Image.Image:
-    """Four colours, one a quadrant: turned or mirrored it is another image, and JPEG keeps the colours."""
+    """Make an image of four colours, one a quadrant: turned or mirrored it differs, and JPEG keeps the colours."""
     image = Image.new("RGB", (width, height))
     for n, colour in enumerate(QUADRANTS):
         left, top = n % 2 * (width // 2), n // 2 * (height // 2)
@@ -27,9 +27,9 @@ def quadrants(width: int = 48, height: int = 32) -> Image.Image:
 
 
 def write_awkward(folder: Path) -> dict[str, str]:
-    """Write awkward images into the folder, among other things; returns "image" or "reject" by name.
+    """Write awkward images and other files into the folder; return "image" or "reject" by name.
 
-    What is not in the answer is not an image of a source: hidden files, a folder with the name of an image, notes.
+    Files not in the result are not images of a source: hidden files, a folder with the name of an image, notes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _images() | _rejects()
@@ -44,18 +44,18 @@ def write_awkward(folder: Path) -> dict[str, str]:
 
 
 def oriented(orientation: int) -> bytes:
-    """A JPEG of `quadrants` that says in its EXIF how it is to be turned."""
+    """Make a JPEG of `quadrants` whose EXIF says how to turn it."""
     return _with_exif((EXIF_ORIENTATION, 3, 1, struct.pack(">HH", orientation, 0)))
 
 
 def deep_png(colour: int = 2, value: int = 0x80FF) -> bytes:
-    """A PNG of 16 bits a channel, 4x4 pixels, all of one value; colour type 0 is gray, 2 is RGB."""
+    """Make a PNG of 16 bits a channel, 4x4 pixels, all of one value; colour type 0 is gray, 2 is RGB."""
     row = b"\0" + struct.pack(">H", value) * 4 * (3 if colour == 2 else 1)
     return _png(struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0), zlib.compress(row * 4))
 
 
 def without_segment(jpeg: bytes, marker: int) -> bytes:
-    """The JPEG without its segments of that kind (0xEE: Adobe's)."""
+    """Remove the segments of a kind from a JPEG (0xEE: Adobe's)."""
     kept, at = jpeg[:2], 2
     while jpeg[at + 1] != 0xDA:  # the scan follows
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -80,7 +80,7 @@ def _images() -> dict[str, bytes]:
         "profile.jpg": _saved("JPEG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
         **{f"exif-{n}.jpg": oriented(n) for n in range(1, 9)},
         "exif-99.jpg": oriented(99),
-        # a text where a ratio belongs
+        # a text in place of a ratio
         "odd-exif.jpg": _with_exif((EXIF_ORIENTATION, 3, 1, b"\0\6\0\0"), (0x011A, 2, 4, b"abc\0")),
         "broken-exif.jpg": _with_exif().replace(b"MM\0*", b"\xff\xff\xff\xff"),
         "cut-exif.jpg": _with_exif((EXIF_ORIENTATION, 3, 1, b"\0\6\0\0")).replace(b"\0\x08\0\1", b"\0\x08\0\x09"),
@@ -131,7 +131,7 @@ def _rejects() -> dict[str, bytes]:
 
 
 def _with_exif(*entries: tuple[int, int, int, bytes]) -> bytes:
-    """A JPEG of `quadrants` with an EXIF of these (tag, type, count, 4 bytes)."""
+    """Make a JPEG of `quadrants` with an EXIF of these (tag, type, count, 4 bytes)."""
     packed = b"".join(struct.pack(">HHI4s", *entry) for entry in entries)
     return _saved("JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + packed + bytes(4))
 

@@ -157,7 +157,7 @@ def _number(op: pickletools.OpcodeInfo, argument: bytes) -> int:
 
 
 def _read(file: BinaryIO, length: int, size: int) -> bytes:
-    """Read so many bytes, or raise before room is made for what the file, of `size` bytes, does not hold."""
+    """Read `length` bytes; raise before memory is allocated for more than the file, of `size` bytes, holds."""
     if length > _CHECKED:
         start = file.tell()
         _skip(file, length, size)

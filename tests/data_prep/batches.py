@@ -1,4 +1,4 @@
-"""Batch files as Python 2 wrote them, byte by byte, for the tests of the sources that read such files."""
+"""Makes batch files as Python 2 wrote them, byte by byte, for the tests of the sources that read such files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def python2_pickle(batch: dict[str, Any]) -> bytes:
-    """A dict of text, lists of integers or text, and uint8 arrays, as cPickle of Python 2 pickles it by protocol 2."""
+    """Pickle a dict of text, lists of integers or text, and uint8 arrays, as Python 2's cPickle does by protocol 2."""
     return b"\x80\x02}(" + b"".join(_text(key) + _value(value) for key, value in batch.items()) + b"u."
 
 

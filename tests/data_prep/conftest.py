@@ -13,7 +13,7 @@ from eiwtrain import storage
 
 @pytest.fixture
 def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where files are unpacked: a temporary folder of this test alone."""
+    """The temporary folder of this test alone, where files are unpacked."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))

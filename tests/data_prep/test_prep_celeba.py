@@ -1,4 +1,4 @@
-"""CelebA: the official splits, the two squares in use, and what of a download can be missing or mixed up."""
+"""CelebA: the official splits, the two squares in use, and downloads with parts missing or mixed up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _name(number: int) -> str:
 
 
 def _face(number: int, size: tuple[int, int] = (178, 218)) -> bytes:
-    """Blots."""
+    """Make an image of blots that depends only on its number."""
     coarse = np.random.default_rng(number).integers(0, 256, (9, 7, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=95)

@@ -1,4 +1,4 @@
-"""The command line: codes, one-line errors, nothing written before they are found."""
+"""The command line: exit codes, and errors of one line that are found before anything is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "data_prep", *map(str, args)], capture_output=True, text=True)
 
 
-def test_a_mendable_error_is_one_line_and_code_2_and_writes_nothing(tmp_path: Path) -> None:
+def test_an_error_is_one_line_and_code_2_and_writes_nothing(tmp_path: Path) -> None:
     output = tmp_path / "set"
     run = _run("folder", "--source", tmp_path / "nowhere", "--output", output, "--resolution", 8)
     assert run.returncode == 2
@@ -83,7 +83,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_dry_run_says_what_would_be_and_writes_nothing(
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "set"
@@ -95,7 +95,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     assert not output.exists()
 
 
-def test_a_finished_data_set_is_said_to_be_finished_shown_and_verified(
+def test_a_complete_data_set_is_left_alone_shown_and_verified(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -122,7 +122,7 @@ def test_a_finished_data_set_is_said_to_be_finished_shown_and_verified(
     assert "no data set at" in capsys.readouterr().err
 
 
-def test_the_embedded_photographs_become_a_data_set_that_reads(
+def test_the_embedded_photographs_become_a_readable_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = prepare("photos", str(tmp_path / "set"), 32)

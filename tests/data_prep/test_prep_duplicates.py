@@ -1,4 +1,4 @@
-"""Images with the same pixels: found over all shards and splits, reported always, left out of training when asked."""
+"""Images with the same pixels: found in all shards and splits, always reported, left out of training on request."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_all_but_one_of_equal_images_are_duplicates(train: list[list[int]], test
     found = find_duplicates({"train": shards, "val": [held_out]})
     distinct = {d for shard in train for d in shard} | set(test)
     assert len(found) == sum(map(len, train)) + len(test) - len(distinct)
-    assert sum(d.split == "val" for d in found) == len(test) - len(set(test))  # no held-out image yields to training
+    assert sum(d.split == "val" for d in found) == len(test) - len(
+        set(test)
+    )  # no held-out image is a duplicate of one for training
     assert len({(d.split, d.key) for d in found}) == len(found)
     assert not {f"{d.split}/{d.key}" for d in found} & {d.first for d in found}
 
@@ -45,7 +47,7 @@ def test_a_dropped_image_is_still_one_of_its_kind() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """For training 30 images, five of them twice and one of them held out; for the test ten, two of them equal."""
+    """A folder of 30 images for training, five of them twice and one held out; ten for the test, two of them equal."""
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(39)]
     train = [*images[:24], *images[:5], images[30]]
@@ -53,7 +55,7 @@ def pictures(tmp_path: Path) -> Path:
     for split, members in (("train", train), ("test", test)):
         (tmp_path / "pictures" / split).mkdir(parents=True)
         for n, image in enumerate(members):
-            suffix = "png" if n % 2 else "bmp"  # what counts is pixels, not files
+            suffix = "png" if n % 2 else "bmp"  # pixels are compared, not files
             image.save(tmp_path / "pictures" / split / f"{n:03d}.{suffix}")
     return tmp_path / "pictures"
 
@@ -77,7 +79,7 @@ def test_duplicates_are_counted_and_kept_unless_asked(pictures: Path, tmp_path: 
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 30, "test": 10}
 
 
-def test_dropped_from_training_alone(pictures: Path, tmp_path: Path) -> None:
+def test_duplicates_are_dropped_only_from_training(pictures: Path, tmp_path: Path) -> None:
     manifest = _prepare(pictures, tmp_path / "set", drop_duplicates=True)
     assert manifest.duplicates == {"train": 6, "test": 1}
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 24, "test": 10}
@@ -118,18 +120,18 @@ def test_a_rerun_after_a_kill_between_the_passes_gives_the_same_bytes(
     assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == times
 
 
-def test_to_drop_them_or_not_is_another_data_set(pictures: Path, tmp_path: Path) -> None:
+def test_a_set_without_duplicates_is_another_data_set(pictures: Path, tmp_path: Path) -> None:
     kept, dropped = (_prepare(pictures, tmp_path / str(n) / "set", drop_duplicates=bool(n)) for n in range(2))
     assert kept.plan != dropped.plan
     assert kept.fingerprint != dropped.fingerprint
 
 
-def test_the_command_says_what_it_found_and_dropped(
+def test_the_command_prints_what_it_found_and_dropped(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ["folder", "--source", str(pictures), "--resolution", "8", "--workers", "1", "--output"]
     assert main([*base, str(tmp_path / "kept")]) == 0
-    assert "7 images have the very pixels of another" in (out := capsys.readouterr().out)
+    assert "7 images have the same pixels as another" in (out := capsys.readouterr().out)
     assert "none dropped" in out
     assert main([*base, str(tmp_path / "dropped"), "--drop-duplicates"]) == 0
     assert "6 dropped" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Files of a source: the same names, order and bytes from a folder, a tar and a zip, here and far away."""
+"""Files of a source: the same names, order and bytes from a folder, a tar and a zip, local and remote."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def put(url: str, kind: str, files: dict[str, bytes]) -> str:
-    """The files as that kind at the URL, in the order given."""
+    """Write the files at the URL as a folder, tar or zip, in the order given."""
     if kind == "folder":
         for name, data in files.items():
             storage.write_bytes(storage.join(url, name), data)
@@ -79,7 +79,7 @@ def contents(entries: list[FoundFile]) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_files_from_every_kind_and_place(place: str, kind: str) -> None:
+def test_every_kind_and_place_gives_the_same_files(place: str, kind: str) -> None:
     entries = list_files(put(storage.join(place, "images"), kind, OTHERS | FILES))
     assert names(entries) == IN_ORDER
     assert [entry.size for entry in entries] == [len(FILES[name]) for name in IN_ORDER]
@@ -87,14 +87,16 @@ def test_the_same_files_from_every_kind_and_place(place: str, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_suffixes_say_what_is_wanted(tmp_path: Path, kind: str) -> None:
+def test_only_files_with_the_suffixes_are_listed(tmp_path: Path, kind: str) -> None:
     url = put(str(tmp_path / "x"), kind, {"a.TAR": b"a", "b/c.tar": b"c", "d.tar.gz": b"d", "e.png": b"e"})
     assert names(list_files(url, (".tar",))) == ["a.TAR", "b/c.tar"]
     assert names(list_files(url, ("",))) == ["a.TAR", "b/c.tar", "d.tar.gz", "e.png"]
 
 
 @pytest.mark.parametrize("write", [tar_of, zip_of])
-def test_of_the_same_name_the_last_counts(tmp_path: Path, write: Callable[[dict[str, bytes]], bytes]) -> None:
+def test_the_last_of_several_files_of_one_name_counts(
+    tmp_path: Path, write: Callable[[dict[str, bytes]], bytes]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (tmp_path / "x").write_bytes(write({"a.png": b"old", "b.png": b"b", "./a.png": b"new"}))
@@ -109,7 +111,7 @@ some_names = st.lists(
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(some_names, st.randoms(use_true_random=False))
-def test_the_order_is_that_of_the_names_not_of_the_archive(lists: list[list[str]], random: Any) -> None:
+def test_files_are_in_the_order_of_names_not_of_the_archive(lists: list[list[str]], random: Any) -> None:
     files = {"/".join(parts) + ".png": str(parts).encode() for parts in lists}
     expected = sorted(files, key=lambda name: name.split("/"))
     memory = fsspec.filesystem("memory")
@@ -130,7 +132,7 @@ def test_tars_of_all_formats_with_long_names(tmp_path: Path, form: int) -> None:
     assert contents(list_files(str(tmp_path / "x.tar"))) == files
 
 
-def test_names_that_are_no_text_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_names_that_are_not_text_are_kept(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xe9t\xe9.png")
     put(str(tmp_path / "folder"), "folder", {name: b"1"})
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
@@ -139,8 +141,8 @@ def test_names_that_are_no_text_are_kept_as_they_are(tmp_path: Path) -> None:
         assert contents(list_files(str(tmp_path / path))) == {name: b"1"}
 
 
-@pytest.mark.timeout(60)  # or it would go on for ever where links lead round
-def test_links_in_a_folder_are_followed_but_not_for_ever(tmp_path: Path) -> None:
+@pytest.mark.timeout(60)  # links that lead in a circle must not be followed forever
+def test_links_in_a_folder_are_followed_but_not_forever(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     put(str(root), "folder", {"a/1.png": b"1", "b/2.png": b"2"})
     put(str(outside), "folder", {"3.png": b"3", "4": b"4"})
@@ -155,7 +157,7 @@ def test_links_in_a_folder_are_followed_but_not_for_ever(tmp_path: Path) -> None
         (root / link).symlink_to(target)
     os.mkfifo(root / "pipe.png")
     expected = {"a/1.png": b"1", "b/2.png": b"2", "b/a/1.png": b"1", "c/3.png": b"3", "four.png": b"4"}
-    assert names(list_files(str(root))) == list(expected)  # to read the pipe would be to wait for ever
+    assert names(list_files(str(root))) == list(expected)  # reading the pipe would wait forever
     assert contents(list_files(str(root))) == expected
     (tmp_path / "link").symlink_to(root)
     assert contents(list_files(str(tmp_path / "link"))) == expected
@@ -192,7 +194,7 @@ def test_a_tar_inside_a_tar_is_listed_where_it_lies(place: str) -> None:
         list_tar(ByteRange(outer, 100, storage.size(outer) - 100))
 
 
-def test_of_a_far_tar_of_large_members_the_headers_are_read_and_of_small_ones_many_at_once(
+def test_of_a_remote_tar_little_more_than_headers_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reads: list[int] = []
@@ -240,7 +242,7 @@ def test_a_zip_beyond_four_gigabytes(tmp_path: Path) -> None:
     assert contents(list_files(str(tmp_path / "x.zip"))) == {"first.png": b"first", "last.png": b"last"}
 
 
-def test_a_damaged_zip_ends_the_work_and_gives_no_image(tmp_path: Path) -> None:
+def test_a_damaged_zip_stops_the_work_and_gives_no_image(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         whole = zip_of({"a.png": b"abc" * 100}, method)
@@ -266,7 +268,7 @@ def _encrypted_zip() -> bytes:
 
 def _astray_zip() -> bytes:
     data = bytearray(zip_of({"a.png": b"abc"}))
-    data[data.index(b"PK\1\2") + 42] = 77  # where the member is said to begin
+    data[data.index(b"PK\1\2") + 42] = 77  # the offset of the member in the directory
     return bytes(data)
 
 
@@ -298,7 +300,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 @pytest.mark.parametrize("place", ["here", "memory"], indirect=True)
-def test_what_cannot_be_read_by_offset_is_refused_in_one_line(place: str, what: str) -> None:
+def test_files_not_readable_by_offset_are_refused_in_one_line(place: str, what: str) -> None:
     content, message = BROKEN[what]
     url = storage.join(place, "the source")
     storage.write_bytes(url, content)
@@ -314,7 +316,7 @@ def test_an_empty_tar_and_an_empty_zip_hold_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["here", "memory", pytest.param("s3", marks=pytest.mark.cluster)], indirect=True)
-def test_what_is_not_there_is_named(place: str) -> None:
+def test_a_missing_source_is_named(place: str) -> None:
     with pytest.raises(DataError, match="no such folder, tar or zip") as caught:
         list_files(storage.join(place, "nowhere"))
     assert storage.join(place, "nowhere") in str(caught.value)

@@ -1,4 +1,4 @@
-"""The page of text, the sheet of images and the estimate of the size say what is so."""
+"""The page of text, the sheet of images and the estimate of the size are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEP_X, STEP_Y = 68, 81
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """50 images of 12x10 noise in two classes and two splits, with a copy, and two that are none."""
+    """A folder of 50 images of 12x10 noise in two classes and two splits, one copied, and two broken files."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for n in range(50):
@@ -54,7 +54,7 @@ def data_set(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pyt
 
 
 def _pixels(folder: Path, manifest: Manifest, split: str) -> list[np.ndarray]:
-    """All images of a split, in order."""
+    """Return all images of a split, in order."""
     found = []
     for shard in manifest.splits[split].shards:
         sidecar, data = load_sidecar(str(folder), shard.name), (folder / shard.name).read_bytes()
@@ -86,7 +86,7 @@ def test_the_sheet_shows_the_first_images_of_each_split_in_order(data_set: Path)
     assert sheet.height == top - TOP + LEFT
 
 
-def test_the_sheet_of_one_split_has_a_caption_and_names_where_there_are_classes(data_set: Path) -> None:
+def test_the_sheet_of_a_split_has_a_caption_and_class_names(data_set: Path) -> None:
     manifest = load_manifest(str(data_set))
     sheet = contact_sheet(str(data_set), manifest, "test", columns=4, rows=1)
     assert np.array_equal(_tile(sheet, 3, 0), _enlarged(_pixels(data_set, manifest, "test")[3]))
@@ -112,7 +112,7 @@ def test_images_are_enlarged_by_whole_factors(images: Path, tmp_path: Path, side
     assert sheet.width == 2 * LEFT + 10 * (enlarged + 4) - 4
 
 
-def test_of_a_remote_data_set_only_what_is_shown_is_read(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_shown_part_of_a_remote_data_set_is_read(data_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"memory://{uuid.uuid4().hex}/set"
     fs = fsspec.filesystem("memory")
     for path in data_set.iterdir():
@@ -136,7 +136,7 @@ def test_of_a_remote_data_set_only_what_is_shown_is_read(data_set: Path, monkeyp
     fs.rm(url, recursive=True)
 
 
-def test_what_cannot_be_shown_is_an_error_that_names_it(data_set: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_shown_is_named(data_set: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data_set, tmp_path / "set"))
     manifest = load_manifest(str(folder))
     with pytest.raises(DataError, match="has no split 'val'"):
@@ -154,7 +154,7 @@ def test_what_cannot_be_shown_is_an_error_that_names_it(data_set: Path, tmp_path
         contact_sheet(str(folder), manifest)
 
 
-def test_the_page_tells_counts_sizes_what_was_left_out_and_why(data_set: Path) -> None:
+def test_the_page_shows_counts_sizes_and_what_was_left_out(data_set: Path) -> None:
     manifest = load_manifest(str(data_set))
     page = describe(manifest, str(data_set))
     megabytes = sum(shard.bytes for shard in manifest.splits["train"].shards) / 1e6
@@ -180,7 +180,7 @@ def test_the_page_tells_counts_sizes_what_was_left_out_and_why(data_set: Path) -
     assert "protocol: downsampled, 49,999 images" in describe(of_protocol, str(data_set))
 
 
-def test_reasons_are_counted_and_the_rarest_are_left_out(data_set: Path, tmp_path: Path) -> None:
+def test_reasons_are_counted_and_the_rarest_are_not_printed(data_set: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(data_set, tmp_path / "set"))
     path = folder / "test-000000.json"
     sidecar = json.loads(path.read_text())
@@ -204,7 +204,7 @@ def _bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize(("encoding", "shard_size"), [("png", 12), ("npy", 12), ("png", 1000)])
-def test_the_estimated_size_is_that_of_the_data_set_and_nothing_is_written(
+def test_the_estimated_size_is_near_and_nothing_is_written(
     images: Path, tmp_path: Path, encoding: str, shard_size: int
 ) -> None:
     source = read_source("folder", SIDE, str(images))
@@ -213,13 +213,13 @@ def test_the_estimated_size_is_that_of_the_data_set_and_nothing_is_written(
     assert size.images == 51  # all but two rejects
     assert list(tmp_path.iterdir()) == []
     run_plan(plan, max_rejects=0.1)
-    # sizes of shards are rounded up to 10,240 bytes, of which an estimate knows half
+    # sizes of shards are rounded up to 10,240 bytes, of which an estimate adds half
     assert abs(size.bytes - _bytes(tmp_path / "set")) < 6_000 * sum(plan.shards().values())
 
 
 @pytest.fixture
 def plan_of(tmp_path: Path) -> Callable[[Callable[[int], Any], int], Plan]:
-    """A plan of so many items, of which each is loaded by its number."""
+    """Make a plan of many items, which are loaded by their numbers."""
 
     def make(load: Callable[[int], Any], number: int) -> Plan:
         items = [Item(-1, str(n), 0, lambda n=n: load(n)) for n in range(number)]
@@ -228,7 +228,7 @@ def plan_of(tmp_path: Path) -> Callable[[Callable[[int], Any], int], Plan]:
     return make
 
 
-def test_the_estimate_tries_a_few_items_the_same_ones_every_time(plan_of: Callable[..., Plan]) -> None:
+def test_the_estimate_tries_the_same_few_items_every_time(plan_of: Callable[..., Plan]) -> None:
     loaded: list[int] = []
 
     def load(n: int) -> np.ndarray:
@@ -236,13 +236,13 @@ def test_the_estimate_tries_a_few_items_the_same_ones_every_time(plan_of: Callab
         return np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)
 
     plan = plan_of(load, 3000)
-    loaded.clear()  # of what the plan itself has looked at
+    loaded.clear()  # the plan itself has loaded some
     first = size_estimate(plan, images=20)
     tried, loaded[:] = loaded[:], []
     assert size_estimate(plan, images=20) == first
     assert loaded == tried
     assert len(set(tried)) == first.images == 20
-    assert max(tried) > 1500  # from all over, not from the head
+    assert max(tried) > 1500  # from everywhere, not only from the beginning
     assert size_estimate(plan, images=5000).images == 3000
 
 

@@ -1,4 +1,4 @@
-"""LSUN: what an LMDB holds and where, whatever its tree; categories and splits by name; damage told in one line."""
+"""LSUN: what an LMDB holds and where, whatever its tree; categories and splits by name; damage named in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from eiwtrain.data.manifest import DataError, load_sidecar
 
 
 def _image(seed: int, kind: str) -> bytes:
-    """Blots, 40x30."""
+    """Make an image of blots, 40x30."""
     coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((40, 30), Image.Resampling.BILINEAR).save(buffer, kind, quality=90)
@@ -54,7 +54,7 @@ def _file(folder: Path) -> ByteRange:
 
 
 def _read(file: ByteRange) -> dict[bytes, bytes]:
-    """All keys and values, in the order of the listing."""
+    """Return all keys and values, in the order of the listing."""
     values = list_values(file)
     data = Path(file.url()).read_bytes()
     places = zip(values.starts, values.sizes, strict=True)
@@ -102,7 +102,7 @@ def test_images_labels_and_order_are_those_of_the_lmdbs(scenes: Path, tmp_path: 
                     assert np.abs(np.asarray(made, int) - np.asarray(square, int)).max() <= 2
 
 
-def test_categories_are_chosen_and_the_missing_one_is_named(scenes: Path) -> None:
+def test_categories_are_chosen_and_a_missing_one_is_named(scenes: Path) -> None:
     source = lsun(str(scenes), ["tower"])
     assert source.classes == ("tower",)
     assert {name: len(items) for name, items in source.splits.items()} == {"train": 7, "val": 2}
@@ -112,14 +112,14 @@ def test_categories_are_chosen_and_the_missing_one_is_named(scenes: Path) -> Non
 
 
 @pytest.mark.parametrize("path", ["tower_train_lmdb", "tower_train_lmdb/", "tower_train_lmdb/data.mdb"])
-def test_one_lmdb_stands_for_itself(scenes: Path, path: str) -> None:
+def test_a_single_lmdb_is_a_source(scenes: Path, path: str) -> None:
     source = lsun(f"{scenes}/{path}")
     assert list(source.splits) == ["train"]
     assert list(source.splits["train"]) == list(lsun(str(scenes), ["tower"]).splits["train"])
     assert not source.remote
 
 
-def test_lmdbs_in_a_tar_and_in_a_bucket_are_read_where_they_are(scenes: Path, tmp_path: Path) -> None:
+def test_lmdbs_in_a_tar_and_in_a_bucket_are_read_in_place(scenes: Path, tmp_path: Path) -> None:
     here = lsun(str(scenes)).splits
     with tarfile.open(tmp_path / "lsun.tar", "w") as tar:
         tar.add(scenes, "lsun")
@@ -137,7 +137,7 @@ def test_lmdbs_in_a_tar_and_in_a_bucket_are_read_where_they_are(scenes: Path, tm
         bucket.rm("/lsun", recursive=True)
 
 
-def test_a_zip_is_to_be_unpacked_unless_it_has_been(scenes: Path, tmp_path: Path) -> None:
+def test_a_zip_must_be_unpacked_unless_it_already_is(scenes: Path, tmp_path: Path) -> None:
     archive = tmp_path / "bedroom_train_lmdb.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         packed.write(scenes / "bedroom_train_lmdb" / "data.mdb", "bedroom_train_lmdb/data.mdb")
@@ -148,7 +148,7 @@ def test_a_zip_is_to_be_unpacked_unless_it_has_been(scenes: Path, tmp_path: Path
     assert len(lsun(str(tmp_path)).splits["train"]) == 5
 
 
-def test_what_cannot_be_is_refused_in_one_line(scenes: Path, tmp_path: Path) -> None:
+def test_a_wrong_lsun_is_refused_in_one_line(scenes: Path, tmp_path: Path) -> None:
     def linked(folder: str, *names: str) -> str:
         for name in names:
             (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused_in_one_line(scenes: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
 
 
-def test_a_value_that_is_no_image_is_a_reject(tmp_path: Path) -> None:
+def test_a_value_that_is_not_an_image_is_a_reject(tmp_path: Path) -> None:
     values = {b"%d" % n: _image(n, "JPEG") for n in range(5)} | {b"3": b"\xff\xd8\xff no image", b"4": b""}
     _write(tmp_path / "bedroom_val_lmdb", values)
     output = tmp_path / "out"
@@ -194,9 +194,7 @@ def test_a_value_that_is_no_image_is_a_reject(tmp_path: Path) -> None:
     assert sorted(reject["source"] for reject in rejects) == ["bedroom_val/3", "bedroom_val/4"]
 
 
-def test_the_protocol_tells_categories_and_whether_images_are_missing(
-    scenes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_protocol_names_categories_and_missing_images(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lsun(str(scenes)).protocol == "LSUN bedroom, tower, 12 of 3,741,306 images for training"
     monkeypatch.setitem(module.TRAIN_IMAGES, "tower", 7)
     assert lsun(str(scenes), ["tower"]).protocol == "LSUN tower"
@@ -229,7 +227,7 @@ _TRANSACTIONS = st.lists(
 
 @given(_TRANSACTIONS)
 @settings(max_examples=60, deadline=None)
-def test_whatever_was_put_and_deleted_is_listed_as_lmdb_does(transactions: list[dict[bytes, bytes | None]]) -> None:
+def test_values_put_and_deleted_are_listed_as_lmdb_does(transactions: list[dict[bytes, bytes | None]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected: dict[bytes, bytes] = {}
         with lmdb.open(folder, map_size=1 << 26, sync=False) as env:
@@ -275,7 +273,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def _listed_or_refused(content: bytes) -> str:
-    """The message where the file is refused; where it is not, all that is listed lies in it."""
+    """Return the message if the file is refused; otherwise check that all that is listed lies in it."""
     with tempfile.TemporaryDirectory() as folder:
         (file := Path(folder, "data.mdb")).write_bytes(content)
         try:
@@ -293,12 +291,12 @@ def _listed_or_refused(content: bytes) -> str:
 
 @given(st.floats(0, 1, exclude_max=True))
 @settings(max_examples=60, deadline=None)
-def test_a_file_that_is_cut_off_anywhere_is_refused_or_lacks_nothing(whole: bytes, share: float) -> None:
+def test_a_file_cut_off_anywhere_is_refused_or_complete(whole: bytes, share: float) -> None:
     end = int(share * len(whole))
     assert _listed_or_refused(whole[:end]) or end > len(whole) - PAGE
 
 
-def test_a_cut_off_lmdb_is_told_as_such(scenes: Path, tmp_path: Path) -> None:
+def test_a_cut_off_lmdb_is_named_as_such(scenes: Path, tmp_path: Path) -> None:
     shutil.copytree(scenes / "tower_train_lmdb", folder := tmp_path / "tower_train_lmdb")
     with open(folder / "data.mdb", "rb+") as f:
         f.truncate((folder / "data.mdb").stat().st_size // 2)
@@ -307,24 +305,24 @@ def test_a_cut_off_lmdb_is_told_as_such(scenes: Path, tmp_path: Path) -> None:
 
 
 def _pages(content: bytes) -> tuple[list[bytes], list[int]]:
-    """All pages, and the numbers of those that are the leaves, a branch or meta pages."""
+    """Return all pages, and the numbers of leaves, branches and meta pages."""
     pages = [content[start : start + PAGE] for start in range(0, len(content), PAGE)]
     tree = [n for n, page in enumerate(pages) if page[:8] == n.to_bytes(8, "little") and page[10] in (1, 2, 8)]
     return pages, sorted(tree, key=lambda n: pages[n][10] != 2)
 
 
 def _with_number(page: bytes, at: int, number: int) -> bytes:
-    """The page with two of its bytes changed."""
+    """Return the page with two of its bytes changed."""
     return page[:at] + struct.pack("<H", number) + page[at + 2 :]
 
 
 def _nodes(page: bytes) -> tuple[int, ...]:
-    """Where they begin in the page."""
+    """Return where they begin in the page."""
     (end,) = struct.unpack_from("<H", page, 12)
     return struct.unpack(f"<{(end - 16) // 2}H", page[16:end])
 
 
-def test_what_makes_a_tree_wrong_is_told(whole: bytes) -> None:
+def test_what_is_wrong_with_a_tree_is_named(whole: bytes) -> None:
     pages, tree = _pages(whole)
     a, b = tree[:2]
     leaf, (root,) = pages[a], (n for n in tree if pages[n][10] == 1)
@@ -353,7 +351,7 @@ def test_what_makes_a_tree_wrong_is_told(whole: bytes) -> None:
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_damaged_tree_ends_in_nothing_worse_than_one_line(whole: bytes, data: st.DataObject) -> None:
+def test_a_damaged_tree_is_an_error_of_one_line_or_harmless(whole: bytes, data: st.DataObject) -> None:
     pages, tree = _pages(whole)
     page, other = data.draw(st.sampled_from(tree)), pages[data.draw(st.sampled_from(tree))]
     keep = data.draw(st.sampled_from([0, 8, 10, 12, 16, 64, 2000]))

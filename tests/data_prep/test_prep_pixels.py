@@ -1,4 +1,4 @@
-"""Pixels: what becomes of awkward images, where squares are cut, and that the same image gives the same bytes."""
+"""Pixels: how awkward images are read, where squares are cut, and that the same image gives the same bytes."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ sizes = st.integers(1, 70)
 
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The folder of awkward images, and what is to become of each."""
+    """The folder of awkward images, and what each must become."""
     folder = tmp_path_factory.mktemp("awkward")
     return folder, write_awkward(folder)
 
 
 def _places(height: int, width: int) -> np.ndarray:
-    """An image whose pixels say where they are."""
+    """Make an image whose pixels hold their own places."""
     rows, columns = np.indices((height, width), np.uint8)
     return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1)
 
@@ -87,7 +87,7 @@ def test_awkward_images_look_as_they_should(awkward: tuple[Path, dict[str, str]]
         assert np.abs(corners - COLOURS.get(name, QUADRANTS)).max() <= TOLERANCE, ascii(name)
 
 
-def test_black_and_white_is_kept_apart() -> None:
+def test_black_and_white_stay_different() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.eye(8, dtype=bool)).save(buffer, "PNG")
     np.testing.assert_array_equal(fit(buffer.getvalue(), "", Preprocess(8))[:, :, 1], 255 * np.eye(8))
@@ -109,8 +109,8 @@ def test_awkward_files_are_rejected_for_a_reason_of_one_line(awkward: tuple[Path
             fit((folder / name).read_bytes(), name, Preprocess(8))
 
 
-def test_pillow_warns_nobody(awkward: tuple[Path, dict[str, str]]) -> None:
-    """In a process of its own: pytest has filters of its own."""
+def test_pillow_prints_no_warnings(awkward: tuple[Path, dict[str, str]]) -> None:
+    """Run in a process of its own, as pytest has its own filters of warnings."""
     folder, expected = awkward
     code = (
         "import sys, pathlib; from data_prep.pixels import Preprocess, fit\n"
@@ -132,7 +132,7 @@ def test_the_same_image_gives_the_same_bytes(awkward: tuple[Path, dict[str, str]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_says_what_is_up(orientation: int) -> None:
+def test_images_are_turned_as_their_exif_says(orientation: int) -> None:
     with Image.open(io.BytesIO(oriented(1))) as image:
         stored = np.asarray(image)
     upright = TURNS[orientation](stored)
@@ -151,7 +151,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_sees(subsampling: int, progressive: b
         np.testing.assert_array_equal(fit(buffer.getvalue(), "", Preprocess(37)), np.asarray(image))
 
 
-def test_pictures_of_16_bits_keep_the_upper_8_where_all_three_channels_have_them() -> None:
+def test_rgb_images_of_16_bits_keep_the_upper_8() -> None:
     assert fit(deep_png(2, value=0x12FF), "", Preprocess(4)).tolist() == [[[0x12] * 3] * 4] * 4
     with pytest.raises(Undecodable, match="more than 8 bits"):
         fit(deep_png(0, value=0x12FF), "", Preprocess(4))
@@ -180,7 +180,7 @@ def test_a_random_square_lies_inside_and_follows_from_seed_and_name(
     np.testing.assert_array_equal(fit(_png(_places(height, width)), name, preprocess), cut)
 
 
-def test_random_squares_reach_all_edges_and_differ_by_seed_and_name() -> None:
+def test_random_squares_reach_all_edges_and_differ_by_name() -> None:
     def corners(seed: int) -> list[tuple[int, int]]:
         preprocess = Preprocess(8, crop="random", short_side=10, seed=seed)
         cuts = [fit(_places(10, 12), f"image {n}", preprocess) for n in range(300)]
@@ -206,14 +206,14 @@ def test_any_size_gives_the_resolution(height: int, width: int, resolution: int,
         assert cut.min() == cut.max() == 9
 
 
-def test_a_short_side_is_made_also_of_an_image_that_has_the_resolution_already() -> None:
+def test_an_image_of_the_resolution_gets_the_short_side_too() -> None:
     pixels = _places(8, 8)
     expected = np.asarray(Image.fromarray(pixels).resize((12, 12), Image.Resampling.BOX))[2:10, 2:10]
     for loaded in (pixels, _png(pixels), Image.fromarray(pixels)):
         np.testing.assert_array_equal(fit(loaded, "", Preprocess(8, short_side=12)), expected)
 
 
-def test_a_thread_of_pixels_is_rejected_before_it_fills_the_memory() -> None:
+def test_a_very_long_image_is_rejected_before_it_is_resized() -> None:
     with pytest.raises(Undecodable, match="60000x1 pixels are too elongated for a short side of 96"):
         fit(np.zeros((1, 60_000, 3), np.uint8), "", Preprocess(64, short_side=96))
 
@@ -228,14 +228,14 @@ def test_a_box_is_cut_first_and_must_be_there() -> None:
 
 @some
 @given(st.integers(1, 9), st.integers(0, 255))
-def test_what_is_encoded_is_decoded_to_the_same_pixels(side: int, value: int) -> None:
+def test_encoded_pixels_are_decoded_to_the_same(side: int, value: int) -> None:
     pixels = np.random.default_rng(value).integers(0, 256, (side, side, 3), np.uint8)
     with Image.open(io.BytesIO(encode(pixels, "png"))) as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
     np.testing.assert_array_equal(np.load(io.BytesIO(encode(pixels, "npy"))), pixels)
 
 
-def test_a_digest_tells_pixels_apart_and_nothing_else() -> None:
+def test_a_digest_depends_on_pixels_and_nothing_else() -> None:
     pixels = _places(5, 5)
     assert digest(pixels) == digest(pixels.copy()) == digest(_places(10, 10)[:5, :5])
     changed = pixels.copy()
@@ -243,7 +243,7 @@ def test_a_digest_tells_pixels_apart_and_nothing_else() -> None:
     assert digest(changed) != digest(pixels)
 
 
-def test_settings_that_cannot_be_are_refused_by_name() -> None:
+def test_wrong_settings_are_refused_by_name() -> None:
     for changed, message in [
         ({"resolution": 0}, "resolution must be 1 to 1024, not 0"),
         ({"resolution": 2000}, "resolution must be"),

@@ -1,4 +1,4 @@
-"""The folder and photos sources: which images, which split, which label; regions that share no pixel."""
+"""The folder and photos sources: images, splits and labels; regions without a shared pixel."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _zip(path: Path, names: list[str]) -> Path:
 
 
 def _everywhere(folder: Path, names: list[str]) -> list[Path]:
-    """The images as a folder, as a tar and as a zip."""
+    """Write the images as a folder, as a tar and as a zip."""
     return [_folder(folder / "images", names), _tar(folder / "images.tar", names), _zip(folder / "images.zip", names)]
 
 
@@ -82,7 +82,7 @@ def test_a_single_top_folder_is_looked_into(tmp_path: Path) -> None:
         assert not source.remote
 
 
-def test_images_far_away_are_the_same_and_said_to_be_far(tmp_path: Path) -> None:
+def test_remote_images_are_the_same_and_marked_as_remote(tmp_path: Path) -> None:
     url = f"memory://{tmp_path.name}"
     for path in _everywhere(tmp_path, NAMES):
         fsspec.filesystem("memory").put(str(path), f"/{tmp_path.name}/{path.name}", recursive=True)
@@ -113,7 +113,7 @@ def test_several_evaluation_folders_keep_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train", "val"])
 @pytest.mark.parametrize("deeper", ["", "cat/", "cat/deep/"])
-def test_a_split_that_stands_alone_is_trained_on(tmp_path: Path, name: str, deeper: str) -> None:
+def test_a_single_split_folder_is_for_training(tmp_path: Path, name: str, deeper: str) -> None:
     source = _read(_folder(tmp_path, [f"{name}/{deeper}1.png", f"{name}/{deeper}2.png"]))
     label = 0 if deeper else -1
     assert _names(source) == {"train": [(f"{deeper}1.png", label), (f"{deeper}2.png", label)]}
@@ -141,7 +141,7 @@ def test_without_split_folders_a_hash_of_the_name_chooses(tmp_path: Path, top: s
     assert {i.source for i in fewer.splits["test"]} == test & {n.removeprefix(top) for n in names[:300]}
 
 
-def test_sources_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_wrong_sources_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     _folder(tmp_path / "one", ["1.png"])
     one = str(tmp_path / "one")
@@ -162,7 +162,7 @@ def test_sources_that_cannot_be_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resolution", [20, 32, 64])
-def test_photographs_give_train_and_test_regions_without_a_shared_pixel(resolution: int) -> None:
+def test_no_pixel_of_a_photograph_is_in_train_and_test(resolution: int) -> None:
     source = read_source("photos", resolution)
     used: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     for split, items in source.splits.items():

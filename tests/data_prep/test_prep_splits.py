@@ -1,4 +1,4 @@
-"""Rules for splits: each image is in exactly one, and stays where it is when others come or go."""
+"""Rules for splits: each image is in exactly one, and stays there when others are added or removed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _numbered(count: int, prefix: str = "") -> list[str]:
 
 @some
 @given(counts, st.floats(0, 1, exclude_min=True, exclude_max=True))
-def test_hash_deals_every_image_to_one_side_in_its_order(count: int, share: float) -> None:
+def test_hash_puts_every_image_on_one_side_in_order(count: int, share: float) -> None:
     names = _numbered(count)
     try:
         splits = _names(apply_rule(_source(train=names), f"hash:{share!r}"))
@@ -60,7 +60,7 @@ def test_hash_deals_every_image_to_one_side_in_its_order(count: int, share: floa
 
 @some
 @given(st.sets(st.integers(0, 500), min_size=30), st.sets(st.integers(0, 500), min_size=30))
-def test_hash_keeps_an_image_on_its_side_when_others_come_or_go(one: set[int], other: set[int]) -> None:
+def test_hash_keeps_an_image_on_its_side_when_others_change(one: set[int], other: set[int]) -> None:
     sides: list[dict[str, str]] = []
     for numbers in (sorted(one), sorted(other, reverse=True)):
         source = apply_rule(_source(train=[f"{n}.png" for n in numbers]), "hash:0.5")
@@ -68,7 +68,7 @@ def test_hash_keeps_an_image_on_its_side_when_others_come_or_go(one: set[int], o
     assert all(sides[0][name] == sides[1][name] for name in sides[0].keys() & sides[1].keys())
 
 
-def test_hash_holds_out_the_share_that_is_asked_for() -> None:
+def test_hash_holds_out_the_requested_share() -> None:
     for share in (0.1, 0.5, 0.9):
         held = len(apply_rule(_source(train=_numbered(10_000)), f"hash:{share}").splits["test"])
         assert abs(held - 10_000 * share) < 4 * (10_000 * share * (1 - share)) ** 0.5  # four standard deviations
@@ -76,7 +76,7 @@ def test_hash_holds_out_the_share_that_is_asked_for() -> None:
 
 def test_the_side_of_a_name_never_changes() -> None:
     held = _names(apply_rule(_source(train=_numbered(40)), "hash:0.1"))["test"]
-    assert held == ["0.png", "6.png", "8.png", "33.png"]  # any others would mix what data sets made before keep apart
+    assert held == ["0.png", "6.png", "8.png", "33.png"]  # other images would mix the splits of existing data sets
 
 
 def test_a_larger_share_holds_out_the_same_images_and_more() -> None:
@@ -94,7 +94,7 @@ def test_last_holds_out_the_last(count: int, data: st.DataObject) -> None:
 
 @some
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any))
-def test_all_are_the_images_of_all_splits_one_after_the_other(counts: list[int]) -> None:
+def test_all_joins_the_images_of_all_splits(counts: list[int]) -> None:
     splits = {f"part{n}": _numbered(count, f"{n}/") for n, count in enumerate(counts)}
     joined = apply_rule(_source(**splits), "all").splits["train"]
     expected = [name for names in splits.values() for name in names]
@@ -106,14 +106,14 @@ def test_all_are_the_images_of_all_splits_one_after_the_other(counts: list[int])
             joined[outside]
 
 
-def test_the_splits_of_the_source_stay_where_it_has_them() -> None:
+def test_splits_of_the_source_are_kept() -> None:
     splits = {"train": _numbered(20), "test": _numbered(3, "t")}
     for rule in ("auto", "own"):
         assert _names(apply_rule(_source(**splits), rule)) == splits
     assert _names(apply_rule(_source(train=splits["train"]), "own")) == {"train": splits["train"]}
 
 
-def test_auto_holds_out_a_tenth_where_there_is_nothing_else() -> None:
+def test_auto_holds_out_a_tenth_if_train_is_the_only_split() -> None:
     names = _numbered(200)
     assert _names(apply_rule(_source(train=names))) == _names(apply_rule(_source(train=names), "hash:0.1"))
     few = ["1.png", "2.png"]  # whose hashes are above a tenth
@@ -162,14 +162,14 @@ def test_items_are_not_made_before_they_are_asked_for() -> None:
         ("auto", ["train", "val"], "there is no split 'val'"),
     ],
 )
-def test_rules_that_cannot_be_are_refused_in_one_line(rule: str, only: list[str], message: str) -> None:
+def test_wrong_rules_are_refused_in_one_line(rule: str, only: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         apply_rule(_source(train=_numbered(9)), rule, only)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rule", ["hash:0.1", "last:1"])
-def test_nothing_is_held_out_of_a_source_that_has_splits(rule: str) -> None:
+def test_nothing_is_held_out_of_a_source_with_splits(rule: str) -> None:
     with pytest.raises(DataError, match=f"--split {rule} would hold .* splits of its own: train, val; use own or all"):
         apply_rule(_source(train=["a"], val=["b"]), rule)
 

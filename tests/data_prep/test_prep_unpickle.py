@@ -1,4 +1,4 @@
-"""Pickled batches: arrays and plain values come through as numpy's own unpickling makes them, nothing else does."""
+"""Pickled batches: arrays and plain values are loaded as numpy's own unpickling makes them, and nothing else is."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _same(a: Any, b: Any) -> None:
     st.integers(0, pickle.HIGHEST_PROTOCOL),
     st.booleans(),
 )
-def test_arrays_and_plain_values_of_every_protocol_come_through(
+def test_arrays_and_plain_values_of_every_protocol_are_loaded(
     batch: dict[str, Any], protocol: int, fortran: bool
 ) -> None:
     if fortran:
@@ -70,7 +70,7 @@ def test_arrays_and_plain_values_of_every_protocol_come_through(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(max_size=8), PLAIN | ARRAYS, max_size=4), st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_large_arrays_that_are_left_lie_where_it_says(batch: dict[str, Any], protocol: int) -> None:
+def test_large_arrays_that_are_left_lie_where_reported(batch: dict[str, Any], protocol: int) -> None:
     data = pickle.dumps(batch, protocol)
     loaded = load_batch(io.BytesIO(data), "batch", leave=True)
     for key, value in batch.items():
@@ -85,7 +85,7 @@ def test_large_arrays_that_are_left_lie_where_it_says(batch: dict[str, Any], pro
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_python_2_batches_come_through_with_text_for_keys(order: Any) -> None:
+def test_python_2_batches_are_loaded_with_text_for_keys(order: Any) -> None:
     array = np.asarray(np.random.default_rng(0).integers(0, 256, (5, 600), np.uint8), order=order)
     data = python2_pickle({"labels": [1, 300], "data": array, "names": ["caf\xe9"]})
     assert pickle.loads(data, encoding="latin1")["names"] == ["caf\xe9"]  # the bytes are a pickle to Python, too
@@ -104,7 +104,7 @@ def test_numpy_scalars_and_text_of_bytes_are_plain() -> None:
 
 
 class _Reduce:
-    """Pickles as a call of anything."""
+    """An object that is pickled as a call of anything."""
 
     def __init__(self, *call: Any) -> None:
         self.call = call
@@ -113,11 +113,11 @@ class _Reduce:
         return self.call
 
     def __call__(self) -> None:
-        """Only what can be called is pickled as a call."""
+        """Be callable: only then is it pickled as a call."""
 
 
 class _Slots:
-    """Pickles as an object with a state."""
+    """An object that is pickled with a state."""
 
 
 def _hostile(marker: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _hostile(marker: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", list(_hostile(Path())))
-def test_whatever_else_is_refused_without_being_run(tmp_path: Path, what: str) -> None:
+def test_anything_else_is_refused_without_being_run(tmp_path: Path, what: str) -> None:
     marker = tmp_path / "marker"
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         data = pickle.dumps({"data": np.zeros(4, np.uint8), "labels": _hostile(marker)[what]}, protocol)
@@ -186,7 +186,7 @@ OPCODES = {
 
 
 @pytest.mark.parametrize("what", OPCODES)
-def test_no_opcode_is_a_way_round(tmp_path: Path, what: str) -> None:
+def test_no_opcode_gets_around_the_names(tmp_path: Path, what: str) -> None:
     marker = tmp_path / "marker"
     with pytest.raises(DataError, match=r"^x: .*(not loaded|not a dict|only plain numbers)") as caught:
         load_batch(OPCODES[what].replace(b"MARKER", str(marker).encode()), "x")
@@ -206,7 +206,7 @@ def test_cut_off_or_damaged_batches_are_data_errors(noise: bytes, at: int, proto
 
 
 @pytest.mark.parametrize("leave", [False, True])
-def test_no_room_is_made_for_bytes_that_are_not_there(tmp_path: Path, leave: bool) -> None:
+def test_no_memory_is_allocated_for_bytes_that_are_not_there(tmp_path: Path, leave: bool) -> None:
     for opcode, length in ((b"\x8e", "<Q"), (b"\x96", "<Q"), (b"B", "<I"), (b"T", "<I"), (b"X", "<I"), (b"\x8d", "<Q")):
         for size in (1 << 31, (1 << 63) - 1):
             if size < 1 << (8 * struct.calcsize(length)):
@@ -238,7 +238,7 @@ def test_a_large_text_is_not_used_twice() -> None:
         load_batch(b"}U\x01a(X\x00\x10\x00\x00" + b"x" * 4096 + b"q\x00h\x00ts.", "x")
 
 
-def test_no_room_is_made_for_a_memo_that_is_not_filled() -> None:
+def test_no_memory_is_allocated_for_an_empty_memo() -> None:
     for put in (b"r\xff\xff\xff\xff", b"p4294967295\n"):
         with pytest.raises(DataError, match="numbers a value 4,294,967,295 at opcode 1; it is not loaded"):
             load_batch(b"}" + put + b".", "x")

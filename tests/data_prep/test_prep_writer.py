@@ -1,4 +1,4 @@
-"""The writer: the same bytes whoever writes them, reruns that mend and skip, no data set before its time."""
+"""The writer: the same bytes from any workers, reruns that repair and skip, no data set before it is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 PNGs of 12x10 noise in three class folders."""
+    """A folder of 60 PNGs of 12x10 noise in three class folders."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for n in range(60):
@@ -95,7 +95,7 @@ def test_plain_webdataset_reads_the_tars(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("remove", ["train-000001.tar", "train-000001.json", "manifest.json"])
-def test_what_was_deleted_comes_back_and_the_rest_is_untouched(images: Path, tmp_path: Path, remove: str) -> None:
+def test_deleted_shards_come_back_and_others_are_untouched(images: Path, tmp_path: Path, remove: str) -> None:
     _prepare(images, tmp_path)
     before, times = _bytes(tmp_path), _times(tmp_path)
     (tmp_path / remove).unlink()
@@ -107,7 +107,7 @@ def test_what_was_deleted_comes_back_and_the_rest_is_untouched(images: Path, tmp
 
 
 @pytest.mark.parametrize("damaged", ["train-000000.tar", "train-000000.json"])
-def test_what_was_damaged_is_mended(images: Path, tmp_path: Path, damaged: str) -> None:
+def test_damaged_shards_are_written_again(images: Path, tmp_path: Path, damaged: str) -> None:
     _prepare(images, tmp_path)
     before, times = _bytes(tmp_path), _times(tmp_path)
     data = bytearray(before[damaged])
@@ -120,7 +120,7 @@ def test_what_was_damaged_is_mended(images: Path, tmp_path: Path, damaged: str) 
         assert _bytes(tmp_path) == before
 
 
-def test_a_sidecar_that_says_something_else_is_mended_where_a_manifest_knows_it(images: Path, tmp_path: Path) -> None:
+def test_a_changed_sidecar_is_written_again_if_a_manifest_has_it(images: Path, tmp_path: Path) -> None:
     _prepare(images, tmp_path)
     before = _bytes(tmp_path)
     sidecar = json.loads(before["train-000000.json"])
@@ -130,7 +130,7 @@ def test_a_sidecar_that_says_something_else_is_mended_where_a_manifest_knows_it(
     assert _bytes(tmp_path) == before
 
 
-def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
+def test_without_a_manifest_there_is_no_data_set_until_a_rerun(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_task, done = writer.run_task, []
@@ -156,9 +156,7 @@ def test_without_the_manifest_there_is_no_data_set_and_a_rerun_goes_on(
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_killed_command_leaves_no_data_set_and_the_same_command_completes_it(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_a_killed_command_leaves_no_data_set_and_resumes(tmp_path: Path, number: signal.Signals, code: int) -> None:
     pictures, output, whole = tmp_path / "pictures", tmp_path / "a" / "set", tmp_path / "b" / "set"
     pictures.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
@@ -180,13 +178,13 @@ def test_a_killed_command_leaves_no_data_set_and_the_same_command_completes_it(
     assert "Traceback" not in err
     assert not (output / "manifest.json").exists()
     for tar in output.glob("*.tar"):
-        tarfile.open(tar).close()  # what has a shard's name is whole
+        tarfile.open(tar).close()  # a file with a shard's name is whole
     subprocess.run([*command, str(output)], check=True, capture_output=True)
     prepare("folder", str(whole), 16, path=str(pictures), shard_size=100)
     assert _bytes(whole) == {n: b for n, b in _bytes(output).items() if not n.endswith(".tmp")}
 
 
-def test_another_data_set_is_not_overwritten_unasked(images: Path, tmp_path: Path) -> None:
+def test_another_data_set_is_overwritten_only_on_request(images: Path, tmp_path: Path) -> None:
     _prepare(images, tmp_path)
     before = _bytes(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -203,7 +201,7 @@ def test_another_data_set_is_not_overwritten_unasked(images: Path, tmp_path: Pat
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_pixels_that_changed_under_the_same_names_and_sizes_are_another_data_set(tmp_path: Path) -> None:
+def test_other_pixels_of_the_same_size_are_another_data_set(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for shade in (0, 1):
         for n in range(40):
@@ -215,7 +213,7 @@ def test_pixels_that_changed_under_the_same_names_and_sizes_are_another_data_set
         _prepare(source, tmp_path / "set")
 
 
-def test_what_another_attempt_left_is_no_part_of_a_finished_data_set(images: Path, tmp_path: Path) -> None:
+def test_leftovers_of_another_attempt_are_removed(images: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     mine = {"backup-202601.tar": b"mine", "notes-000001.json": b"mine too"}
     for name, data in ({"train-000099.tar": b"killed before its sidecar"} | mine).items():
@@ -235,7 +233,7 @@ def test_a_changed_source_is_another_data_set(images: Path, tmp_path: Path) -> N
         _prepare(source, tmp_path / "set")
 
 
-def test_an_object_store_gets_the_same_bytes_and_is_mended(images: Path, tmp_path: Path) -> None:
+def test_an_object_store_gets_the_same_bytes_and_repairs(images: Path, tmp_path: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}/set"
     _prepare(images, tmp_path / "set")
     manifest = _prepare(images, url)
@@ -283,12 +281,12 @@ def test_images_are_upright_cropped_and_resized() -> None:
         assert (made[2:] == 200).all()
 
 
-def test_images_of_the_right_size_keep_their_pixels_and_gray_becomes_rgb() -> None:
+def test_images_of_the_right_size_keep_their_pixels() -> None:
     gray = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     assert np.array_equal(fit(Image.fromarray(gray), "x", Preprocess(8, "lanczos")), np.repeat(gray[:, :, None], 3, 2))
 
 
-def test_progress_writes_tidy_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("data_prep.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
