@@ -69,7 +69,7 @@ def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
 
 
 def own_nodes(address: str) -> list[str]:
-    """Hex ids of the worker nodes of the cluster at `address` that run on this machine."""
+    """Return the hex ids of the worker nodes of the cluster at `address` that run on this machine."""
     found = []
     for process in psutil.process_iter():
         try:

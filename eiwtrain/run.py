@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             manifest = manifest or main_job.prepare(config, console)
             newest = preflight.find_checkpoint(config, manifest)
             command = main_job.resume_command(argv)
-            outcome, tracked = main_job.train(config, manifest, newest, began, command, console, stop)
+            outcome, tracked = main_job.train_under_lease(config, manifest, newest, began, command, console, stop)
             return _report(outcome, config, tracked, command, console, stop)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)

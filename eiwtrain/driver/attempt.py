@@ -34,7 +34,7 @@ from eiwtrain.storage.lease import Lease
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Interrupted, Stop
 from eiwtrain.tracking import TrackedRun
-from eiwtrain.train.loop import train as train_worker
+from eiwtrain.train.loop import train_worker
 
 _POLL_SECONDS = 0.25
 _HEAR_SECONDS = 15.0  # within which a living worker hears of a stop, whatever it does

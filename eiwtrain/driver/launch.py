@@ -25,7 +25,7 @@ _SETTLE_SECONDS = 5.0  # for which a cluster with room for some workers is given
 _WAITING_SECONDS = 60.0  # after which a job for which there is no room says what it waits for
 
 
-def train(
+def run_attempts(
     config: Config,
     data_fingerprint: str,
     newest: checkpoints.Checkpoint | None,

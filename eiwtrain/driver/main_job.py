@@ -54,7 +54,7 @@ def prepare(config: Config, console: Console) -> Manifest:
     return manifest
 
 
-def train(
+def train_under_lease(
     config: Config,
     manifest: Manifest,
     newest: Checkpoint | None,
@@ -93,7 +93,7 @@ def train(
             watcher = Watcher(tracked, config.root, lease.owner)
         for line in tracking.reconcile(tracked):
             console.note(line)
-        outcome = launch.train(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
+        outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)
         return outcome, tracked
     except (LeaseHeld, tracking.TrackingError) as e:

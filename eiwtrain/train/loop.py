@@ -1,6 +1,6 @@
 """One worker: the training loop itself, readable from top to bottom.
 
-Ray Train calls `train` in every worker, with the process group up. Rank 0 speaks for all: lines to the driver,
+Ray Train calls `train_worker` in every worker, with the process group up. Rank 0 speaks for all: lines to the driver,
 metrics to MLflow. Whatever every rank must do alike (stop, save, evaluate) is decided from numbers that were
 all-reduced, so no rank is left waiting in a collective. Not for what a step minimises (`eiwtrain.train.objective`), nor
 for how workers are started (`eiwtrain.driver.attempt`).
@@ -86,7 +86,7 @@ class Fatal(RuntimeError):
     """The run cannot continue and a restart would not help; the message is for the user."""
 
 
-def train(settings: dict[str, Assignment]) -> None:
+def train_worker(settings: dict[str, Assignment]) -> None:
     """Train until `max_steps`, a stop or a failure; Ray Train's entry point in each worker."""
     assignment = settings["assignment"]
     os.environ.update(assignment.environment)

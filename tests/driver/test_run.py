@@ -46,7 +46,7 @@ def status(path: Path) -> str:
     ],
 )
 def test_how_it_ended_is_the_exit_code_and_the_status(path, monkeypatch, capsys, outcome, code, state):
-    monkeypatch.setattr(launch, "train", lambda *args: outcome)
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: outcome)
     assert run.main([str(path)]) == code
     assert status(path) == state
 
@@ -59,7 +59,7 @@ def test_a_stop_while_the_run_is_begun_ends_it_as_killed(path, monkeypatch, caps
         return real(*args)
 
     monkeypatch.setattr(tracking, "begin", slow)
-    monkeypatch.setattr(launch, "train", lambda *args: pytest.fail("training began after the stop"))
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: pytest.fail("training began after the stop"))
     assert run.main([str(path)]) == 143
     assert status(path) == "KILLED"
     assert "stopped by SIGTERM before training began" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_an_exception_that_nobody_foresaw_leaves_no_run_running(path, monkeypatc
     def broken(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(launch, "train", broken)
+    monkeypatch.setattr(launch, "run_attempts", broken)
     with pytest.raises(ZeroDivisionError):
         run.main([str(path)])
     assert status(path) == "FAILED"
@@ -107,14 +107,14 @@ def test_the_watcher_goes_when_mlflow_knows_how_the_run_ended(path, monkeypatch)
         assert Watched.heard == [("watches", tracked.run_id, config.root, lease.owner)]
         return STOPPED
 
-    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(launch, "run_attempts", train)
     monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 75
     assert Watched.heard[1:] == [WILL_END, ("dismissed",)]
 
 
 def test_the_watcher_stays_when_mlflow_does_not_answer(path, monkeypatch):
-    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: STOPPED)
     monkeypatch.setattr(main_job, "Watcher", Watched)
     monkeypatch.setattr(tracking, "end", lambda *args: False)
     run.main([str(path)])
@@ -122,7 +122,7 @@ def test_the_watcher_stays_when_mlflow_does_not_answer(path, monkeypatch):
 
 
 def test_a_run_that_another_driver_has_is_not_ended(path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "train", lambda *args: Lost("taken over"))
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: Lost("taken over"))
     monkeypatch.setattr(main_job, "Watcher", Watched)
     assert run.main([str(path)]) == 1
     assert Watched.heard[-1] == ("dismissed",)
@@ -130,7 +130,7 @@ def test_a_run_that_another_driver_has_is_not_ended(path, monkeypatch, capsys):
 
 
 def test_the_page_of_a_run_names_data_model_and_command(path, monkeypatch):
-    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: STOPPED)
     run.main([str(path)])
     client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")
     (found,) = client.search_runs(["1"])
@@ -143,7 +143,7 @@ def test_the_page_of_a_run_names_data_model_and_command(path, monkeypatch):
 
 
 def test_a_start_says_which_runs_nobody_trains(path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "train", lambda *args: STOPPED)
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: STOPPED)
     monkeypatch.setattr(tracking, "end", lambda *args: False)
     monkeypatch.setattr(main_job, "Watcher", Watched)  # a real one might be faster
     run.main([str(path), "run.name=other"])  # its lease says that it was stopped

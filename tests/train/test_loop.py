@@ -110,7 +110,7 @@ def start(tmp_path, monkeypatch):
         config = Config.model_validate(tiny_config(tmp_path, **sections))
         fingerprint = fingerprint or data.load_manifest(config.data.path).fingerprint
         assignment = Assignment(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
-        loop.train({"assignment": assignment})
+        loop.train_worker({"assignment": assignment})
         return Driver.last.said
 
     with lone_group(tmp_path):
