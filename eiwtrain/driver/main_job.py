@@ -91,7 +91,7 @@ def train_under_lease(
         with stop.held():  # a run that was begun must be ended
             tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
             watcher = Watcher(tracked, config.root, lease.owner)
-        for line in tracking.reconcile(tracked):
+        for line in tracking.end_abandoned(tracked):
             console.note(line)
         outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)

@@ -1,6 +1,6 @@
 """A small process that outlives the driver and then reports to MLflow how the run ended, if the driver no longer could.
 
-Not for the next start, which looks at all runs again (`tracking.reconcile`), nor for restarting anything.
+Not for the next start, which looks at all runs again (`tracking.end_abandoned`), nor for restarting anything.
 
 Only the driver holds the write end of a pipe: the pipe ends when the driver has ended, whatever ended it. The watcher
 has a session of its own and is not a child of the driver: Ctrl-C does not reach it, nor does `ray job stop`, which

@@ -4,7 +4,7 @@ The driver begins and ends the run (`record`); rank 0 logs into it (`tracker`). 
 their URLs, not uploaded.
 """
 
-from eiwtrain.tracking.record import Status, begin, check, end, reconcile, settle
+from eiwtrain.tracking.record import Status, begin, check, end, end_abandoned, settle
 from eiwtrain.tracking.store import TrackedRun, TrackingError, tracking_uri
 from eiwtrain.tracking.tracker import Tracker
 
@@ -16,7 +16,7 @@ __all__ = [
     "begin",
     "check",
     "end",
-    "reconcile",
+    "end_abandoned",
     "settle",
     "tracking_uri",
 ]

@@ -100,13 +100,13 @@ class Backlog:
                 self.dropped += 1
             self._changed.notify_all()
 
-    def reconcile(
+    def skip_logged(
         self,
         last: Mapping[str, int],
         logged: Mapping[str, Collection[int]],
         accepted: Callable[[list[Point]], None] | None = None,
     ) -> None:
-        """Drop the points that the store has already. Call it once, before the first `take`.
+        """Skip the points that the store has already. Call it once, before the first `take`.
 
         A point of this attempt is skipped up to the last step that the store has of its curve. Points of earlier
         attempts are looked up one by one, because the store may have a gap where they belong.

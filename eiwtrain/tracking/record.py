@@ -36,7 +36,7 @@ _BEGIN_SECONDS = 5.0  # for which a beginning run waits for a store that is away
 _END_SECONDS = 30.0  # for which an ending run waits
 _AGAIN_SECONDS = 1.0
 _PAGE = 50  # runs asked for at once
-_RECONCILE_SECONDS = 10.0  # after which the remaining runs are left to the next start
+_ABANDONED_SECONDS = 10.0  # after which the remaining runs are left to the next start
 
 
 def check(config: Config) -> None:
@@ -190,13 +190,13 @@ def settle(
     return False
 
 
-def reconcile(run: TrackedRun) -> list[str]:
+def end_abandoned(run: TrackedRun) -> list[str]:
     """End the other runs of the experiment that MLflow has as RUNNING although their leases show that none trains.
 
     Returns a line about each. A run that cannot be read from here is left alone, and no error is raised.
     """
     lines: list[str] = []
-    give_up = time.monotonic() + _RECONCILE_SECONDS
+    give_up = time.monotonic() + _ABANDONED_SECONDS
     with contextlib.suppress(Exception), storage.impatient():
         running = f"attributes.status = 'RUNNING' AND tags.`{ROOT_TAG}` LIKE '%'"
         client, token = client_of(run.uri), None
@@ -210,12 +210,12 @@ def reconcile(run: TrackedRun) -> list[str]:
             if other.info.run_id == run.run_id or time.monotonic() > give_up:
                 continue
             with contextlib.suppress(Exception):
-                if status := _reconcile_one(replace(run, run_id=other.info.run_id), other.data.tags):
+                if status := _end_if_abandoned(replace(run, run_id=other.info.run_id), other.data.tags):
                     lines.append(f"MLflow had '{other.info.run_name}' as RUNNING, and nobody trains it: now {status}")
     return lines
 
 
-def _reconcile_one(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
+def _end_if_abandoned(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
     """Return the status with which the run was ended here; None if it was not."""
     root = tags[ROOT_TAG]
     if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name that belongs to another run or machine

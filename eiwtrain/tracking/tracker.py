@@ -102,7 +102,7 @@ class Tracker:
     def _work(self) -> None:
         try:
             if self._until_done(self._look) is not None:
-                self._backlog.reconcile({}, {})
+                self._backlog.skip_logged({}, {})
             while (chunk := self._backlog.take()) is not None:
                 if chunk.picture is not None:
                     self._log_picture(chunk.picture)
@@ -129,7 +129,7 @@ class Tracker:
         steps = {curve: {p.step for p in points} for curve, points in logged.items()}
         if self._journal is not None:
             self._journal.begin(Recorded(newest, logged, self._history))
-        self._backlog.reconcile(last, steps, self._journal.append if self._journal is not None else None)
+        self._backlog.skip_logged(last, steps, self._journal.append if self._journal is not None else None)
         with contextlib.suppress(Exception):  # curves do not wait for a store of images that is away
             lost = [f"{n} of step {s:,}" for n, s in self._backlog.lost_pictures if not self._files(n, s)]
             if lost:

@@ -193,11 +193,11 @@ def test_a_run_begins_and_ends_though_answers_are_lost(server, tmp_path):
         again = tracking.begin(config, {})
         assert again == run
         proxy.reset(times=3, matching="runs/update")
-        tracking.end(run, "KILLED", "stopped by SIGTERM; goes on with the same command")
+        tracking.end(run, "KILLED", "stopped by SIGTERM; resumes with the same command")
         assert proxy.pending == 0
     found = MlflowClient(server.endpoint).get_run(run.run_id)
     assert found.info.status == "KILLED"
-    assert found.data.tags["eiwtrain.status"] == "stopped by SIGTERM; goes on with the same command"
+    assert found.data.tags["eiwtrain.status"] == "stopped by SIGTERM; resumes with the same command"
     uid = found.data.tags["eiwtrain.uid"]
     assert len(MlflowClient(server.endpoint).search_runs([run.experiment_id], f"tags.`eiwtrain.uid` = '{uid}'")) == 1
 

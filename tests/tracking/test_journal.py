@@ -41,7 +41,7 @@ def run(tmp_path, database):
 
 
 def points_of(path):
-    """(curve, step, time, value) of a journal, each line read by itself; times in milliseconds."""
+    """Return (curve, step, time, value) of each point of a journal; times in milliseconds."""
     found = []
     for line in Path(path).read_bytes().splitlines():
         values = json.loads(line)
@@ -67,7 +67,7 @@ def test_the_journal_equals_mlflow_after_attempts_that_die(run, tmp_path):
             tracker.metrics(step, {"train/lr": step / 3, "train/bits_per_dim": 8.0 - step})
         tracker.metrics(step, {"eval/bits_per_dim": 5.0})
         tracker.close()
-        with file.open("ab") as killed:  # a step that never reached MLflow, and half of another
+        with file.open("ab") as killed:  # a line that never reached MLflow, and half of another
             killed.write(b'{"step": 99, "time": 1.5, "train/lr": 0.5}\n{"step": 100, "ti')
     tracking.Tracker(run, journal=str(file)).close()
     assert sorted(points_of(file)) == of_mlflow(run)
@@ -232,7 +232,7 @@ ATTEMPTS = st.lists(
 @example([(["look", "open"], [("step", 3), ("publish", 1)], "crash"), (["look"], [("step", 3), ("sent", 1)], "crash")])
 @settings(deadline=None, max_examples=200)
 def test_whenever_attempts_die_the_journal_equals_the_store(remote, tmp_path_factory, attempts):
-    """The model of `test_tracking`, with a journal whose background work is done at any later time, or never."""
+    """Follow the model of `test_tracking`; the journal does its background work at any later time, or never."""
     events = [e for start, then, end in attempts for e in [*((s, 1) for s in start), *then, (end, 1)]]
     store: dict[Point, None] = {}
     clock = itertools.count(1)
@@ -266,7 +266,7 @@ def test_whenever_attempts_die_the_journal_equals_the_store(remote, tmp_path_fac
                 doubtful = {p.curve for p in queue.earlier if p.step <= newest.get(p.curve, (-1, 0))[0]}
                 looked = Recorded(newest, {c: history(c) for c in doubtful}, history)
                 steps = {c: {p.step for p in of} for c, of in looked.read.items()}
-                queue.reconcile({c: s for c, (s, _) in newest.items()}, steps, writer.append)
+                queue.skip_logged({c: s for c, (s, _) in newest.items()}, steps, writer.append)
             elif event == "open" and looked is not None and writer._file is None:
                 writer._done(partial(writer._open, looked))
             elif event == "publish" and remote and writer._file is not None:

@@ -1,4 +1,4 @@
-"""What the record of a run says of where it comes from, and runs that were left RUNNING."""
+"""The origin of a run in its MLflow record, and runs that were left RUNNING."""
 
 import dataclasses
 import importlib.metadata
@@ -198,11 +198,11 @@ def test_the_environment_artifact_has_versions_and_no_secret(config, monkeypatch
     assert "not-to-be-seen" not in text
 
 
-# Who trains a run, and what becomes of a run that nobody trains.
+# The holder of a run's lease, and runs that nobody trains.
 
 
 def gone():
-    """A process of this machine that has ended."""
+    """Return the holder of a lease whose process, on this machine, has exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     holder = dataclasses.replace(lease._here(), pid=process.pid, started=lease._started(process.pid))
     process.wait()
@@ -210,7 +210,7 @@ def gone():
 
 
 def leave(root, how):
-    """The lease of the run at `root` as a holder leaves it; the time of the last sign of life."""
+    """Write the lease of the run at `root` as a holder leaves it; return the time of the last sign of life."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lease, "_keep", lambda held: None)
         holder = {"gone": gone, "long ago": lambda: lease._Holder("elsewhere", 1, "", 0)}.get(how, lease._here)()
@@ -265,7 +265,7 @@ def test_a_run_left_running_is_ended_at_the_next_start_of_any(config, how, statu
     run = tracking.begin(left, {})
     ended = leave(left.root, how)
     ours = tracking.begin(config, {})
-    lines = tracking.reconcile(ours)
+    lines = tracking.end_abandoned(ours)
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ended))
     assert state(run) == (status, text.format(when))
     assert state(ours) == ("RUNNING", "running")
@@ -292,31 +292,31 @@ def test_runs_that_cannot_be_read_are_left_alone(config, monkeypatch):
         if name == "no folder":
             storage.delete(c.root)
     foreign = MlflowClient(runs["died"].uri).create_run(runs["died"].experiment_id)
-    tracking.reconcile(tracking.begin(config, {}))
+    tracking.end_abandoned(tracking.begin(config, {}))
     assert {name: state(run)[0] for name, run in runs.items()} == dict.fromkeys(runs, "RUNNING") | {"died": "KILLED"}
     assert MlflowClient(runs["died"].uri).get_run(foreign.info.run_id).info.status == "RUNNING"
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *args, **kwargs: 1 / 0)
-    assert tracking.reconcile(runs["died"]) == []
+    assert tracking.end_abandoned(runs["died"]) == []
 
 
 def test_a_run_does_not_end_itself(config):
     run = tracking.begin(config, {})
     leave(config.root, "gone")
-    assert tracking.reconcile(run) == []
+    assert tracking.end_abandoned(run) == []
     assert state(run)[0] == "RUNNING"
 
 
 def test_time_is_bounded_when_many_runs_were_left(config, monkeypatch):
     run = tracking.begin(named(config, "left"), {})
     leave(named(config, "left").root, "gone")
-    monkeypatch.setattr(record, "_RECONCILE_SECONDS", -1.0)
-    assert tracking.reconcile(tracking.begin(config, {})) == []
+    monkeypatch.setattr(record, "_ABANDONED_SECONDS", -1.0)
+    assert tracking.end_abandoned(tracking.begin(config, {})) == []
     assert state(run)[0] == "RUNNING"
 
 
 @pytest.fixture
 def driver(config):
-    """A run whose driver holds the lease, here."""
+    """Begin a run whose driver, this process, holds the lease."""
     run = tracking.begin(config, {})
     leave(config.root, "gone")
     return run, lease.look(config.root)[0]

@@ -21,7 +21,7 @@ from eiwtrain.tracking import backlog, store
 
 @pytest.fixture
 def new_config(tmp_path):
-    """Of a run whose database is not there yet."""
+    """Return the config of a run whose database does not exist yet."""
     return Config.model_validate(tiny_config(tmp_path))
 
 
@@ -86,7 +86,7 @@ def test_steps_logged_before_a_crash_are_not_logged_again(config):
 
 
 def failing(monkeypatch, method, *errors, after=False):
-    """Have the next calls of a client's method fail; `after`: when they have done what they should."""
+    """Have the next calls of a client's method fail, if `after` is set only after they have done their work."""
     real, left = getattr(MlflowClient, method), list(errors)
 
     def flaky(*args, **kwargs):
@@ -235,7 +235,7 @@ def test_points_not_logged_are_logged_by_the_next_attempt(config, monkeypatch):
         first.metrics(6, {"train/lr": 6.0})  # after the checkpoint
         first.close()
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 60.0)
-    # in between somebody has logged two of them, with other times
+    # meanwhile two of them were logged with other times
     MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 2.0, step=2, timestamp=7)
     MlflowClient(run.uri).log_metric(run.run_id, "train/lr", 4.0, step=4, timestamp=7)
     second = tracking.Tracker(run, backlog=saved)
@@ -330,7 +330,7 @@ def test_an_image_is_there_once_wherever_logging_it_failed(config, monkeypatch, 
 
     def flaky(*args, **kwargs):
         calls.append(args)
-        if len(calls) == 2:  # of the files, the preview
+        if len(calls) == 2:  # the preview
             raise ConnectionError("gone")
         result = real(*args, **kwargs)
         if len(calls) == 1 and method != "_log_artifact_helper":
@@ -405,7 +405,7 @@ EVENTS = ["step", "look", "taken by the store", "not taken", "confirmed", "check
 @example([("step", 5), ("step", 1), ("look", 1), *[("taken by the store", 1), ("confirmed", 1)] * 3, ("crash", 1)])
 @settings(deadline=None)
 def test_whenever_attempts_die_each_step_is_logged_once(events):
-    """The store keeps one of points that are alike; an attempt goes on from the newest checkpoint."""
+    """Model a store that keeps one of equal points, and attempts that resume from the newest checkpoint."""
     store: dict[backlog.Point, None] = {}
     clock = itertools.count()
     step, queue, looked, batch, checkpoint = 0, backlog.Backlog(), False, None, (0, {})
@@ -427,7 +427,7 @@ def test_whenever_attempts_die_each_step_is_logged_once(events):
                     steps.setdefault(p.curve, []).append(p.step)
                 last = {curve: max(of_curve) for curve, of_curve in steps.items()}
                 doubtful = {p.curve for p in queue.earlier if p.step <= last.get(p.curve, -1)}
-                queue.reconcile(last, {c: steps[c] for c in doubtful})
+                queue.skip_logged(last, {c: steps[c] for c in doubtful})
                 looked = True
             elif event in ("taken by the store", "not taken") and looked and batch is None and queue.waiting[0]:
                 batch = queue.take()

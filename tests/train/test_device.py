@@ -11,7 +11,7 @@ from eiwtrain.train import device
 
 @pytest.fixture(autouse=True)
 def rounding():
-    """PyTorch rounds float32 to TensorFloat-32 wherever it can."""
+    """Let PyTorch round float32 to TensorFloat-32 wherever it can."""
     before = rounds()
     set_to(True, True)
     assert rounds() == (True, True)

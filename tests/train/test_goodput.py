@@ -32,7 +32,7 @@ def test_an_attempt_starts_up_and_trains_and_the_rest_is_other(time):
     time.passes(26.0)
     clock.spend("productive", 24.0)
     clock.spend("data_wait", 1.0)
-    clock.training()  # of the second step: nothing more starts up
+    clock.training()  # at the second step, which adds no start-up
     assert [clock.seconds(kind) for kind in KINDS] == [24.0, 10.0, 1.0, 0.0, 0.0, 0.0]
     time.passes(4.0)
     assert clock.wall == 40.0
@@ -77,13 +77,13 @@ def test_work_after_the_checkpoint_is_lost(time):
     saved = json.loads(json.dumps(first.to_json()))
     time.passes(3.0)
     first.spend("productive", 3.0)
-    time.passes(1.0)  # it crashes; workers are started again under the same driver
+    time.passes(1.0)  # the workers crash, and are started again by the same driver
     second = Clock.resumed(saved, began=1000.0, earlier=0.0, attempt_began=1010.0, now=time)
     time.passes(10.0)
     second.training()
     assert (second.seconds("productive"), second.seconds("lost"), second.seconds("startup")) == (6.0, 4.0, 10.0)
     assert second.wall == 20.0
-    time.passes(5000.0)  # the driver is killed too, and much later there is another
+    time.passes(5000.0)  # the driver is killed also, and another is started much later
     third = Clock.resumed(saved, began=time.now, earlier=22.0, attempt_began=time.now, now=time)
     assert (third.wall, third.seconds("productive"), third.seconds("lost")) == (22.0, 6.0, 16.0)
 
@@ -100,14 +100,14 @@ def test_seconds_that_a_driver_did_not_record_are_not_negative(time):
 
 
 def test_clocks_that_differ_do_not_make_time_negative(time):
-    clock = Clock(1003.0, 0.0, 1003.0, now=time)  # the driver's is ahead
+    clock = Clock(1003.0, 0.0, 1003.0, now=time)  # the driver's clock is ahead
     clock.training()
     time.passes(2.0)
     clock.spend("productive", 2.0)
     assert (clock.seconds("startup"), clock.goodput, clock.shares()["other"]) == (0.0, 1.0, 0.0)
 
 
-QUARTERS = st.integers(0, 400).map(lambda n: n / 4)  # of seconds, so that sums are exact
+QUARTERS = st.integers(0, 400).map(lambda n: n / 4)  # seconds whose sums are exact
 ACTIONS = st.one_of(
     st.tuples(st.sampled_from([kind for kind in KINDS if kind not in ("startup", "lost")]), QUARTERS),
     st.tuples(st.just("other"), QUARTERS),
@@ -116,8 +116,8 @@ ACTIONS = st.one_of(
 ATTEMPTS = st.lists(
     st.tuples(
         st.sampled_from(["same driver", "new driver"]),
-        QUARTERS,  # between two drivers
-        QUARTERS,  # of start-up
+        QUARTERS,  # pause between two drivers
+        QUARTERS,  # start-up
         st.lists(ACTIONS, max_size=8),
     ),
     min_size=1,
@@ -131,7 +131,7 @@ def test_every_second_is_counted_once_whatever_crashes(attempts):
     time = Time(1e6)
     wall = earlier = 0.0
     began = time.now
-    saved, known = None, Counter()  # of the last checkpoint: what it keeps, and what it should know
+    saved, known = None, Counter()  # content of the last checkpoint, and the times it should hold
     for number, (driver, pause, startup, actions) in enumerate(attempts):
         if driver == "new driver" and number:
             time.passes(pause)

@@ -31,7 +31,7 @@ def split(folder):
 
 
 class Log:
-    """What a tracker was given."""
+    """Stands in for a tracker and keeps all that it receives."""
 
     def __init__(self):
         self.points, self.images = [], {}
