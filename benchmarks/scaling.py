@@ -36,6 +36,7 @@ from benchmarks.scaling_model import (
     step,
     write_seconds,
 )
+from eiwtrain.config import micro_batches
 
 WORKERS = (1, 8, 64, 1024)
 NODE = 8  # GPUs of a machine
@@ -165,7 +166,7 @@ def of_side(known: Mapping[int, float], side: int, power: int) -> float:
 def plan(job: Job, cluster: Cluster, images_per_gpu: int) -> dict[str, Any]:
     """What the model says: {"fixed", "grown", "checkpoints", "losses"}, each a list of rows, and what they rest on."""
     grown = {n: replace(job, micro_batch=images_per_gpu, global_batch=n * images_per_gpu) for n in WORKERS}
-    one_each = math.ceil(job.global_batch / job.micro_batch)  # workers that make a step of one micro-batch each
+    one_each = micro_batches(job.global_batch, job.micro_batch, 1)  # workers that make a step of one micro-batch each
     fixed = sorted({*(n for n in WORKERS if n <= job.global_batch), one_each, job.global_batch})
     alone = step(job, cluster, 1).images_per_second, step(grown[1], cluster, 1).images_per_second
     return {

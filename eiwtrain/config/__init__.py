@@ -11,6 +11,7 @@ from eiwtrain.config.schema import (
     describe_fields,
     flatten,
     leaf_fields,
+    micro_batches,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "describe_fields",
     "flatten",
     "leaf_fields",
+    "micro_batches",
 ]

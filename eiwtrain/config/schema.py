@@ -269,12 +269,17 @@ class Config(Section):
         return self.workers.max or self.workers.min
 
 
+def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Return the number of micro-batches into which a rank cuts its share of a global batch."""
+    return math.ceil(global_batch / (micro_batch * world_size))
+
+
 def batching(train: Train, world_size: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches of a step) of each rank.
 
     As few micro-batches as `train.micro_batch` allows, and no more rows than they need: what does not divide is padded.
     """
-    accumulation = math.ceil(train.global_batch / (train.micro_batch * world_size))
+    accumulation = micro_batches(train.global_batch, train.micro_batch, world_size)
     return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
 
 

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from eiwtrain import storage
+from eiwtrain.config import micro_batches
 from eiwtrain.data.manifest import DataError
 from eiwtrain.data.noise import coins, sample_keys, uniform
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
@@ -64,11 +65,6 @@ class Batch(NamedTuple):
     def noise(self, device: torch.device | None = None) -> torch.Tensor:
         """Make the noise for dequantization on the device: float32 (n, C, H, W) in [0, 1)."""
         return uniform(self.keys.to(device), tuple(self.images.shape[1:]))
-
-
-def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Return the number of micro-batches into which a rank cuts its share of a global batch."""
-    return -(-global_batch // (world_size * micro_batch))
 
 
 def train_batches(

@@ -5,10 +5,9 @@ Not for the arithmetic, which is `eiwtrain.driver.costs`, nor for the checks, wh
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from eiwtrain.config import Config, ConfigError, batching
+from eiwtrain.config import Config, ConfigError, batching, micro_batches
 from eiwtrain.driver import preflight
 from eiwtrain.terminal.console import Console
 
@@ -103,7 +102,7 @@ def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
         f"time      assumed: a GPU computes at {costs.MFU:.0%} of its published bfloat16 peak, all the time,",
         f"          or waits for its host, which starts an operation in {costs.LAUNCH * 1e6:g} us",
     ]
-    enough = math.ceil(t.global_batch / t.micro_batch)  # for a step of one micro-batch each
+    enough = micro_batches(t.global_batch, t.micro_batch, 1)  # for a step of one micro-batch each
     if most > enough:
         rows, _ = batching(t, most)
         said.append(

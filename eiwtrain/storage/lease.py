@@ -1,28 +1,28 @@
-"""Who trains a run: a lease in its storage with a heartbeat, and the history of attempts that it carries.
+"""Who trains a run: a lease in its storage with a heartbeat, and the history of all who held it.
 
 The driver holds the `Lease`; a worker asks its `Guard` before each write of the run. Not for what is written.
 
-Why two attempts never write at the same time:
+Why two jobs never write at the same time:
 
-- A heartbeat replaces `lease.json` by compare-and-swap every _BEAT_SECONDS; of several takers one gets it, and a holder
-  that has been replaced cannot renew.
-- A taker takes a lease that nobody gave back once its content has been the same for _STALE_SECONDS of the taker's own
-  clock, hence that long after the last renewal or later.
-- A writer begins a write only within _STALE_SECONDS / 2 of a renewal, which it dates to its last look that found other
-  content or to the time the renewal names, whichever is later, and within _LOOK_SECONDS of a look. So when a taker
-  takes, no write has been begun for _STALE_SECONDS / 2, and those of a holder that comes back are refused.
-- A taker does not wait if the holder gave the lease back, if its process is gone from this very machine, or if its last
-  renewal is _LONG_AGO by the clocks of both. Workers that outlive such a driver (Ray ends them within seconds) write
-  for _LOOK_SECONDS at most, as do those of an attempt before of the same driver. A new attempt takes longer to start
-  its own, and waits so long (`Guard.outwait`) before it deletes what they may be about to commit.
-- What remains is one write that is in flight for longer than that, as that of a process stopped in the middle. For a
-  checkpoint it is harmless: each has a folder of its own and is none without its manifest, which is written last. Where
-  its parts have been deleted meanwhile, the writer takes the manifest back, and should it be killed before, readers
+- A heartbeat replaces `lease.json` by compare-and-swap every _BEAT_SECONDS. Of several processes that try to take it
+  one succeeds, and a holder that has been replaced cannot renew.
+- If a lease was not given back, it can be taken once its content has been the same for _STALE_SECONDS of the taker's
+  own clock, hence that long after the last renewal or later.
+- A writer begins a write only within _STALE_SECONDS / 2 of a renewal and within _LOOK_SECONDS of a look. It dates the
+  renewal to its last look that found other content, or to the time that the renewal names, whichever is later. So when
+  a lease is taken, no write has begun for _STALE_SECONDS / 2, and a holder that comes back is refused.
+- A taker does not wait if the holder gave the lease back, if the holder's process is gone from this very machine, or if
+  its last renewal is _LONG_AGO by the clocks of both. Workers that outlive such a driver (Ray stops them within
+  seconds) write for _LOOK_SECONDS at most, as do the workers of the same driver's previous attempt. A new attempt takes
+  longer to start its own, and waits that long (`Guard.outwait`) before it deletes what they may be about to commit.
+- What remains is one write that is in flight for longer than that, such as that of a process stopped in the middle. It
+  is harmless to checkpoints: each has its own folder and counts only with its manifest, which is written last. If its
+  parts have been deleted meanwhile, the writer takes the manifest back. If the writer is killed before that, readers
   pass over a manifest without its parts (`checkpoints.survey`).
 
-Clocks: durations are of the process's own, which goes on while the machine sleeps. Clocks of two machines are compared
-where it makes a writer wait (a clock that is behind by less than _STALE_SECONDS / 2 harms nothing, one that is ahead
-delays a write by a heartbeat), for _LONG_AGO, and to say when something was.
+Clocks: durations are measured by the process's own clock, which also counts while the machine sleeps. Clocks of two
+machines are compared only where it makes a writer wait (a clock that is behind by less than _STALE_SECONDS / 2 does no
+harm, one that is ahead delays a write by a heartbeat), for _LONG_AGO, and to print when something was.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from eiwtrain import storage
+from eiwtrain.storage import holders
+from eiwtrain.storage.holders import Holder
 from eiwtrain.storage.swap import read, swap
 from eiwtrain.terminal.console import duration
 from eiwtrain.testing import failpoints
@@ -48,69 +47,64 @@ from eiwtrain.testing import failpoints
 _BEAT_SECONDS = 5.0
 _STALE_SECONDS = 30.0
 _LONG_AGO = 600.0  # seconds; no two clocks of a cluster are that far apart
-_LOOK_SECONDS = 3.0  # for which a guard believes what it has read
-_POLL_SECONDS = 1.0  # between two looks of one who waits
-_KEPT = 1000  # attempts that the history names; of those before it knows the sums
+_LOOK_SECONDS = 3.0  # a guard trusts what it has read for so long
+_POLL_SECONDS = 1.0  # between two looks while waiting
+_KEPT = 1000  # holdings that the history lists; of earlier ones it keeps the sums
 _FORMAT = "eiwtrain-lease/1"
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _log = logging.getLogger("eiwtrain.storage.lease")
 
-Outcome = Literal["running", "finished", "stopped", "failed", "died"]
+HoldingState = Literal["running", "finished", "stopped", "failed", "died"]
 
 
 class LeaseHeld(RuntimeError):
-    """Somebody else is training the run; one line says who."""
+    """Another process is training the run; one line says which."""
 
 
 class LeaseLost(RuntimeError):
-    """The lease was ours and is no more; one line says who took it."""
+    """The lease was ours and no longer is; one line says which process took it."""
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One holding of the lease. Times are Unix times in seconds; the end of one that died is its last heartbeat."""
+class Holding:
+    """One period in which a process held the lease. Times are Unix times in seconds; if the process died, `ended` is
+    its last heartbeat."""
 
     began: float
     ended: float
-    outcome: Outcome
+    outcome: HoldingState
     failures: int = 0
-    """Restarts of the workers within it, see `Lease.failed`."""
-
-
-@dataclass(frozen=True)
-class _Holder:
-    host: str
-    pid: int
-    machine: str  # boot id and pid namespace, empty where they are not to be had
-    started: int  # clock ticks from the boot to the start of the process; 0 where unknown
+    """Restarts of the workers within it (`Lease.failed`)."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What `lease.json` holds. The attempt is "running" while the lease is held and ends with its last heartbeat."""
+    """Content of `lease.json`. The holding is "running" until the lease is given back, and ends with its last
+    heartbeat. In the file it is called "attempt"."""
 
     name: str
     owner: str
-    holder: _Holder
+    holder: Holder
     beat: int
-    attempt: Attempt
-    number: int = 0  # of the driver's attempt that may write
-    earlier: tuple[Attempt, ...] = ()
-    folded_seconds: float = 0.0  # of the attempts before `earlier`
+    holding: Holding
+    number: int = 0  # number of the driver's attempt that may write
+    earlier: tuple[Holding, ...] = ()
+    folded_seconds: float = 0.0  # sum over the holdings before `earlier`
     folded_failures: int = 0
 
     @property
     def held(self) -> bool:
-        return self.attempt.outcome == "running"
+        return self.holding.outcome == "running"
 
     def as_bytes(self) -> bytes:
         raw = asdict(self) | {"format": _FORMAT, "earlier": [astuple(a) for a in self.earlier]}
+        raw["attempt"] = raw.pop("holding")
         return json.dumps(raw, separators=(",", ":")).encode()
 
     def history(self) -> dict[str, Any]:
-        """The fields of the next holder's record that tell of this and the earlier attempts."""
-        last = replace(self.attempt, outcome="died") if self.held else self.attempt
+        """Return the fields of the next holder's record that describe this and the earlier holdings."""
+        last = replace(self.holding, outcome="died") if self.held else self.holding
         known = (*self.earlier, last)
         old, kept = known[:-_KEPT], known[-_KEPT:]
         return {
@@ -121,7 +115,7 @@ class _Record:
 
 
 class Lease:
-    """The right to train a run, kept by a heartbeat in a thread until `release`. Made by `acquire`."""
+    """The right to train a run, kept by a heartbeat in a thread until `release`; `acquire` makes one."""
 
     def __init__(self, url: str, record: _Record, note: Callable[[str], None]) -> None:
         self._url, self._record, self._note = url, record, note
@@ -135,15 +129,15 @@ class Lease:
 
     @classmethod
     def acquire(cls, root: str, name: str, note: Callable[[str], None]) -> Lease:
-        """Take the lease of the run `name` at the URL `root`; while it must be seen whether another holder lives,
-        that is for up to _STALE_SECONDS, wait.
+        """Take the lease of the run `name` at the URL `root`. Wait for up to _STALE_SECONDS where only time can show
+        whether another holder lives.
 
         Args:
-            note: told in one line what is waited for, and later what could not be done.
+            note: called with one line that says what is waited for, and later what could not be done.
 
         Raises:
             LeaseHeld: another holder is alive.
-            StorageError: the lease cannot be read or written, or is none.
+            StorageError: the lease cannot be read or written, or the file is not a lease.
         """
         url = storage.join(root, "lease.json")
         watched: bytes | None = None
@@ -152,7 +146,7 @@ class Lease:
             found = read(url)
             before = None if found is None else _parse(found)
             if found is not None and before is None:
-                raise storage.StorageError(f"{url} is no lease; delete it if no other job trains this run")
+                raise storage.StorageError(f"{url} is not a lease; delete it if no other job trains this run")
             if before is not None and before.held and not _is_dead(before):
                 if watched is None:
                     watched, since = found, _now()
@@ -162,7 +156,7 @@ class Lease:
                     )
                 if found != watched:
                     raise LeaseHeld(
-                        f"run.name: '{name}' is being trained by {_who(before)} (last sign of life just now); "
+                        f"run.name: '{name}' is being trained by {before.holder} (last sign of life just now); "
                         "wait for it, stop it, or use another run.name"
                     )
                 if _now() - since < _STALE_SECONDS:
@@ -170,7 +164,7 @@ class Lease:
                     continue
             began = time.time()
             history = before.history() if before is not None else {}
-            record = _Record(name, uuid.uuid4().hex, _here(), 0, Attempt(began, began, "running"), **history)
+            record = _Record(name, uuid.uuid4().hex, holders.here(), 0, Holding(began, began, "running"), **history)
             if swap(url, found, record.as_bytes()):
                 lease = cls(url, record, note)
                 failpoints.reach("lease.taken")
@@ -178,48 +172,48 @@ class Lease:
 
     @property
     def owner(self) -> str:
-        """What tells this holding of the lease from any other: a random id in hex."""
+        """Random id of this holding of the lease, in hex."""
         return self._record.owner
 
     @property
-    def attempts(self) -> tuple[Attempt, ...]:
-        """The earlier attempts, oldest first; of more than 1,000 the newest."""
+    def earlier(self) -> tuple[Holding, ...]:
+        """The earlier holdings, oldest first; if there are more than 1,000, the newest of them."""
         return self._record.earlier
 
     @property
     def earlier_seconds(self) -> float:
-        """The sum of the durations of all earlier attempts."""
+        """Sum of the durations of all earlier holdings, seconds."""
         return self._record.folded_seconds + _seconds(self._record.earlier)
 
     @property
     def failures(self) -> int:
-        """Earlier attempts that died or failed, and what `failed` has counted, in this attempt too."""
+        """Number of earlier holdings that died or failed, and of the failures counted by `failed`, in this one too."""
         return self._record.folded_failures + _failures(self._record.earlier) + self._failures
 
     @property
     def lost(self) -> str | None:
-        """Who has taken the lease, in one line; None while it is ours as far as this process knows."""
+        """One line that says which process has taken the lease; None while it is ours as far as this process knows."""
         return self._lost
 
     def failed(self) -> None:
-        """Count one more failure within this attempt; the next heartbeat writes it down."""
+        """Count one more failure within this holding; the next heartbeat records it."""
         self._failures += 1
 
     def next_attempt(self) -> None:
-        """Workers are started, or started again: the guards of those before, which may live on behind a broken
-        network, find the lease lost."""
+        """Begin a new attempt of this driver, whose workers are about to start. Guards of earlier workers, which may
+        still live behind a broken network, then find the lease lost."""
         with self._changing:
             self._record = replace(self._record, number=self._record.number + 1)
         self._soon.set()
 
     def guard(self) -> Guard:
-        """What a worker of the present attempt asks before it writes."""
+        """Return the guard that a worker of the present attempt asks before it writes."""
         return Guard(self._url, self.owner, self._record.number)
 
-    def release(self, outcome: Outcome) -> None:
-        """End the heartbeat and give the lease back, with how the attempt ended. All workers must have ended before.
+    def release(self, outcome: HoldingState) -> None:
+        """Stop the heartbeat and give the lease back with `outcome`. All workers must have stopped before.
 
-        Does nothing more where the lease is lost or given back already. Storage that does not answer is noted only.
+        A lease that is lost or already given back is left as it is. If storage does not answer, that is only noted.
         """
         self._ending.set()
         self._soon.set()
@@ -234,7 +228,7 @@ class Lease:
             self._note(f"the lease could not be given back ({e}); on another machine the next start waits for it")
 
     def _keep(self) -> None:
-        with storage.impatient():  # a renewal that waits for longer would not notice that the lease is lost
+        with storage.impatient():  # a renewal that waited longer would not notice that the lease is lost
             while self._lost is None:
                 self._soon.wait(_BEAT_SECONDS)
                 self._soon.clear()
@@ -244,34 +238,34 @@ class Lease:
                     self._renew("running")
                 except storage.StorageError:
                     pass  # logged by the retries; the next one may succeed
-                except Exception:  # the heart of a living driver shall not stop
+                except Exception:  # the heartbeat of a living driver must not stop
                     _log.exception("%s: renewing the lease", self._url)
 
-    def _renew(self, outcome: Outcome) -> None:
-        """Write that this process lives, or how it ended; sets `lost` where another owner is in the way."""
+    def _renew(self, outcome: HoldingState) -> None:
+        """Write that this process lives, or how it ended; set `lost` if the lease has another owner."""
         with self._changing:
             r = self._record
-            attempt = Attempt(r.attempt.began, time.time(), outcome, self._failures)
-            self._record = r = replace(r, beat=r.beat + 1, attempt=attempt)
+            holding = Holding(r.holding.began, time.time(), outcome, self._failures)
+            self._record = r = replace(r, beat=r.beat + 1, holding=holding)
         data = r.as_bytes()
         while not swap(self._url, self._written, data):
             content = read(self._url)
             found = None if content is None else _parse(content)
             if found is not None and found.owner != self.owner:
-                self._lost = f"run.name: '{r.name}' was taken over by {_who(found)}"
+                self._lost = f"run.name: '{r.name}' was taken over by {found.holder}"
                 return
             self._written = content
         self._written = data
 
 
 class Guard:
-    """Lets a process of the holder's attempt write only while the lease is seen to be theirs. Goes to workers by
-    pickling; any number of threads may share one.
+    """A check that lets a worker write only while its driver is seen to hold the lease. It reaches workers by pickling;
+    any number of threads may share one.
 
     Args:
-        url: of the lease.
-        owner: of whose attempts the process is one.
-        number: of that attempt, see `Lease.next_attempt`.
+        url: URL of the lease.
+        owner: `Lease.owner` of the driver.
+        number: number of the driver's attempt to which the worker belongs (`Lease.next_attempt`).
     """
 
     def __init__(self, url: str, owner: str, number: int = 0) -> None:
@@ -285,15 +279,15 @@ class Guard:
         return Guard, (self._url, self._owner, self._number)
 
     def check(self, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Return once the lease is seen to be ours and alive: as a rule at once, and without looking if it was looked
-        at less than _LOOK_SECONDS ago. While it is not renewed, or storage does not answer, wait.
+        """Return once the lease is seen to be ours and alive. That is usually at once, and without a look if the last
+        one was less than _LOOK_SECONDS ago. While the lease is not renewed, or storage does not answer, wait.
 
         Args:
-            give_up: asked about once a second while it waits; true ends the wait.
+            give_up: called about once a second during the wait; true ends it.
 
         Raises:
-            LeaseLost: another has taken the lease, or it was given back. For good.
-            StorageError: `give_up` said so.
+            LeaseLost: another process has taken the lease, or it was given back; this is final.
+            StorageError: `give_up` returned true.
         """
         while not self._is_alive():
             if give_up():
@@ -301,14 +295,14 @@ class Guard:
             time.sleep(_POLL_SECONDS)
 
     def outwait(self, give_up: Callable[[], bool] = lambda: False) -> None:
-        """After `check`: return once no guard of an attempt before, or of a holder before, can still believe that its
-        process may write.
+        """Return once no guard of an earlier attempt or an earlier holder can still let its process write. Call it
+        after `check`.
 
         Args:
             give_up: as for `check`.
 
         Raises:
-            StorageError: `give_up` said so.
+            StorageError: `give_up` returned true.
         """
         end = _now() + _LOOK_SECONDS
         while _now() < end:
@@ -333,27 +327,26 @@ class Guard:
         now = _now()
         content = read(self._url)
         found = None if content is None else _parse(content)
-        if content is None or found is None:  # the holder's next heartbeat makes it again
+        if content is None or found is None:  # the holder's next heartbeat writes it again
             return
         if found.owner != self._owner:
-            self._lost = f"run.name: '{found.name}' was taken over by {_who(found)}"
+            self._lost = f"run.name: '{found.name}' was taken over by {found.holder}"
         elif found.number > self._number:
             self._lost = f"run.name: another attempt at '{found.name}' has begun meanwhile"
-        elif found.number < self._number:  # the heartbeat is about to say so
+        elif found.number < self._number:  # the next heartbeat will raise it
             return
         elif not found.held:
-            self._lost = f"run.name: the attempt at '{found.name}' has ended ({found.attempt.outcome})"
+            self._lost = f"run.name: the attempt at '{found.name}' has ended ({found.holding.outcome})"
         elif content != self._content:
-            age = max(0.0, time.time() - found.attempt.ended)
+            age = max(0.0, time.time() - found.holding.ended)
             renewed = max(self._looked, now - age)
             self._content, self._good_until = content, renewed + _STALE_SECONDS / 2
         self._looked = now
 
 
-def look(root: str) -> tuple[str, Attempt] | None:
-    """The owner (see `Lease.owner`) of the last holding of the lease of the run at `root`, and that attempt; None where
-    there is no lease. It is "running" while the holder may live, and "died" once it is known without waiting that it
-    does not. Changes nothing.
+def look(root: str) -> tuple[str, Holding] | None:
+    """Return the last `Lease.owner` of the run at `root` and its holding; None if there is no lease. The outcome is
+    "running" while the holder may live, and "died" once it is known without waiting that it does not.
 
     Raises:
         StorageError: the lease cannot be read.
@@ -362,74 +355,37 @@ def look(root: str) -> tuple[str, Attempt] | None:
     found = None if content is None else _parse(content)
     if found is None:
         return None
-    return found.owner, replace(found.attempt, outcome="died") if found.held and _is_dead(found) else found.attempt
+    return found.owner, replace(found.holding, outcome="died") if found.held and _is_dead(found) else found.holding
 
 
 def _parse(data: bytes) -> _Record | None:
-    """The record in `data`; None where it is none."""
+    """Return the record in `data`; None if it is not one."""
     try:
         raw = json.loads(data)
         if raw.pop("format") != _FORMAT:
             return None
-        raw["holder"], raw["attempt"] = _Holder(**raw["holder"]), Attempt(**raw["attempt"])
-        raw["earlier"] = tuple(Attempt(*a) for a in raw["earlier"])
+        raw["holder"], raw["holding"] = Holder(**raw["holder"]), Holding(**raw.pop("attempt"))
+        raw["earlier"] = tuple(Holding(*a) for a in raw["earlier"])
         return _Record(**raw)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _seconds(attempts: tuple[Attempt, ...]) -> float:
-    return sum(max(0.0, a.ended - a.began) for a in attempts)
+def _seconds(holdings: tuple[Holding, ...]) -> float:
+    return sum(max(0.0, h.ended - h.began) for h in holdings)
 
 
-def _failures(attempts: tuple[Attempt, ...]) -> int:
-    return sum(a.failures + (a.outcome in ("died", "failed")) for a in attempts)
+def _failures(holdings: tuple[Holding, ...]) -> int:
+    return sum(h.failures + (h.outcome in ("died", "failed")) for h in holdings)
 
 
 def _is_dead(record: _Record) -> bool:
-    """Whether it is known without waiting that the holder is."""
-    return time.time() - record.attempt.ended > _LONG_AGO or _is_gone(record.holder)
-
-
-def _is_gone(holder: _Holder) -> bool:
-    """Whether the process was one of this machine and has ended."""
-    if not holder.machine or (holder.host, holder.machine) != ((here := _here()).host, here.machine):
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # somebody else's: it is there
-        pass
-    return holder.started > 0 and _started(holder.pid) not in (holder.started, None)
-
-
-def _here() -> _Holder:
-    """This process."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        machine = ""
-    return _Holder(socket.gethostname(), os.getpid(), machine, _started(os.getpid()) or 0)
-
-
-def _started(pid: int) -> int | None:
-    """When the process was started, in clock ticks since the boot; 0 for one that has ended and waits to be reaped;
-    None where that is not to be had."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return 0 if state in "ZX" else int(fields[18])
-
-
-def _who(record: _Record) -> str:
-    return f"{record.holder.host}, process {record.holder.pid}"
+    """Return whether the holder is known to be dead without waiting."""
+    return time.time() - record.holding.ended > _LONG_AGO or holders.is_gone(record.holder)
 
 
 def _last_seen(record: _Record) -> str:
-    return f"last trained by {_who(record)}, {duration(time.time() - record.attempt.ended)} ago"
+    return f"last trained by {record.holder}, {duration(time.time() - record.holding.ended)} ago"
 
 
 def _now() -> float:

@@ -31,7 +31,7 @@ _STATUS_TEXT: dict[Status, str] = {
     "FAILED": "failed",
     "KILLED": "stopped; resumes with the same command",
 }
-_STATUS_OF: dict[lease.Outcome, Status] = {"finished": "FINISHED", "failed": "FAILED"}  # others: KILLED
+_STATUS_OF: dict[lease.HoldingState, Status] = {"finished": "FINISHED", "failed": "FAILED"}  # others: KILLED
 _BEGIN_SECONDS = 5.0  # for which a beginning run waits for a store that is away: a user may watch
 _END_SECONDS = 30.0  # for which an ending run waits
 _AGAIN_SECONDS = 1.0

@@ -14,7 +14,7 @@ from faults import FaultyProxy
 
 from cluster.s3 import S3Server
 from eiwtrain import storage
-from eiwtrain.storage import lease, retry
+from eiwtrain.storage import holders, lease, retry
 from eiwtrain.storage.lease import Lease, LeaseHeld
 from eiwtrain.storage.swap import read, swap
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.cluster
 PROCESSES = 3
 HOLDER = """
 import sys, time
-from eiwtrain.storage import lease
+from eiwtrain.storage import holders, lease
 lease._BEAT_SECONDS, lease._STALE_SECONDS, lease._LOOK_SECONDS, lease._POLL_SECONDS = 0.2, 4.0, 0.5, 0.1
 root, where = sys.argv[1:]
 if where == "elsewhere":
-    lease._here = lambda: lease._Holder("elsewhere", 1234, "", 0)
+    holders.here = lambda: holders.Holder("elsewhere", 1234, "", 0)
 held = lease.Lease.acquire(root, "tiny", lambda line: print(line, file=sys.stderr))
 guard = held.guard()
 guard.check()
@@ -133,7 +133,7 @@ def test_a_second_start_is_refused_while_the_first_lives_and_not_after_its_end(r
     assert ask(first, "stopped") == "released"
     notes = []
     second = Lease.acquire(root, "tiny", notes.append)
-    assert [a.outcome for a in second.attempts] == ["stopped"]
+    assert [a.outcome for a in second.earlier] == ["stopped"]
     assert notes == []
     second.release("finished")
     assert [name for name in storage.listdir(root) if name != ".lease.json.lock"] == ["lease.json"]
@@ -143,10 +143,10 @@ def test_a_holder_that_is_killed_is_replaced_at_once_on_its_machine(root, holder
     first, _ = holder(root)
     wait_until(lambda: content(root)["beat"] > 2)
     first.kill()
-    wait_until(lambda: lease._started(first.pid) == 0)
+    wait_until(lambda: holders.started(first.pid) == 0)
     notes = []
     second = Lease.acquire(root, "tiny", notes.append)
-    assert [a.outcome for a in second.attempts] == ["died"]
+    assert [a.outcome for a in second.earlier] == ["died"]
     assert second.earlier_seconds > 0
     assert notes == []
     second.release("finished")

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eiwtrain import storage
-from eiwtrain.storage import lease, retry, swap
-from eiwtrain.storage.lease import Attempt, Guard, Lease, LeaseHeld, LeaseLost
+from eiwtrain.storage import holders, lease, retry, swap
+from eiwtrain.storage.lease import Guard, Holding, Lease, LeaseHeld, LeaseLost
 
-ELSEWHERE = lease._Holder("elsewhere", 1234, "", 0)
+ELSEWHERE = holders.Holder("elsewhere", 1234, "", 0)
 
 
 class World:
@@ -65,7 +65,7 @@ def root(request, tmp_path):
 def acquire(root, notes=None, holder=None):
     with pytest.MonkeyPatch.context() as patch:
         if holder is not None:
-            patch.setattr(lease, "_here", lambda: holder)
+            patch.setattr(holders, "here", lambda: holder)
         return Lease.acquire(root, "tiny", (notes if notes is not None else []).append)
 
 
@@ -79,7 +79,7 @@ def content(root):
 
 def test_a_lease_that_was_given_back_is_taken_at_once_and_remembers(root, world):
     first = acquire(root)
-    assert (first.attempts, first.earlier_seconds, first.failures, first.lost) == ((), 0.0, 0, None)
+    assert (first.earlier, first.earlier_seconds, first.failures, first.lost) == ((), 0.0, 0, None)
     world.sleep(100)
     first.release("stopped")
     world.sleep(1000)
@@ -87,11 +87,11 @@ def test_a_lease_that_was_given_back_is_taken_at_once_and_remembers(root, world)
     second = acquire(root)
     assert world.slept == slept
     assert second.owner != first.owner
-    assert second.attempts == (Attempt(began - 1100, began - 1000, "stopped"),)
+    assert second.earlier == (Holding(began - 1100, began - 1000, "stopped"),)
     assert (second.earlier_seconds, second.failures) == (100.0, 0)
     second.release("failed")
     third = acquire(root)
-    assert [a.outcome for a in third.attempts] == ["stopped", "failed"]
+    assert [a.outcome for a in third.earlier] == ["stopped", "failed"]
     assert (third.earlier_seconds, third.failures) == (100.0, 1)
 
 
@@ -125,7 +125,7 @@ def test_a_holder_that_is_silent_is_replaced_after_the_stale_time_and_learns_of_
     second = acquire(root, notes)
     assert len(notes) == 1
     assert world.slept == 27 + 30
-    assert second.attempts == (Attempt(world.now - 57, world.now - 50, "died", 1),)
+    assert second.earlier == (Holding(world.now - 57, world.now - 50, "died", 1),)
     assert (second.earlier_seconds, second.failures) == (7.0, 2)
     with pytest.raises(LeaseLost, match="'tiny' was taken over by ") as e:
         guard.check()
@@ -143,7 +143,7 @@ def test_a_holder_that_is_silent_is_replaced_after_the_stale_time_and_learns_of_
 def test_a_holder_that_gives_back_while_it_is_watched_is_replaced(root, world):
     first = acquire(root, holder=ELSEWHERE)
     world.at(world.now + 4.5, lambda: first.release("finished"))
-    assert acquire(root).attempts[0].outcome == "finished"
+    assert acquire(root).earlier[0].outcome == "finished"
     assert world.slept == 5
 
 
@@ -174,24 +174,24 @@ def test_the_last_heartbeat_of_long_ago_is_not_waited_for(root, world):
 
 def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(root, world):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    here = lease._here()
-    there = dataclasses.replace(here, pid=process.pid, started=lease._started(process.pid))
+    here = holders.here()
+    there = dataclasses.replace(here, pid=process.pid, started=holders.started(process.pid))
     assert here.machine
-    assert not lease._is_gone(here)
-    assert not lease._is_gone(there)
-    assert not lease._is_gone(dataclasses.replace(there, started=0))  # it is not known when it was started
-    assert lease._is_gone(dataclasses.replace(there, started=there.started - 1))  # its number was given again
+    assert not holders.is_gone(here)
+    assert not holders.is_gone(there)
+    assert not holders.is_gone(dataclasses.replace(there, started=0))  # it is not known when it was started
+    assert holders.is_gone(dataclasses.replace(there, started=there.started - 1))  # its number was given again
     os.kill(process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while not lease._is_gone(there):  # before it is reaped
+    while not holders.is_gone(there):  # before it is reaped
         assert time.monotonic() < deadline
     process.wait()
-    assert lease._is_gone(there)
+    assert holders.is_gone(there)
     for other in ({"host": "elsewhere"}, {"machine": "another boot"}, {"machine": ""}):
-        assert not lease._is_gone(dataclasses.replace(there, **other))
+        assert not holders.is_gone(dataclasses.replace(there, **other))
     guard = acquire(root, holder=there).guard()
     guard.check()
-    assert acquire(root).attempts[0].outcome == "died"
+    assert acquire(root).earlier[0].outcome == "died"
     assert world.slept == 0
     world.sleep(3)
     with pytest.raises(LeaseLost):
@@ -203,16 +203,16 @@ def test_a_process_of_somebody_else_is_there(monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    assert not lease._is_gone(lease._here())
-    monkeypatch.setattr(lease, "_started", lambda pid: None)
-    assert not lease._is_gone(dataclasses.replace(lease._here(), started=5))
+    assert not holders.is_gone(holders.here())
+    monkeypatch.setattr(holders, "started", lambda pid: None)
+    assert not holders.is_gone(dataclasses.replace(holders.here(), started=5))
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"format": "eiwtrain-lease/1"}', b'{"format": "another"}'])
 def test_what_is_no_lease_is_named(root, world, data):
     url = f"{root}/lease.json"
     storage.write_bytes(url, data)
-    with pytest.raises(storage.StorageError, match=r"lease\.json is no lease; delete it"):
+    with pytest.raises(storage.StorageError, match=r"lease\.json is not a lease; delete it"):
         acquire(root)
     storage.delete(url)
     held = acquire(root)
@@ -226,7 +226,7 @@ def test_what_is_no_lease_is_named(root, world, data):
 
 
 attempts = st.builds(
-    lambda began, seconds, outcome, failures: Attempt(began, began + seconds, outcome, failures),
+    lambda began, seconds, outcome, failures: Holding(began, began + seconds, outcome, failures),
     st.integers(0, 100),
     st.integers(0, 100),
     st.sampled_from(["finished", "stopped", "failed", "died", "running"]),
@@ -239,7 +239,7 @@ def test_a_history_that_is_cut_keeps_its_sums(history, kept):
     record = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "_KEPT", kept)
-        for attempt in (*history, Attempt(0, 0, "running")):
+        for attempt in (*history, Holding(0, 0, "running")):
             before = record.history() if record else {}
             record = lease._Record("tiny", "owner", ELSEWHERE, 0, attempt, **before)
             record = lease._parse(record.as_bytes())

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from eiwtrain import storage, tracking
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import load_manifest
-from eiwtrain.storage import lease
+from eiwtrain.storage import holders, lease
 from eiwtrain.storage.lease import Lease
 from eiwtrain.tracking import provenance, record
 
@@ -204,7 +204,7 @@ def test_the_environment_artifact_has_versions_and_no_secret(config, monkeypatch
 def gone():
     """Return the holder of a lease whose process, on this machine, has exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
-    holder = dataclasses.replace(lease._here(), pid=process.pid, started=lease._started(process.pid))
+    holder = dataclasses.replace(holders.here(), pid=process.pid, started=holders.started(process.pid))
     process.wait()
     return holder
 
@@ -213,8 +213,8 @@ def leave(root, how):
     """Write the lease of the run at `root` as a holder leaves it; return the time of the last sign of life."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lease, "_keep", lambda held: None)
-        holder = {"gone": gone, "long ago": lambda: lease._Holder("elsewhere", 1, "", 0)}.get(how, lease._here)()
-        patch.setattr(lease, "_here", lambda: holder)
+        holder = {"gone": gone, "long ago": lambda: holders.Holder("elsewhere", 1, "", 0)}.get(how, holders.here)()
+        patch.setattr(holders, "here", lambda: holder)
         held = Lease.acquire(root, "tiny", lambda line: None)
         if how in ("finished", "stopped", "failed"):
             held.release(how)
