@@ -6,13 +6,11 @@ share, in `eiwtrain-unpacked-UID`. It stays for the next run; remove it when the
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import hashlib
 import io
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ import numpy as np
 
 from data_prep.formats.unpickle import load_batch
 from eiwtrain import storage
+from eiwtrain.data.cache import file_lock, private_folder
 from eiwtrain.data.manifest import DataError
 
 GZIP, PICKLE = "\0gzip", "\0pickle"  # no names of members
@@ -105,16 +104,14 @@ def unpacked(packed: PackedFile) -> Path:
 
     Raises:
         DataError: the archive is damaged.
-        StorageError: the disk is full, or the archive cannot be read.
+        StorageError: the disk is full, the folder belongs to somebody else, or the archive cannot be read.
     """
-    path = _place(packed, tempfile.gettempdir())
+    folder = private_folder("eiwtrain-unpacked", "TMPDIR")
+    path = folder / _file_name(packed)
     if path.exists():
         return path
-    folder = path.parent
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+        with file_lock(path.with_suffix(".lock")):
             if not path.exists():
                 part = path.with_suffix(".part")
                 with open(part, "wb") as out:
@@ -127,9 +124,8 @@ def unpacked(packed: PackedFile) -> Path:
 
 
 @lru_cache(maxsize=64)
-def _place(packed: PackedFile, temporary: str) -> Path:
-    name = hashlib.sha256(repr(packed).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(temporary, f"eiwtrain-unpacked-{os.getuid()}", name)
+def _file_name(packed: PackedFile) -> str:
+    return hashlib.sha256(repr(packed).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _unpack(packed: PackedFile, out: BinaryIO) -> None:

@@ -22,17 +22,34 @@ _ABANDONED = 3600.0  # seconds after which a partial download counts as left by 
 
 
 def default_cache_dir() -> Path:
-    """Return this user's folder in the machine's temporary folder, which nobody else can read.
+    """Return the folder of `private_folder` for fetched shards."""
+    return private_folder("eiwtrain-cache", "data.cache_dir")
+
+
+def private_folder(name: str, setting: str) -> Path:
+    """Return this user's folder `name-UID` in the machine's temporary folder, which nobody else can read.
+
+    Args:
+        name: what the folder is for.
+        setting: names another folder; for the error.
 
     Raises:
         StorageError: it belongs to somebody else, who could put other images there.
     """
-    folder = Path(tempfile.gettempdir()) / f"eiwtrain-cache-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if folder.lstat().st_uid not in (0, os.getuid()):  # root, which could do so anyway, creates volumes
-        raise storage.StorageError(f"data.cache_dir: {folder} belongs to somebody else; name another folder")
+        raise storage.StorageError(f"{setting}: {folder} belongs to somebody else; name another folder")
     return folder
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Let one process of the machine at a time into the block; the lock's file stays."""
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+        yield
 
 
 class ShardCache:
@@ -146,8 +163,7 @@ class ShardCache:
     def _lock(self, name: str) -> Iterator[None]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"{name}.lock", "w") as f:
-                fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
+            with file_lock(self.folder / f"{name}.lock"):
                 yield
         except OSError as e:
             raise storage.StorageError(f"data.cache_dir {self.folder} cannot be used: {e.strerror or e}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,19 @@ def test_workers_that_start_together_unpack_once(
         loaded = list(pool.map(lambda i: items[i % 3].load(), range(24)))
     assert all(np.array_equal(loaded[i], loaded[i % 3]) for i in range(24))
     assert done == ["Imagenet64_train_part1/train_data_batch_1"]
+
+
+def test_a_folder_of_somebody_else_is_not_unpacked_to(
+    tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_files(tmp_path / "a", DOWNSAMPLED["zips of pickles"])
+    owner = os.getuid()
+    (folder := temporary_folder / f"eiwtrain-unpacked-{owner + 1}").mkdir()
+    if owner == 0:  # a folder of root is accepted
+        os.chown(folder, owner + 2, -1)
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(storage.StorageError, match=r"TMPDIR: .*/eiwtrain-unpacked-\d+ belongs to somebody else"):
+        read_imagenet(path).splits["train"][0].load()
 
 
 def test_ten_batches_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
