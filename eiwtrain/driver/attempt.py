@@ -18,16 +18,16 @@ from eiwtrain.on_ray.messages import (
     Again,
     Assignment,
     Crashed,
+    DriverRequest,
     Failed,
     Finished,
     Heard,
     Lost,
     Note,
     Outcome,
-    Progress,
-    Request,
     Stopped,
     Training,
+    TrainingLine,
 )
 from eiwtrain.on_ray.trainer import Fit, cause_of
 from eiwtrain.storage.lease import Lease
@@ -79,7 +79,7 @@ class Attempt:
         self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)
         self._nodes: list[str] = []
         self._looked_at = self._room_since = 0.0
-        self._asked: Request | None = None
+        self._asked: DriverRequest | None = None
         self._heard = False
         """Whether a worker has heard of it."""
 
@@ -129,7 +129,7 @@ class Attempt:
                         f"training from step {step:,} to {of:,} on {len(nodes)} workers; "
                         "Ctrl-C writes a checkpoint and stops"
                     )
-                case Progress():
+                case TrainingLine():
                     console.progress(message)
                 case Note(text):
                     console.note(text)
@@ -149,10 +149,10 @@ class Attempt:
             return replace(outcome, reason=self._asked.reason)  # rank 0 may have learned of it from another rank alone
         return outcome
 
-    def _request(self, stop: Stop) -> Request | None:
+    def _request(self, stop: Stop) -> DriverRequest | None:
         """Return what the workers are to be asked for, if it has not been asked yet."""
         if stop.number:
-            return Request("stop", stop.reason) if self._asked is None or self._asked.kind == "again" else None
+            return DriverRequest("stop", stop.reason) if self._asked is None or self._asked.kind == "again" else None
         if self._asked is not None or time.monotonic() - self._looked_at < _LOOK_SECONDS:
             return None
         self._looked_at = time.monotonic()
@@ -161,17 +161,17 @@ class Attempt:
             return self._look(self._looked_at)
         return None
 
-    def _look(self, now: float) -> Request | None:
+    def _look(self, now: float) -> DriverRequest | None:
         """Return what the state of the cluster asks for."""
         if session.own_node_drains():
-            return Request("stop", session.OWN_DRAIN)
+            return DriverRequest("stop", session.OWN_DRAIN)
         if not self._nodes:  # they are starting
             return None
         if going := sorted(session.draining() & set(self._nodes)):
-            return Request("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
+            return DriverRequest("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
         if self._workers < self._config.max_workers:
             found = session.room(self._config, self._nodes, patience=_LOOK_SECONDS)
             self._room_since = (self._room_since or now) if found > self._workers else 0.0
             if self._room_since and now - self._room_since >= self._config.workers.grow_seconds:
-                return Request("again", f"there is room for {found} workers")
+                return DriverRequest("again", f"there is room for {found} workers")
         return None

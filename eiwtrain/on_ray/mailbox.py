@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from eiwtrain.on_ray.messages import Heard, Message, Request
+from eiwtrain.on_ray.messages import DriverRequest, Heard, Message
 
 POLL_SECONDS = 0.3
 
@@ -26,15 +26,15 @@ class Mailbox:
     """Holds messages; every method returns at once. `DriverEnd` makes it an actor."""
 
     def __init__(self) -> None:
-        self._request: Request | None = None
+        self._request: DriverRequest | None = None
         self._messages: list[Message] = []
 
-    def ask(self, request: Request) -> None:
+    def ask(self, request: DriverRequest) -> None:
         """Ask the workers to checkpoint and return; a stop is not taken back."""
         if self._request is None or self._request.kind == "again":
             self._request = request
 
-    def asked(self) -> Request | None:
+    def asked(self) -> DriverRequest | None:
         """Return what the workers are asked for, or None."""
         return self._request
 
@@ -56,7 +56,7 @@ class DriverEnd:
         self.mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
         """The actor's handle, which may be sent to workers."""
 
-    def ask(self, request: Request) -> None:
+    def ask(self, request: DriverRequest) -> None:
         """Ask the workers. Raises MailboxLost."""
         self._get(self.mailbox.ask.remote(request))
 
@@ -77,11 +77,11 @@ class WorkerEnd:
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._request: Request | None = None
+        self._request: DriverRequest | None = None
         threading.Thread(target=self._poll, daemon=True, name="mailbox").start()
 
     @property
-    def request(self) -> Request | None:
+    def request(self) -> DriverRequest | None:
         """What the driver asks for, as of less than a second ago; None while it asks for nothing."""
         return self._request
 

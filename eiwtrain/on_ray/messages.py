@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from eiwtrain.terminal.console import Progress
+from eiwtrain.terminal.console import TrainingLine
 
 if TYPE_CHECKING:
     from eiwtrain.config import Config
@@ -42,7 +42,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Request:
+class DriverRequest:
     """What the driver asks of the workers: a checkpoint, and then to return."""
 
     kind: Literal["stop", "again"]
@@ -152,5 +152,5 @@ class Lost:
 Outcome = Finished | Stopped | Again | Failed | Crashed | Lost
 """How an attempt ended."""
 
-Message = Training | Progress | Note | Heard | Outcome
+Message = Training | TrainingLine | Note | Heard | Outcome
 """What a worker sends to the driver; an outcome is its last message."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingLine:
     """The training line: where the run stands, and how fast it goes."""
 
     step: int
@@ -43,7 +43,7 @@ class Console:
         self._clear()
         print(text, flush=True)
 
-    def progress(self, p: Progress) -> None:
+    def progress(self, p: TrainingLine) -> None:
         """Print the training line."""
         line = training_line(p)
         if not self._terminal:
@@ -59,7 +59,7 @@ class Console:
             self._transient = False
 
 
-def training_line(p: Progress) -> str:
+def training_line(p: TrainingLine) -> str:
     """Return the training line as text; storage failures are left out where there are none."""
     faults = f"  {p.faults} storage faults retried" if p.faults else ""
     return (

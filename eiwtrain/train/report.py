@@ -11,7 +11,7 @@ import time
 from torch import Tensor
 
 from eiwtrain.config import Config
-from eiwtrain.terminal.console import Progress
+from eiwtrain.terminal.console import TrainingLine
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking import curves as names
 
@@ -131,9 +131,9 @@ def curves(
     return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 
-def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> Progress:
+def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> TrainingLine:
     """Return the training line."""
-    return Progress(
+    return TrainingLine(
         step=step,
         max_steps=max_steps,
         images=step * global_batch,

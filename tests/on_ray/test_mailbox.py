@@ -1,9 +1,9 @@
 """The mailbox: the driver's request reaches the workers, and a stop takes precedence."""
 
 from eiwtrain.on_ray.mailbox import Mailbox
-from eiwtrain.on_ray.messages import Note, Request
+from eiwtrain.on_ray.messages import DriverRequest, Note
 
-STOP, AGAIN = Request("stop", "SIGTERM"), Request("again", "a node goes")
+STOP, AGAIN = DriverRequest("stop", "SIGTERM"), DriverRequest("again", "a node goes")
 
 
 def test_messages_are_taken_once_and_in_order():

@@ -5,7 +5,7 @@ import pytest
 
 from eiwtrain.terminal import console
 
-PROGRESS = console.Progress(
+PROGRESS = console.TrainingLine(
     step=120, max_steps=6000, images=3840, bits_per_dim=5.1234, images_per_second=85.31, data_wait=0.012, faults=0,
     goodput=0.87, eta=3725.0,
 )  # fmt: skip
