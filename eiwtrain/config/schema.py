@@ -5,8 +5,11 @@ Not for reading it from a file, nor for what fields must satisfy together: that 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
-from typing import Annotated, Any, Literal, get_args, get_origin
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,9 +26,16 @@ from pydantic import (
 )
 
 from eiwtrain.config.interval import parse
+from eiwtrain.flow.config import ConditionerConfig, FlowSettings
+from eiwtrain.flow.presets import PRESETS, preset
 from eiwtrain.terminal.lines import one_line
 
 MAX_ERROR_LINES = 4
+
+if TYPE_CHECKING:  # a type checker takes no Literal that is computed
+    PresetName = str
+else:
+    PresetName = Literal[tuple(PRESETS)]
 
 
 class ConfigError(ValueError):
@@ -85,55 +95,16 @@ class Data(Section):
     """Processes per training worker that read and decode; 0: in the training process itself."""
 
 
-class Conditioner(Section):
-    kind: Literal["conv", "residual", "transformer"] = "conv"
-    """The network inside each coupling: conv (Glow's), residual (gated blocks), transformer (on patches, as Jet's)."""
-    hidden: PositiveInt = 128
-    """Its channels."""
-    depth: NonNegativeInt = 1
-    """conv: 1x1 convolutions between its first and its last 3x3 convolution; otherwise: blocks."""
-    activation: Literal["relu", "gelu", "silu"] = "silu"
-    """Between convolutions; a transformer has gelu."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of activations set to zero while training."""
-    heads: PositiveInt = 4
-    """Of a transformer's attention; must divide `hidden`."""
-    patch: PositiveInt = 2
-    """Side of a transformer's patches, in places of a level's grid (each level halves the image's side)."""
+class Conditioner(Section, ConditionerConfig):  # type: ignore[misc]  # frozen it is, by pydantic's config
+    """The network inside each coupling: the fields of the flow's own `ConditionerConfig`."""
 
 
-class Model(Section):
-    preset: Literal["glow", "eiw", "jet"] | None = None
-    """A published size (`eiwtrain/flow/presets.py`) in place of the defaults here; what is set beside it counts."""
-    levels: PositiveInt = 3
-    """Scales: each halves the side of the image and, but for the last, factors out half of the channels."""
-    steps: PositiveInt = 8
-    """Flow steps (actnorm, invertible 1x1 convolution, coupling) on each level."""
+class Model(Section, FlowSettings):  # type: ignore[misc]  # as above
+    """The flow: a preset, and the fields of the flow's own `FlowSettings`."""
+
+    preset: PresetName | None = None
+    """A published size (`eiwtrain/flow/presets.py`) in place of the defaults here; fields set beside it win."""
     conditioner: Conditioner = Conditioner()
-    """The network inside each coupling and each split's prior."""
-    coupling: Literal["affine", "spline"] = "affine"
-    """What a coupling does: an affine map, or one followed by a rational-quadratic spline."""
-    bins: int = Field(default=8, ge=2, le=16)
-    """Of each spline; more are steeper, and cost precision in float32."""
-    shuffle: Literal["none", "fixed", "hard", "soft"] = "soft"
-    """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
-    shuffle_block: NonNegativeInt = 4
-    """Side of blocks, in places of a level's grid, that the soft shuffle turns each by itself; 0: whole images."""
-    dequantization: Literal["uniform", "variational"] = "uniform"
-    """Noise under the pixels: uniform, or from a small flow that is trained along."""
-    classes: NonNegativeInt = 0
-    """Of a class-conditional model, as many as the data set has; 0: labels play no part."""
-    backprop: Literal["stored", "checkpointed", "invertible", "auto"] = "invertible"
-    """How backward gets activations: keep them, recompute each step, invert the flow (memory constant in depth), or
-    keep as many as fit and invert the rest."""
-    memory_budget: NonNegativeInt | None = None
-    """With `backprop: auto`, bytes of activations that a worker may keep; null: what is free when it starts."""
-    trunk_dtype: Literal["float32", "float64"] = "float32"
-    """Precision of what flows between couplings and of log-determinants."""
-    anchor_every: NonNegativeInt = 0
-    """Where backward inverts, keep a true activation every n steps, which bounds drift; 0: only one a level."""
-    n_bits: int = Field(default=8, ge=1, le=8)
-    """Bits per channel that are modelled; 5 is usual for LSUN and CelebA-HQ."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,9 +112,11 @@ class Model(Section):
         name = values.get("preset") if isinstance(values, dict) else None
         if not isinstance(name, str) or not isinstance(values.get("conditioner", {}), dict):
             return values
-        from eiwtrain.flow.presets import PRESETS, preset  # not above: it imports torch, which takes seconds
-
         return preset(name, values) if name in PRESETS else values
+
+    def to_flow(self) -> dict[str, Any]:
+        """Return these fields as `eiwtrain.flow.FlowConfig.from_dict` takes them."""
+        return self.model_dump(exclude={"preset"})
 
 
 class Train(Section):
@@ -300,9 +273,11 @@ def describe_fields() -> str:
 
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted name, default as YAML, meaning) of every leaf field below `model`."""
+    """Return (dotted name, default as YAML, meaning) of every leaf field below `model`."""
     rows: list[tuple[str, str, str]] = []
-    for name, field in model.model_fields.items():
+    inherited = _meanings(model)
+    # A preset first: it stands for defaults of the fields after it.
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "preset"):
         kind = field.annotation
         # to Python 3.10 a tuple[...] is a type, but none to ask for its base classes
         if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
@@ -312,5 +287,19 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
         choices = [arg for part in (kind, *get_args(kind)) for arg in get_args(part)]  # of a Literal, or one or None
         if words := [str(c) for c in choices if isinstance(c, str | int)]:
             default += f"  # {' | '.join(words)}"
-        rows.append((prefix + name, default, one_line(field.description or "", limit=None)))
+        meaning = field.description or inherited.get(name, "")
+        rows.append((prefix + name, default, one_line(meaning, limit=None)))
     return rows
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """Return the docstrings under the fields of the dataclass that a section inherits from, if it does: pydantic reads
+    those of its own classes alone."""
+    sources = [inspect.getsource(base) for base in section.__bases__ if is_dataclass(base)]
+    classes = [statement for source in sources for statement in ast.parse(source).body]
+    pairs = [pair for c in classes if isinstance(c, ast.ClassDef) for pair in zip(c.body, c.body[1:], strict=False)]
+    return {
+        field.target.id: ast.literal_eval(text.value)
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }

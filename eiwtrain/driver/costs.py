@@ -25,11 +25,12 @@ from torch.utils.flop_counter import flop_registry
 
 from eiwtrain import flow
 from eiwtrain.config import Config, Train, batching
+from eiwtrain.flow.config import BackpropMode
 from eiwtrain.flow.memory import SLACK, STATE_BYTES
 from eiwtrain.train.engine import MOST_IN_BUCKET
 from eiwtrain.train.state import flow_config, outline
 
-COUNTED_MODES = ("stored", "checkpointed", "invertible")
+COUNTED_MODES: tuple[BackpropMode, ...] = ("stored", "checkpointed", "invertible")
 
 MFU = 0.25
 """The share of a GPU's peak at which training is assumed to compute: assumed, not measured. It is model FLOPs
@@ -178,7 +179,10 @@ def of(config: Config, channels: int = 3) -> Costs:
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values())
     images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
-    flops, operations, each, fixed = {}, {}, {}, {}
+    flops: dict[str, float] = {}
+    operations: dict[str, int] = {}
+    each: dict[str, int] = {}
+    fixed: dict[str, int] = {}
     for mode in COUNTED_MODES:
         step = _of_all_steps(replace(shape, backprop=mode), images)
         more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)

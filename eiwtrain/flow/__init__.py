@@ -1,6 +1,7 @@
-"""EIW-Flow and its kin: exact-likelihood image models with activation-free backpropagation.
+"""EIW-Flow and similar flows: exact-likelihood image models with activation-free backpropagation.
 
-Imports torch, safetensors and the standard library, and nothing else of eiwtrain.
+Imports torch, safetensors and the standard library, and nothing else of eiwtrain. The names, listed in `public`, are
+imported when the first of them is used, so that a program can read `config` and `presets` without waiting for torch.
 
     >>> import torch
     >>> from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, dequantize
@@ -17,63 +18,19 @@ Imports torch, safetensors and the standard library, and nothing else of eiwtrai
     torch.Size([2, 3, 8, 8])
 """
 
-from .bijection import Bijection, Chain, Coupling, Transformed
-from .conditioners import (
-    Conditioner,
-    ConditionerConfig,
-    ConvConditioner,
-    ResidualConditioner,
-    TransformerConditioner,
-    make_conditioner,
-)
-from .config import FlowConfig
-from .dequantization import VariationalDequantizer
-from .files import CONFIG_FILE, MODEL_FILE, load, metadata, save
-from .images import bits_per_dim, dequantize, quantize
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
-from .level import Level
-from .multiscale import EIWFlow, FlowOutput
-from .presets import PRESETS, preset
-from .reversible import run_chain
-from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
-from .spline import SplineCoupling
+from __future__ import annotations
 
-__all__ = [
-    "CONFIG_FILE",
-    "MODEL_FILE",
-    "PRESETS",
-    "ActNorm",
-    "AffineCoupling",
-    "Bijection",
-    "Chain",
-    "Conditioner",
-    "ConditionerConfig",
-    "ConvConditioner",
-    "Coupling",
-    "EIWFlow",
-    "FixedShuffle",
-    "FlowConfig",
-    "FlowOutput",
-    "HardHalf",
-    "InvertibleConv1x1",
-    "Level",
-    "NetworkCoupling",
-    "ResidualConditioner",
-    "SoftHalf",
-    "SplineCoupling",
-    "Transformed",
-    "TransformerConditioner",
-    "VariationalDequantizer",
-    "bits_per_dim",
-    "dequantize",
-    "load",
-    "make_conditioner",
-    "make_shuffle",
-    "metadata",
-    "preset",
-    "quantize",
-    "run_chain",
-    "save",
-    "squeeze",
-    "unsqueeze",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import every public name when the first is asked for (PEP 562)."""
+    public = import_module(".public", __name__)
+    globals().update({each: getattr(public, each) for each in public.__all__})
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

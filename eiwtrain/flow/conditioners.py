@@ -7,54 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count
+from .config import CONDITIONERS, ConditionerConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-CONDITIONERS = ("conv", "residual", "transformer")
-
-
-@dataclass(frozen=True)
-class ConditionerConfig:
-    """Which network is inside a coupling, and its size. Raises ValueError, naming the field, where it makes no sense.
-
-    conv is `ConvConditioner`, residual is `ResidualConditioner`, transformer is `TransformerConditioner`.
-    """
-
-    hidden: int = 128
-    """Channels between the first layer and the last. Glow has 512, Flow++ 96, Jet 512."""
-    depth: int = 1
-    """conv: 1x1 convolutions between the two 3x3 ones (Glow has 1); residual, transformer: blocks."""
-    activation: str = "silu"
-    """One of relu, gelu, silu; the smooth ones keep gradients truer in low precision. The transformer has gelu whatever
-    this says."""
-    kind: str = "conv"
-    """One of conv, residual, transformer."""
-    dropout: float = 0.0
-    """Share of activations set to zero in training mode, from 0 to below 1: after each activation in a conv, in each
-    residual branch of the others. Flow++ has 0.2 on CIFAR-10."""
-    heads: int = 4
-    """Of the transformer's attention; must divide `hidden`."""
-    patch: int = 2
-    """Side of the transformer's patches, in places of the level's grid, whose sides it must divide."""
-
-    def __post_init__(self) -> None:
-        check_count("hidden", self.hidden, least=1)
-        check_count("depth", self.depth, least=0)
-        check_choice("activation", self.activation, tuple(ACTIVATIONS))
-        check_choice("kind", self.kind, CONDITIONERS)
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout!r} is not a number from 0 to below 1")
-        check_count("heads", self.heads, least=1)
-        check_count("patch", self.patch, least=1)
-        if self.kind == "transformer" and self.hidden % self.heads:
-            raise ValueError(f"heads: {self.heads} does not divide hidden = {self.hidden}")
 
 
 class Conditioner(nn.Module):
@@ -98,7 +59,15 @@ class ConvConditioner(Conditioner):
         bfloat16: see `Conditioner`.
     """
 
-    def __init__(self, inputs: int, outputs: int, config: ConditionerConfig, bfloat16: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: ConditionerConfig,
+        bfloat16: bool = False,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(config.dropout, bfloat16)
         hidden = config.hidden
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
@@ -130,7 +99,15 @@ class ResidualConditioner(Conditioner):
         bfloat16: see `Conditioner`.
     """
 
-    def __init__(self, inputs: int, outputs: int, config: ConditionerConfig, bfloat16: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: ConditionerConfig,
+        bfloat16: bool = False,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(config.dropout, bfloat16)
         hidden = config.hidden
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
@@ -183,7 +160,7 @@ class TransformerConditioner(Conditioner):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, grid: tuple[int, int], config: ConditionerConfig, bfloat16: bool = False
+        self, inputs: int, outputs: int, config: ConditionerConfig, bfloat16: bool = False, *, grid: tuple[int, int]
     ) -> None:
         super().__init__(config.dropout, bfloat16)
         (height, width), patch, hidden = grid, config.patch, config.hidden
@@ -254,10 +231,8 @@ def make_conditioner(
     Raises:
         ValueError: if the kind is transformer and its patch does not divide the grid.
     """
-    if config.kind == "transformer":
-        return TransformerConditioner(inputs, outputs, grid, config, bfloat16)
-    kind = ResidualConditioner if config.kind == "residual" else ConvConditioner
-    return kind(inputs, outputs, config, bfloat16)
+    made_by: Callable[..., Conditioner] = globals()[CONDITIONERS[config.kind]]
+    return made_by(inputs, outputs, config, bfloat16, grid=grid)
 
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)

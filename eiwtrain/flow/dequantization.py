@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import images as pixels
-from .conditioners import ConditionerConfig, ConvConditioner, make_conditioner
+from .conditioners import ConvConditioner, make_conditioner
+from .config import ConditionerConfig
 from .layers import AffineCoupling, squeeze, unsqueeze
 
 _HALF_STEP = 2.0**-25

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from . import images
 from .bijection import Transformed, compose, with_own_randomness, without_autocast, zeros_per_sample
-from .conditioners import Conditioner, ConditionerConfig
-from .config import FlowConfig
+from .conditioners import Conditioner
+from .config import ConditionerConfig, FlowConfig
 from .dequantization import VariationalDequantizer, iwbo
 from .layers import NetworkCoupling
 from .level import Level

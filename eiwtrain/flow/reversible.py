@@ -21,8 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .bijection import Bijection, Chain, Transformed, compose, flatten_chains, without_autocast, zeros_per_sample
-
-BACKPROP_MODES = ("stored", "checkpointed", "invertible", "auto")
+from .config import BACKPROP_MODES
 
 
 def run_chain(

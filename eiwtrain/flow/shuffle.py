@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros_per_sample
+from .config import SHUFFLES
 from .layers import InvertibleConv1x1, mix_channels
-
-SHUFFLES = ("none", "fixed", "hard", "soft")
 
 _SOLVER_HIDDEN = 27
 _PAIRS = 2  # of reflections a half: four in all

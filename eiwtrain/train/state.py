@@ -25,25 +25,10 @@ from eiwtrain.train.engine import Engine
 
 def flow_config(config: Config, channels: int) -> flow.FlowConfig:
     """The model that a config asks for, on square images of `channels` channels."""
-    m = config.model
-    return flow.FlowConfig(
-        image_shape=(channels, config.data.resolution, config.data.resolution),
-        levels=m.levels,
-        steps=m.steps,
-        conditioner=flow.ConditionerConfig(**m.conditioner.model_dump()),
-        coupling=m.coupling,
-        bins=m.bins,
-        shuffle=m.shuffle,
-        shuffle_block=m.shuffle_block,
-        dequantization=m.dequantization,
-        classes=m.classes,
-        backprop=m.backprop,
-        memory_budget=m.memory_budget,
-        conditioner_dtype="bfloat16" if config.train.precision == "bf16" else "float32",
-        trunk_dtype=m.trunk_dtype,
-        anchor_every=m.anchor_every,
-        n_bits=m.n_bits,
-    )
+    side = config.data.resolution
+    precision = "bfloat16" if config.train.precision == "bf16" else "float32"
+    fields = {"image_shape": (channels, side, side), "conditioner_dtype": precision}
+    return flow.FlowConfig.from_dict(fields | config.model.to_flow())
 
 
 def outline(config: Config, channels: int) -> flow.EIWFlow:

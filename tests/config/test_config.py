@@ -13,6 +13,7 @@ from eiwtrain.config.file import load_config
 from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
 from eiwtrain.flow import PRESETS
+from eiwtrain.flow.config import CONDITIONERS
 from eiwtrain.tracking import tracking_uri
 from eiwtrain.train.state import flow_config
 
@@ -149,6 +150,29 @@ def test_the_flow_of_a_preset_is_the_library_s(path, preset):
     Path(path).write_text(yaml.safe_dump(raw))
     expected = flow.FlowConfig.from_dict(flow.preset(preset, {"image_shape": [3, 32, 32]}))
     assert flow_config(load_config(path, []), 3) == expected
+
+
+def test_the_kinds_of_conditioner_are_those_of_the_one_list(path, monkeypatch):
+    assert f"model.conditioner.kind = conv  # {' | '.join(CONDITIONERS)}\n" in describe_fields()
+    for kind in CONDITIONERS:
+        overrides = [f"model.conditioner.kind={kind}", "model.conditioner.patch=1", "model.conditioner.heads=2"]
+        assert type(flow_config(load_config(path, overrides), 3).conditioner) is flow.ConditionerConfig
+    assert "'transformer'" in error(path, "model.conditioner.kind=conv2")
+
+
+def test_every_field_of_the_flow_reaches_the_model(path):
+    """Set each to another value than the default; FlowConfig's own fields come from the data and the precision."""
+    other = {"levels": 1, "steps": 3, "coupling": "spline", "bins": 4, "shuffle": "hard", "shuffle_block": 2}
+    other |= {"dequantization": "variational", "classes": 3, "backprop": "auto", "memory_budget": 9}
+    other |= {"trunk_dtype": "float64", "anchor_every": 2, "n_bits": 5}
+    other["conditioner"] = {"kind": "residual", "hidden": 7, "depth": 2, "activation": "relu", "dropout": 0.1}
+    other["conditioner"] |= {"heads": 2, "patch": 4}
+    raw = yaml.safe_load(Path(path).read_text()) | {"model": other}
+    Path(path).write_text(yaml.safe_dump(raw))
+    built = flow_config(load_config(path, ["train.precision=bf16"]), 3).to_dict()
+    default = flow.FlowConfig((3, 8, 8)).to_dict()
+    assert built == other | {"image_shape": [3, 8, 8], "conditioner_dtype": "bfloat16"}
+    assert [name for name in built if built[name] == default[name] and name != "image_shape"] == []
 
 
 def test_a_missing_required_field_is_named(path, tmp_path):

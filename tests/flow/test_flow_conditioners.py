@@ -12,15 +12,14 @@ from flow_helpers import at_random_parameters
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from eiwtrain.flow.conditioners import CONDITIONERS, Conditioner, ConditionerConfig, make_conditioner
+from eiwtrain.flow.conditioners import Conditioner, make_conditioner
+from eiwtrain.flow.config import CONDITIONERS, ConditionerConfig
 
 INPUTS, OUTPUTS, GRID = 3, 5, (4, 6)
 TABLE = {
-    "conv": ConditionerConfig(hidden=8, depth=2),
+    **{kind: ConditionerConfig(kind, hidden=8, depth=2, heads=2) for kind in CONDITIONERS},
     "conv, relu": ConditionerConfig(hidden=8, depth=0, activation="relu"),
-    "residual": ConditionerConfig(hidden=8, depth=2, kind="residual"),
     "residual, gelu": ConditionerConfig(hidden=6, depth=1, kind="residual", activation="gelu"),
-    "transformer": ConditionerConfig(hidden=8, depth=2, kind="transformer", heads=2),
     "transformer, patch 1": ConditionerConfig(hidden=6, depth=1, kind="transformer", heads=3, patch=1),
 }
 
@@ -54,7 +53,7 @@ def gradients(conditioner: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def test_table_holds_every_kind_and_every_class() -> None:
-    assert {config.kind for config in TABLE.values()} == set(CONDITIONERS)
+    assert {name: type(make(name)).__name__ for name in CONDITIONERS} == CONDITIONERS
     ours = {cls for cls in subclasses(Conditioner) if cls.__module__.startswith("eiwtrain.")}
     assert ours == {type(make(name)) for name in TABLE}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eiwtrain.flow
 from eiwtrain.flow import load, save
-from eiwtrain.flow.shuffle import SHUFFLES
+from eiwtrain.flow.config import SHUFFLES
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
@@ -97,7 +97,7 @@ def test_the_example_of_the_package_runs() -> None:
 
 
 def test_importing_the_flow_pulls_in_nothing_of_the_stack() -> None:
-    code = "import sys, eiwtrain.flow; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, eiwtrain.flow; eiwtrain.flow.EIWFlow; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     loaded = set(done.stdout.split())
     assert {"torch", "safetensors", "eiwtrain"} <= loaded

@@ -13,15 +13,14 @@ from torch import Tensor
 
 import eiwtrain.flow as eiw
 from eiwtrain.flow import PRESETS, ConditionerConfig, EIWFlow, FlowConfig, preset
-from eiwtrain.flow.conditioners import CONDITIONERS
-from eiwtrain.flow.reversible import BACKPROP_MODES
+from eiwtrain.flow.config import BACKPROP_MODES, CONDITIONERS
 
 CHOICES: dict[str, dict[str, Any]] = {
     "spline": {"coupling": "spline", "bins": 4},
     "classes": {"classes": 3},
     "whole images": {"shuffle_block": 0},
     "everything": {"coupling": "spline", "bins": 3, "classes": 3, "dequantization": "variational"},
-    **{kind: {"conditioner": ConditionerConfig(8, 1, "silu", kind, patch=1)} for kind in CONDITIONERS},
+    **{kind: {"conditioner": ConditionerConfig(kind, 8, patch=1)} for kind in CONDITIONERS},
 }
 
 
@@ -95,7 +94,7 @@ def test_the_importance_weighted_bound_is_the_logarithm_of_a_mean(dequantization
 
 def test_the_class_conditional_prior_starts_as_none() -> None:
     torch.manual_seed(0)
-    flow = EIWFlow(FlowConfig((3, 8, 8), levels=2, steps=1, classes=3, conditioner=ConditionerConfig(8)))
+    flow = EIWFlow(FlowConfig((3, 8, 8), levels=2, steps=1, classes=3, conditioner=ConditionerConfig(hidden=8)))
     x = images(2, dtype=torch.float32)
     first, second = (flow.log_prob(x, labels=torch.full((2,), label)) for label in (0, 2))
     assert torch.equal(first, second)

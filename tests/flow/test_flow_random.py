@@ -12,10 +12,9 @@ from torch import Tensor
 
 from eiwtrain.flow import ConditionerConfig, EIWFlow, layers
 from eiwtrain.flow.bijection import with_own_randomness
-from eiwtrain.flow.conditioners import CONDITIONERS
-from eiwtrain.flow.reversible import BACKPROP_MODES
+from eiwtrain.flow.config import BACKPROP_MODES, CONDITIONERS
 
-DROPPING = {kind: ConditionerConfig(8, 1, kind=kind, dropout=0.3, patch=1) for kind in CONDITIONERS}
+DROPPING = {kind: ConditionerConfig(kind, 8, dropout=0.3, patch=1) for kind in CONDITIONERS}
 
 
 def dropping(mode: str, kind: str = "conv", dtype: torch.dtype = torch.float64) -> EIWFlow:

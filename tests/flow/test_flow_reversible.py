@@ -23,8 +23,7 @@ from eiwtrain.flow import (
     InvertibleConv1x1,
     run_chain,
 )
-from eiwtrain.flow.reversible import BACKPROP_MODES
-from eiwtrain.flow.shuffle import SHUFFLES
+from eiwtrain.flow.config import BACKPROP_MODES, SHUFFLES
 
 
 def whole_loss(out: FlowOutput) -> Tensor:
