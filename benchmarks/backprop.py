@@ -2,6 +2,7 @@
 
     python -m benchmarks.backprop [--quick] [--device cuda] [--json FILE] [--plot FILE] [--allocators]
                                   [--depths 8 16 32 64 --hidden 128 --batch 32 --resolution 32 --dtype float32]
+    python -m benchmarks.backprop --rows FILE [--plot FILE]    # the table and the picture of an earlier run's --json
 
 A level of `depth` Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior; a
 training step is the loss and its gradients, without an optimizer. Rows of "auto" have a budget: a share of what
@@ -48,11 +49,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import backprop_report as report
 from benchmarks.peers import PEERS, installed
 from benchmarks.peers import loss as loss_of_peer
+from eiwtrain import flow
 from eiwtrain.on_ray.session import WORKER_ENV
 
-MODES = ("stored", "checkpointed", "invertible", "auto")
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TIMED = ("seconds", "to_stored", "rss_bytes")
 COUNTED = (
@@ -97,10 +102,6 @@ class Subject:
     """A model in the mode of a setting, or a peer's, its loss, the batch it takes, and the same model in "stored"."""
 
     def __init__(self, setting: Setting) -> None:
-        import torch
-
-        from eiwtrain import flow
-
         torch.set_num_threads(setting.threads)
         torch.manual_seed(0)
         self.device = torch.device(setting.device)
@@ -129,8 +130,6 @@ class Subject:
 
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
-        import torch
-
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -175,10 +174,6 @@ def count(settings: list[Setting]) -> list[dict[str, Any]]:
 
 
 def _count(subject: Subject) -> dict[str, Any]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from eiwtrain.flow import ConvConditioner
-
     error = _gradient_error(subject)
     subject.model.zero_grad()
     saved, _ = _allocated(lambda: subject.loss(subject.x), subject.device)
@@ -190,7 +185,7 @@ def _count(subject: Subject) -> dict[str, Any]:
         nonlocal runs
         runs += 1
 
-    conditioners = [m for m in subject.model.modules() if isinstance(m, ConvConditioner)]
+    conditioners = [m for m in subject.model.modules() if isinstance(m, flow.ConvConditioner)]
     for conditioner in conditioners:
         conditioner.register_forward_hook(ran)
     flops = FlopCounterMode(display=False)
@@ -221,8 +216,6 @@ class _NoModules:
 
 
 def _gradient_error(subject: Subject) -> float:
-    import torch
-
     def gradient(model: Any, loss: Callable[[Any], Any]) -> torch.Tensor:
         model.zero_grad()
         loss(subject.x).backward()
@@ -236,8 +229,6 @@ def _gradient_error(subject: Subject) -> float:
 
 def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
     """Bytes of torch's allocator above what stood before: left while the result is alive, and at the most."""
-    import torch
-
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -264,7 +255,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     found = []
     for depth in args.depths:
         budgets = {args.budget, *(BUDGETS if depth == args.depths[-1] else ())}
-        plan: list[tuple[str, float | None]] = [(mode, None) for mode in (*MODES, *PEERS) if mode != "auto"]
+        plan: list[tuple[str, float | None]] = [(mode, None) for mode in report.METHODS if mode != "auto"]
         plan += [("auto", budget) for budget in sorted(budgets)]
         found += [Setting(mode=mode, depth=depth, budget=budget, budget_bytes=None, **sizes) for mode, budget in plan]
     return found
@@ -307,7 +298,7 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
             rows.append(_row(setting, allocator, "") | measured | counts)
         rows += [_row(s, allocator, "not installed") for s in missing]
-    order = {mode: i for i, mode in enumerate((*MODES, *PEERS))}
+    order = {mode: i for i, mode in enumerate(report.METHODS)}
     return sorted(rows, key=lambda r: (r["allocator"] != rows[0]["allocator"], r["depth"], order[r["mode"]]))
 
 
@@ -330,54 +321,6 @@ def _child(what: str, task: Any, environment: dict[str, str]) -> Any:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
-    columns = ("s/step", "to stored", "peak MB", "saved MB", "RSS MB", "GFLOP", "forwards", "grad error")
-    lines = [f"{'allocator':17} {'depth':>5} {'mode':18}" + "".join(f"{c:>11}" for c in columns)]
-    for r in rows:
-        mode = r["mode"] if r["budget"] is None else f"{r['mode']}, {r['budget']:.0%}"
-        cells = [r["note"]]
-        if not r["note"]:
-            cells = [f"{r['seconds']:.3f}", f"{r['to_stored']:.2f}"]
-            cells += ["-" if r[k] is None else f"{r[k] / 1e6:.3g}" for k in ("peak_bytes", "saved_bytes", "rss_bytes")]
-            cells += [f"{r['flops'] / 1e9:.3g}", f"{r['conditioner_forwards']:.2f}", f"{r['gradient_error']:.0e}"]
-        lines.append(f"{r['allocator']:17} {r['depth']:>5} {mode:18}" + "".join(f"{c:>11}" for c in cells))
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict[str, Any]], budget: float, path: str) -> None:
-    """Memory and time against depth, and time against memory at the last depth, under the first allocator."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    memory, seconds, both = figure.subplots(1, 3)
-    rows = [r for r in rows if r["allocator"] == rows[0]["allocator"] and not r["note"]]
-    depths = sorted({r["depth"] for r in rows})
-    for mode in (*MODES, *PEERS):
-        line = [r for r in rows if r["mode"] == mode and r["budget"] in (None, budget)]
-        last = [r for r in rows if r["mode"] == mode and r["depth"] == depths[-1]]
-        style = "o-" if mode in MODES else "x--"
-        label = f"{mode} (left and middle: {budget:.0%} budget)" if mode == "auto" else mode
-        memory.plot([r["depth"] for r in line], [r["peak_bytes"] / 1e6 for r in line], style, label=label)
-        seconds.plot([r["depth"] for r in line], [r["to_stored"] for r in line], style)
-        both.plot([r["peak_bytes"] / 1e6 for r in last], [r["to_stored"] for r in last], style)
-        for r in last:
-            if r["budget"] is not None:
-                place = (r["peak_bytes"] / 1e6, r["to_stored"])
-                both.annotate(f"{r['budget']:.0%}", place, xytext=(3, 6), textcoords="offset points")
-    memory.set(title="Peak memory of a training step", xlabel="Glow steps", ylabel="MB", yscale="log")
-    seconds.set(title="Time of a training step", xlabel="Glow steps", ylabel="ratio to stored")
-    both.set(title=f"Both, at {depths[-1]} Glow steps", xlabel="peak memory, MB", ylabel="time, ratio to stored")
-    memory.yaxis.set_major_formatter("{x:g}")
-    memory.yaxis.set_minor_formatter("{x:g}")
-    for axes in (memory, seconds):
-        axes.set_xscale("log")
-        axes.set_xticks(depths, [str(d) for d in depths])
-        axes.set_xticks([], minor=True)
-    figure.legend(loc="outside lower center", ncols=6)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Print the tables; write the rows and the plot if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backprop", description=__doc__.split("\n")[0])
@@ -392,6 +335,7 @@ def main() -> None:
     parser.add_argument("--allocators", action="store_true", help="also under glibc's default setting")
     parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--plot", help="file to draw to")
+    parser.add_argument("--rows", help="file that --json wrote: print and draw it, and measure nothing")
     parser.add_argument("--count", type=json.loads, help=argparse.SUPPRESS)  # a child's
     parser.add_argument("--clock", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -406,14 +350,12 @@ def main() -> None:
     for name, (full, quick) in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
-    rows = rows_of(args)
-    print(table([r for r in rows if r["budget"] in (None, args.budget)]))
-    print()
-    print(table([r for r in rows if r["budget"] is not None and r["depth"] == args.depths[-1]]))
+    rows = json.loads(Path(args.rows).read_text()) if args.rows else rows_of(args)
+    print(report.tables(rows, args.budget))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     if args.plot:
-        plot(rows, args.budget, args.plot)
+        report.plot(rows, args.budget, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shuffle import CANDIDATES, VARIANTS, BenchmarkFlow, Recipe, parameters, summarize
+from benchmarks.shuffle import summarize
+from benchmarks.shuffle_candidates import CANDIDATES, VARIANTS, BenchmarkFlow, Recipe, parameters
 from eiwtrain import flow
 
 TINY = flow.FlowConfig((1, 16, 16), levels=3, steps=1, conditioner=flow.ConditionerConfig(hidden=4))
