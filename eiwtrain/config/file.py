@@ -1,8 +1,8 @@
-"""A config from a YAML file, then `section.field=value` overrides, then checks that name what would be right.
+"""Reading of a config: a YAML file, then `section.field=value` overrides, then checks whose messages name the remedy.
 
 Not for the fields themselves (`eiwtrain.config`), nor for looking at the world (is there a GPU, does the data exist):
-that is `eiwtrain.driver.preflight`. Imports neither Ray nor, unless a preset is named, torch, so that a typo is
-reported in well under a second.
+that is `eiwtrain.driver.preflight`. Imports neither Ray nor torch, so that a typo is reported in well
+under a second.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _expand(value: Any, where: str) -> Any:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    """One line for one pydantic error: the field, what is wrong, what would be right."""
+    """Return one line for one pydantic error: the field, what is wrong, what would be right."""
     location = [str(p) for p in error["loc"]]
     name = ".".join(location)
     known = {n: (default, meaning) for n, default, meaning in leaf_fields(Config)}
@@ -121,8 +121,8 @@ def _explain(error: dict[str, Any]) -> str:
 
 
 def _tracked_where_mlflow_says(c: Config) -> Config:
-    """MLFLOW_TRACKING_URI, MLflow's own variable, where the config leaves `tracking.uri` open. Settled here, in the
-    driver, so that workers, whose environment may be another, record where it does."""
+    """Set `tracking.uri` from MLFLOW_TRACKING_URI, MLflow's own variable, if the config leaves it open. This happens in
+    the driver so that workers, whose environment may differ, record in the same place."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if c.tracking.uri is not None or not uri:
         return c
@@ -130,7 +130,7 @@ def _tracked_where_mlflow_says(c: Config) -> Config:
 
 
 def _impossible(c: Config) -> list[str]:
-    """Combinations that no run could satisfy."""
+    """Return a line for each combination of fields that no run could satisfy."""
     problems = []
     factor = 2**c.model.levels
     if c.data.resolution % factor:

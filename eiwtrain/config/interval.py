@@ -1,4 +1,4 @@
-"""An interval as `checkpoint.every` writes it. Not for when it is over: that is `eiwtrain.train.pace`."""
+"""The notation of `checkpoint.every`. Not for deciding when an interval is over: that is `eiwtrain.train.pace`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Every(NamedTuple):
-    """What `checkpoint.every` says."""
+    """An interval between checkpoints."""
 
     unit: Literal["steps", "seconds", "auto"]
     amount: float
-    """Of the unit; 0 with auto."""
+    """Steps or seconds; 0 with auto."""
 
 
 def parse(value: int | str) -> Every:
     """Read `checkpoint.every`: steps (500), a time with its unit (90s, 10m, 1.5h), or auto.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the value has none of these forms.
     """
     if value == "auto":
         return Every("auto", 0.0)
@@ -30,4 +30,4 @@ def parse(value: int | str) -> Every:
         every = Every("steps", int(steps)) if steps else Every("seconds", float(time) * _UNITS[unit])
         if every.amount > 0:
             return every
-    raise ValueError(f"{value!r} is no interval: write steps (500), a time with its unit (90s, 10m, 1.5h), or auto")
+    raise ValueError(f"{value!r} is not an interval: write steps (500), a time with its unit (90s, 10m, 1.5h), or auto")

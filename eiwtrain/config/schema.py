@@ -56,18 +56,18 @@ class Section(BaseModel):
     @classmethod
     def _a_bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("a number or a word is wanted here, not true or false")
+            raise ValueError("it must be a number or a word, not true or false")
         return value
 
 
 class Run(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run: its folder under `storage`, its MLflow run; the same name goes on where it stopped."""
+    """Name of the run: its folder under `storage`, its MLflow run; the same name resumes where it stopped."""
     storage: Text = "runs"
     """Folder or fsspec URL (s3://...) under which checkpoints, samples and the exported model of each run live."""
     max_failures: NonNegativeInt = 3
-    """How often in a row workers that crash may be started again, without a new checkpoint between, before the run
-    counts as failed."""
+    """How often in a row crashed workers are started again, without a new checkpoint in between, before the run counts
+    as failed."""
 
 
 class Data(Section):
@@ -127,7 +127,7 @@ class Train(Section):
     max_steps: PositiveInt = 1000
     """Optimizer steps after which the run is finished."""
     max_hours: PositiveFloat | None = None
-    """Wall time of the job, hours, after which it checkpoints and stops, to go on later; null: no limit."""
+    """Wall time of the job, hours, after which it checkpoints and stops, to resume later; null: no limit."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: NonNegativeInt = 100
@@ -145,10 +145,10 @@ class Train(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the conditioners; the trunk has its own (`model.trunk_dtype`), parameters stay float32."""
     max_skipped: NonNegativeInt = 3
-    """Steps in a row whose loss or gradient is not finite that are skipped and counted; one more ends the run."""
+    """Steps in a row whose loss or gradient is not finite that are skipped and counted; one more fails the run."""
     rollbacks: NonNegativeInt = 0
-    """How often, where it would end so, the weights go back to the last good checkpoint instead, while the sample
-    stream goes on behind the bad steps."""
+    """Times that the run, instead of failing so, returns to the weights of the last good checkpoint and continues with
+    the samples after the bad steps."""
     compile: bool = False
     """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -161,13 +161,13 @@ class Train(Section):
 
 class Workers(Section):
     min: PositiveInt = 1
-    """Workers needed to start, and to go on when a node is lost."""
+    """Workers needed to start, and to continue when a node is lost."""
     max: PositiveInt | None = None
     """Workers to use when the cluster has room; null: as `min`."""
     grow_seconds: PositiveFloat = 60.0
     """How long there must be room for more workers, up to `max`, before all are started again to use it, seconds."""
     hang_seconds: PositiveFloat = 1200.0
-    """Time without progress (up to the first step at least 300) after which a worker tells its stacks and all are
+    """Time without progress (up to the first step at least 300) after which a worker prints its stacks and all are
     started again, seconds; longer than a compilation and than three times EIWTRAIN_RETRY_SECONDS."""
     gpus: Literal[0, 1] = 0
     """GPUs per worker; 0: CPU and gloo."""
@@ -180,11 +180,11 @@ class Checkpoint(Section):
     """Between two checkpoints: steps, a time (90s, 10m, 1.5h), or auto, from what one costs and how often the run
     fails; one is also written after each evaluation, on a stop and at the end."""
     mtbf_hours: PositiveFloat = 6.0
-    """With auto, the mean time between failures that is assumed until the run has seen its own, hours."""
+    """Mean time between failures, hours, that `every: auto` assumes until the run has seen its own."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints to keep; the best by held-out bits/dim is kept besides."""
+    """Newest checkpoints to keep; the best by held-out bits/dim is kept in addition."""
     keep_every: NonNegativeInt = 0
-    """Keep also the first checkpoint in each so many steps, for ever; 0: none."""
+    """Length of a span of steps whose first checkpoint is kept forever, in addition; 0: none."""
 
     @field_validator("every", mode="before")
     @classmethod
@@ -202,7 +202,7 @@ class Tracking(Section):
     log_every: PositiveInt = 10
     """Steps between two points of the training curves."""
     registered_model: Annotated[str, Field(pattern=r"^[\w.-][\w. -]*$")] | None = None
-    """Name in MLflow's Model Registry of which the finished run's model becomes a version; null: that is left to
+    """Name in MLflow's Model Registry under which the finished run's model becomes a version; null: register it with
     `eiwtrain.export`."""
 
 
@@ -248,16 +248,16 @@ def micro_batches(global_batch: int, micro_batch: int, world_size: int) -> int:
 
 
 def batching(train: Train, world_size: int) -> tuple[int, int]:
-    """(rows of a micro-batch, micro-batches of a step) of each rank.
+    """Return (rows of a micro-batch, micro-batches of a step) of each rank.
 
-    As few micro-batches as `train.micro_batch` allows, and no more rows than they need: what does not divide is padded.
+    As few micro-batches as `train.micro_batch` allows, and no more rows than they need: a remainder is padded.
     """
     accumulation = micro_batches(train.global_batch, train.micro_batch, world_size)
     return math.ceil(train.global_batch / (world_size * accumulation)), accumulation
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    """Return `{"a": {"b": 1}}` as `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -265,7 +265,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe_fields() -> str:
-    """One line a field: name, default, meaning."""
+    """Return two lines for each field: name and default, meaning."""
     lines = []
     for name, default, meaning in leaf_fields(Config):
         lines.append(f"{name} = {default}\n    {meaning}")
@@ -279,7 +279,7 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
     # A preset first: it stands for defaults of the fields after it.
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "preset"):
         kind = field.annotation
-        # to Python 3.10 a tuple[...] is a type, but none to ask for its base classes
+        # Python 3.10 says that tuple[...] is a type, but issubclass refuses it
         if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
             rows += leaf_fields(kind, f"{prefix}{name}.")
             continue

@@ -1,4 +1,4 @@
-"""What a bijection is: forward, inverse, log-determinant, going backwards without stored activations, composition.
+"""What a bijection is: forward, inverse, log-determinant, backward without stored activations, composition.
 
 Not for particular bijections (`layers`, `shuffle`) nor for choosing what backpropagation stores (`reversible`).
 """
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 class Transformed(NamedTuple):
-    """What a bijection gives for a batch.
+    """A batch after a bijection.
 
     Attributes:
         y: the transformed batch, (B, C', H', W').
         log_det: log |det dy/dx| of each sample, (B,), in nats.
-        penalty: a regulariser of each sample, (B,), no part of the density; zero for most bijections.
+        penalty: a regulariser of each sample, (B,), which is not part of the density; zero for most bijections.
     """
 
     y: Tensor
@@ -28,18 +28,18 @@ class Transformed(NamedTuple):
 
 
 Reversed = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
-"""What `Bijection.reverse` gives: x, the gradient at x, the gradients of `tuple(self.parameters())`."""
+"""The output of `Bijection.reverse`: x, the gradient at x, the gradients of `tuple(self.parameters())`."""
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which nothing on the device of `x` is autocast: the trunk's, whatever the caller's state."""
+    """Return a context without autocast on the device of `x`, for the trunk, whatever the caller's state."""
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
 
 
 @contextmanager
 def with_own_randomness(x: Tensor, seed: int | None = None) -> Iterator[None]:
-    """A context with random states of its own, seeded if `seed` is given, on the CPU and on the device of `x`: after it
-    they are as before, and those of other devices are left alone."""
+    """Fork the random states of the CPU and of the device of `x`, seeded if `seed` is given. Afterwards both are as
+    before; other devices are left alone."""
     on_gpu = x.device.type == "cuda"
     with torch.random.fork_rng([x.device] if on_gpu else []):
         if seed is not None:
@@ -50,35 +50,35 @@ def with_own_randomness(x: Tensor, seed: int | None = None) -> Iterator[None]:
 
 
 def zeros_per_sample(x: Tensor) -> Tensor:
-    """A zero for each sample of `x`, (B,)."""
+    """Return a zero for each sample of `x`, (B,)."""
     return x.new_zeros(x.shape[0])
 
 
 def backpropagate(outputs: Transformed, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients at `inputs` for the gradients at `outputs`; None where an output doesn't depend on an input."""
+    """Return the gradients at `inputs` from those at `outputs`; None where no output depends on an input."""
     pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
     outs, gs = [out for out, _ in pairs], [grad for _, grad in pairs]
     return list(torch.autograd.grad(outs, list(inputs), gs, allow_unused=True))
 
 
 def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Those that aren't frozen."""
+    """Return the parameters that are not frozen."""
     return [p for p in parameters if p.requires_grad]
 
 
 def align_gradients(parameters: Sequence[Tensor], grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of `trainable(parameters)`, spread over `parameters`, with None for those that are frozen."""
+    """Spread the gradients of `trainable(parameters)` over `parameters`, with None for those that are frozen."""
     left = iter(grads)
     return tuple(next(left) if p.requires_grad else None for p in parameters)
 
 
 def compose(first: Transformed, second: Transformed) -> Transformed:
-    """`second`, which went on from `first.y`, with what `first` had gathered added."""
+    """Return `second`, computed from `first.y`, with the log-determinant and penalty of `first` added."""
     return Transformed(second.y, first.log_det + second.log_det, first.penalty + second.penalty)
 
 
 def flatten_chains(bijections: Iterable[Bijection]) -> Iterator[Bijection]:
-    """The bijections, with chains among them taken apart."""
+    """Yield the bijections, and in place of each chain its parts."""
     for bijection in bijections:
         if isinstance(bijection, Chain):
             yield from flatten_chains(bijection)
@@ -99,14 +99,14 @@ class Bijection(nn.Module):
     """
 
     kept_count: int = 0
-    """How many integer tensors `forward_keeping` keeps."""
+    """Number of integer tensors that `forward_keeping` keeps."""
 
     def forward(self, x: Tensor) -> Transformed:
-        """x to (y, log_det, penalty); `log_det` in nats, (B,)."""
+        """Map x to (y, log_det, penalty); `log_det` in nats, (B,)."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The x of which `forward` makes y."""
+        """Return the x that `forward` maps to y."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -116,15 +116,15 @@ class Bijection(nn.Module):
         return out.y
 
     def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
-        """`forward`, and the `kept_count` small integer tensors that `reverse` must not guess again from floats."""
+        """Run `forward`; also return the `kept_count` integer tensors that `reverse` must not recompute from floats."""
         return self(x), ()
 
     def reverse(
         self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
     ) -> Reversed:
-        """From the output and the gradients at it, the input and the gradients at it and at the parameters.
+        """Return the input and the gradients at it and at the parameters, from the output and the gradients at it.
 
-        This default inverts, runs forward again with grad, and differentiates: right where forward is cheap.
+        This default inverts, runs forward again with grad, and differentiates: good enough where forward is cheap.
 
         Returns:
             x, grad_x, and the gradients aligned with `tuple(self.parameters())`, None for those that are frozen.
@@ -151,23 +151,23 @@ class Coupling(Bijection):
         self.mirrored = mirrored
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
-        """What the other half is transformed with. `kept`, if given, is used in place of what would be guessed."""
+        """Return the parameters of `transform` from the half a. Integers are taken from `kept`, if given."""
         raise NotImplementedError
 
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
-        """The half b, transformed."""
+        """Transform the half b."""
         raise NotImplementedError
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
-        """The inverse of `transform`."""
+        """Invert `transform`."""
         raise NotImplementedError
 
     def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The integers among `params`."""
+        """Return the integers among `params`."""
         return ()
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The half that conditions and the half that is transformed."""
+        """Split x into the half that conditions and the half that is transformed."""
         channels = x.shape[1]
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels, not {channels}")
@@ -175,7 +175,7 @@ class Coupling(Bijection):
         return (second, first) if self.mirrored else (first, second)
 
     def whole(self, a: Tensor, b: Tensor) -> Tensor:
-        """The inverse of `halves`."""
+        """Join the halves: the inverse of `halves`."""
         return torch.cat((b, a) if self.mirrored else (a, b), dim=1)
 
     def forward(self, x: Tensor) -> Transformed:
@@ -194,7 +194,7 @@ class Coupling(Bijection):
     def reverse(
         self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
     ) -> Reversed:
-        """As `Bijection.reverse`, with one run of the conditioner: it serves the inversion and the gradients."""
+        """Do as `Bijection.reverse`, with one run of the conditioner for both the inversion and the gradients."""
         a, b = self.halves(y)
         grad_a, grad_b = self.halves(grad_y)
         parameters = tuple(self.parameters())
@@ -251,7 +251,7 @@ class Chain(Bijection):
     def reverse(
         self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
     ) -> Reversed:
-        """As `Bijection.reverse`, part by part from the last, so that only one part's graph is alive at a time."""
+        """Reverse part by part from the last, so that only one part's graph is alive at a time."""
         total: dict[int, Tensor | None] = {}  # by identity: parts may share a parameter
         for part in reversed(list(self)):
             first = len(kept) - part.kept_count

@@ -22,7 +22,7 @@ class Conditioner(nn.Module):
     """A network from (B, inputs, H, W) to (B, outputs, H, W), whose last layer starts at zero so that a coupling
     starts as the identity. A subclass writes `network`.
 
-    It takes and gives the trunk's dtype and runs in its parameters' dtype (float32 or float64), or with `bfloat16`
+    It takes and returns the trunk's dtype and runs in its parameters' dtype (float32 or float64), or with `bfloat16`
     under its own autocast. What it computes for a sample depends neither on the rest of the batch nor on the
     caller's autocast state: forward and backward must agree to the last bit. The only randomness is dropout, in
     training mode, from PyTorch's global generator.
@@ -38,11 +38,11 @@ class Conditioner(nn.Module):
         self.in_bfloat16 = bfloat16
 
     def network(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W), contiguous and in the parameters' dtype, to (B, outputs, H, W)."""
+        """Map (B, inputs, H, W), contiguous and in the parameters' dtype, to (B, outputs, H, W)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
+        """Map (B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
         # No cache: each weight is used once, and a copy cast in forward's no_grad must not serve the backward pass.
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
             # Contiguous, so that forward and reverse give a convolution the same strides, hence the same kernel.
@@ -89,8 +89,8 @@ class ResidualConditioner(Conditioner):
     """3x3 -> gated residual blocks (x depth) -> normalisation, activation -> 3x3.
 
     The blocks are Flow++'s convolutional ones (arXiv 1902.00275, section 3.3, without its attention), with the
-    normalisation before the branch and not after the sum, so that the sum is never rescaled on its way through
-    (arXiv 2002.04745). What is normalised are the channels of one place: no statistic of a batch, nor of an image.
+    normalisation before the branch and not after the sum, so that the sum is never rescaled
+    (arXiv 2002.04745). Channels are normalised place by place, without statistics of a batch or of an image.
     With `bfloat16` the sum and the normalisation stay in the parameters' dtype.
 
     Args:
@@ -145,18 +145,18 @@ class TransformerConditioner(Conditioner):
 
     The position embedding is learned, one vector for each place of the grid of patches, with the standard
     deviation 1 / sqrt(hidden) at the start: what Jet's code does. Unlike Jet's, queries, keys and values have no
-    bias (as in ViT-22B, arXiv 2302.05442, section 2): attention does not see a key's, which would only drift.
+    bias (as in ViT-22B, arXiv 2302.05442, section 2): attention ignores the bias of a key, which would only drift.
     With `bfloat16` the sum and the normalisations stay in the parameters' dtype, and so does what attention's
     softmax accumulates.
 
     Args:
         inputs, outputs: channels.
-        grid: (H, W) of what it is given.
+        grid: (H, W) of its input.
         config: the network's shape.
         bfloat16: see `Conditioner`.
 
     Raises:
-        ValueError: if `config.patch` does not divide the grid; from `forward`, for another grid than `grid`.
+        ValueError: if `config.patch` does not divide the grid; from `forward`, if the input has another grid.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class TransformerConditioner(Conditioner):
     def network(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         if (height, width) != self.grid:
-            raise ValueError(f"a grid of {height}x{width}, and the conditioner was made for {self.grid}")
+            raise ValueError(f"the input has a grid of {height}x{width}, and the conditioner was made for {self.grid}")
         p = self.patch
         h, w = height // p, width // p
         patches = x.view(b, c, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * p * p)
@@ -202,7 +202,7 @@ class _AttentionBlock(nn.Module):
         self.up = nn.Linear(channels, 4 * channels)
         self.down = nn.Linear(4 * channels, channels)
         self.dropout = nn.Dropout(config.dropout)
-        # As ViT starts. The three are one matrix here, and each is to start as if it were alone.
+        # ViT's initialisation. The three are one matrix here, and each is initialised as if it were alone.
         for weight in self.queries_keys_values.weight.detach().chunk(3):
             nn.init.xavier_uniform_(weight)
         for layer in (self.attended, self.up, self.down):
@@ -220,7 +220,7 @@ class _AttentionBlock(nn.Module):
 def make_conditioner(
     inputs: int, outputs: int, grid: tuple[int, int], config: ConditionerConfig, bfloat16: bool = False
 ) -> Conditioner:
-    """The conditioner of `config.kind`, from (B, inputs, H, W) to (B, outputs, H, W).
+    """Make the conditioner of `config.kind`, from (B, inputs, H, W) to (B, outputs, H, W).
 
     Args:
         inputs, outputs: channels.
@@ -239,13 +239,13 @@ Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 def _at_zero(layer: Layer) -> Layer:
-    """The layer, its parameters set to zero."""
+    """Set the parameters of a layer to zero, and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def _at_each_place(conv: nn.Conv2d, h: Tensor) -> Tensor:
-    """A convolution of (B, H, W, C): normalisation and gates want the channels last, convolutions run so as well,
-    and a permuted view costs nothing."""
+    """Apply a convolution to (B, H, W, C): normalisation and gates need the channels last, convolutions accept that
+    too, and a permuted view costs nothing."""
     return conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

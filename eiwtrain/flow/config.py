@@ -88,13 +88,13 @@ class FlowSettings:
     """How backward gets activations: keep them, recompute each step, invert the flow (memory constant in depth), or
     keep as many as fit and invert the rest. Gradients differ by rounding only."""
     memory_budget: Annotated[int, Range(0)] | None = None
-    """With `backprop: auto`, bytes of activations that a worker may keep, beyond what invertible keeps; null: what is
+    """Bytes of activations that a worker may keep with `backprop: auto`, beyond what invertible keeps; null: what is
     free when it starts."""
     trunk_dtype: Literal["float32", "float64"] = "float32"
     """Precision of what flows between couplings and of log-determinants. float64 makes reconstruction safe for very
     deep flows at twice the trunk's memory."""
     anchor_every: Annotated[int, Range(0)] = 0
-    """Where backward inverts, keep a true activation after every n steps (the shuffle counts as one), which bounds
+    """Steps (the shuffle counts as one) after which backward keeps a true activation where it inverts, which bounds
     drift; 0: only one a level."""
     n_bits: Annotated[int, Range(1, 8)] = 8
     """Bits per channel that are modelled; 5 is usual for LSUN and CelebA-HQ."""

@@ -18,13 +18,13 @@ from .config import ConditionerConfig
 from .layers import AffineCoupling, squeeze, unsqueeze
 
 _HALF_STEP = 2.0**-25
-"""Half the distance of float32 uniform noise from the next: it centres the noise in its cell, away from 0 and 1."""
+"""Half the spacing of float32 uniform noise: added, it centres the noise in its cell, away from 0 and 1."""
 
 _CONTRAST = 4.0
-"""Of what the network that makes the features sees: pixels in [-1/2, 1/2) have a standard deviation of some 1/4."""
+"""Factor on the pixels that the feature network sees: in [-1/2, 1/2) they have a standard deviation of some 1/4."""
 
 _ORDERS = ((0, 3, 1, 2), (0, 1, 2, 3), (0, 2, 1, 3))
-"""Of the places of a 2x2 block, numbered by rows; the first two are one half: by diagonals, by rows, by columns."""
+"""Orders of the places of a 2x2 block, numbered by rows, whose first two are one half: diagonals, rows, columns."""
 
 
 class VariationalDequantizer(nn.Module):
@@ -41,7 +41,7 @@ class VariationalDequantizer(nn.Module):
 
     f is affine couplings on `squeeze`d noise. Its halves are two of the four places of each 2x2 block, by diagonals,
     rows and columns in turn, and each division serves two steps, one for either half. A conditioner sees the half
-    that passes, and features of v. At the start f is the identity and u is u0 up to rounding.
+    that passes unchanged, and features of v. At the start f is the identity and u is u0 up to rounding.
 
     Gradients are by ordinary autograd: activations are stored, a few steps' worth at half the image's sides.
 
@@ -84,17 +84,17 @@ class VariationalDequantizer(nn.Module):
             for i in range(steps)
         ]
         self.orders: Tensor
-        """Of the channels, for each step: those of one half and then those of the other."""
+        """Order of the channels for each step: first those of one half, then those of the other."""
         self.register_buffer("orders", torch.tensor(orders), persistent=False)
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x = (v + u) / 2^n - 1/2 in [-1/2, 1/2), and log q(u | v), (B,), in nats.
+        """Return x = (v + u) / 2^n - 1/2 in [-1/2, 1/2), and log q(u | v), (B,), in nats.
 
         `quantize(x)` is v, as with `dequantize`.
 
         Args:
             images: uint8, (B, C, H, W).
-            noise: u0, uniform in [0, 1), same shape, float32 or float64, which is what is computed in.
+            noise: u0, uniform in [0, 1), same shape, float32 or float64, the dtype of the computation.
 
         Raises:
             ValueError: for images that are not uint8, or noise of another shape.
@@ -117,7 +117,7 @@ class VariationalDequantizer(nn.Module):
 
 
 def iwbo(log_weights: Tensor) -> Tensor:
-    """The importance-weighted bound of log P(v) (arXiv 1509.00519, section 3), (k, B) to (B,), in nats.
+    """Return the importance-weighted bound of log P(v) (arXiv 1509.00519, section 3), (k, B) to (B,), in nats.
 
     Args:
         log_weights: log p(x) - log q(u | v) for k draws of the noise of each image. With k = 1 it is the ELBO; more
@@ -127,8 +127,8 @@ def iwbo(log_weights: Tensor) -> Tensor:
 
 
 def _normal(noise: Tensor) -> Tensor:
-    """Standard normal noise from uniform, finite for all of [0, 1)."""
-    # From the nearer end: the float32 below 1 has no neighbour to be moved to.
+    """Turn uniform noise into standard normal noise, finite for all of [0, 1)."""
+    # Computed from the nearer end: the largest float32 below 1 has no neighbour to move to.
     upper = noise >= 0.5
     tail = torch.where(upper, 1 - noise - _HALF_STEP, noise + _HALF_STEP).clamp(min=_HALF_STEP)
     eps = torch.special.ndtri(tail)

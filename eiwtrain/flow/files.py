@@ -22,7 +22,7 @@ _FORMAT = "eiwtrain.flow/1"
 
 
 def save(flow: EIWFlow, folder: str | Path, metadata: dict[str, Any] | None = None) -> None:
-    """Write a flow to a local folder, made if need be, as `model.safetensors` and `config.json`.
+    """Write a flow to a local folder, which is made if it is missing, as `model.safetensors` and `config.json`.
 
     The header of `model.safetensors` holds all of `config.json`, so that the file can travel alone.
 
@@ -38,11 +38,11 @@ def save(flow: EIWFlow, folder: str | Path, metadata: dict[str, Any] | None = No
 
 
 def load(path: str | Path) -> EIWFlow:
-    """A flow that `save` wrote, from its folder or its `model.safetensors`: on the CPU, in eval mode.
+    """Load a flow that `save` wrote, from its folder or its `model.safetensors`: on the CPU, in eval mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no such flow, or lacks or has too many tensors, or has them in other shapes.
+        ValueError: if the file is not a flow, or tensors are missing, unknown or of other shapes.
     """
     path, header = _header(path)
     config = _config(path, header)
@@ -65,11 +65,11 @@ def load(path: str | Path) -> EIWFlow:
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """What `save` was given to keep beside the config; weights are not read.
+    """Read the metadata that `save` was given; weights are not read.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no flow.
+        ValueError: if the file is not a flow.
     """
     path, header = _header(path)
     _config(path, header)
@@ -78,7 +78,7 @@ def metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _header(path: str | Path) -> tuple[Path, dict[str, str]]:
-    """The file, and what its header keeps beside the tensors."""
+    """Return the file, and the entries of its header that are not tensors."""
     path = Path(path)
     path = path / MODEL_FILE if path.is_dir() else path
     if not path.is_file():

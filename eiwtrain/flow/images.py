@@ -1,4 +1,4 @@
-"""Between 8-bit images and the reals that a flow models, and the unit of the result.
+"""Conversion between 8-bit images and the reals that a flow models, and the unit of its result.
 
 Not for reading images.
 """
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def dequantize(images: Tensor, noise: Tensor, n_bits: int = 8) -> Tensor:
-    """Uniform dequantization: (v + u) / 2^n - 1/2 in [-1/2, 1/2), of the dtype of the noise.
+    """Dequantize uniformly: return (v + u) / 2^n - 1/2 in [-1/2, 1/2), of the dtype of the noise.
 
     v is the image's value with all but its `n_bits` highest bits dropped. The average of log p(x) over the noise, with
-    the scale that `bits_per_dim` sees to, is a lower bound of log P(v) (arXiv 1511.01844, section 3.1).
+    the scale that `bits_per_dim` applies, is a lower bound of log P(v) (arXiv 1511.01844, section 3.1).
 
     Args:
         images: uint8, any shape.
@@ -36,14 +36,14 @@ def dequantize(images: Tensor, noise: Tensor, n_bits: int = 8) -> Tensor:
 
 
 def quantize(x: Tensor, n_bits: int = 8) -> Tensor:
-    """The inverse of `dequantize`: reals to uint8, clamped; the low 8 - `n_bits` bits are zero. NaN is black."""
+    """Invert `dequantize`: reals to uint8, clamped; the low 8 - `n_bits` bits are zero. NaN is black."""
     # Scaled before the half is added, which is exact in floating point; the other way round is not.
     v = torch.nan_to_num(x * 2**n_bits, nan=-math.inf).floor() + 2 ** (n_bits - 1)
     return v.clamp(0, 2**n_bits - 1).to(torch.uint8) << (8 - n_bits)
 
 
 def bits_per_dim(log_prob: Tensor, dims: int, n_bits: int = 8) -> Tensor:
-    """Bits per dimension of dequantized images: n - log p(x) / (D ln 2).
+    """Return bits per dimension of dequantized images: n - log p(x) / (D ln 2).
 
     Args:
         log_prob: log p(x) of `dequantize`d images, in nats, any shape.

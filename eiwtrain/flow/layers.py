@@ -27,7 +27,7 @@ _LEAST_VARIANCE = 1e-6
 
 
 def squeeze(x: Tensor) -> Tensor:
-    """Space to depth: (B, C, H, W) to (B, 4C, H/2, W/2). Raises ValueError for odd sides."""
+    """Move space to depth: (B, C, H, W) to (B, 4C, H/2, W/2). Raises ValueError for odd sides."""
     b, c, h, w = x.shape
     if h % 2 or w % 2:
         raise ValueError(f"squeeze halves the sides, and {h}x{w} has an odd one")
@@ -35,7 +35,7 @@ def squeeze(x: Tensor) -> Tensor:
 
 
 def unsqueeze(y: Tensor) -> Tensor:
-    """Depth to space, the inverse of `squeeze`: (B, 4C, H, W) to (B, C, 2H, 2W)."""
+    """Move depth to space, the inverse of `squeeze`: (B, 4C, H, W) to (B, C, 2H, 2W)."""
     b, c, h, w = y.shape
     if c % 4:
         raise ValueError(f"unsqueeze needs a multiple of 4 channels, not {c}")
@@ -116,7 +116,7 @@ class InvertibleConv1x1(Bijection):
     def reverse(
         self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
     ) -> Reversed:
-        """As `Bijection.reverse`, without computing y again: the map is linear."""
+        """Do as `Bijection.reverse` without computing y again, because the map is linear."""
         parameters = tuple(self.parameters())
         with torch.no_grad():
             x = self.inverse(y)
@@ -135,7 +135,7 @@ class InvertibleConv1x1(Bijection):
         return x, grad_x, align_gradients(parameters, grad_parameters)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """L and U in float64, so that W and its inverse are each rounded only once."""
+        """Return L and U in float64, so that W and its inverse are each rounded only once."""
         lower, upper, log_s = self.lower.double(), self.upper.double(), self.log_s.double()
         eye = torch.eye(len(log_s), dtype=lower.dtype, device=lower.device)
         return lower.tril(-1) + eye, upper.triu(1) + torch.diag(self.sign.double() * log_s.exp())
@@ -152,9 +152,9 @@ class InvertibleConv1x1(Bijection):
 
 
 class NetworkCoupling(Coupling):
-    """A coupling that a network conditions: it makes raw numbers of one half, a subclass makes parameters of those.
+    """A coupling with a network as conditioner, whose raw output a subclass turns into parameters.
 
-    A network with dropout is run with a seed of its own, which is kept, so that the way back draws the same mask.
+    A network with dropout runs with a seed of its own, which is kept, so that the backward pass draws the same mask.
 
     Args:
         conditioner: (B, C // 2, H, W) to (B, outputs_per_channel * (C - C // 2), H, W); with `mirrored` the halves
@@ -162,17 +162,17 @@ class NetworkCoupling(Coupling):
     """
 
     outputs_per_channel: int
-    """How many numbers the conditioner gives for each channel that is transformed."""
+    """Numbers that the conditioner returns for each transformed channel."""
 
     def __init__(self, conditioner: nn.Module, mirrored: bool = False) -> None:
         super().__init__(mirrored)
         self.conditioner = conditioner
         self.compiled = False
-        """Whether the conditioner is, by torch.compile."""
+        """Whether torch.compile compiled the conditioner."""
         self.kept_count = 1 if getattr(conditioner, "dropout", 0.0) else 0
 
     def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """The parameters of `transform` from what the conditioner gave."""
+        """Turn the output of the conditioner into the parameters of `transform`."""
         raise NotImplementedError
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
@@ -190,21 +190,21 @@ class NetworkCoupling(Coupling):
 
     def _network(self, a: Tensor) -> Tensor:
         if self.compiled and self.training and not torch.is_grad_enabled():
-            # A compiled network rounds otherwise without gradients; on the way back it is run with them.
+            # A compiled network rounds differently without gradients, and the backward pass runs it with them.
             with torch.enable_grad():
                 return cast(Tensor, self.conditioner(a.detach().requires_grad_())).detach()
         return cast(Tensor, self.conditioner(a))
 
 
 class AffineCoupling(NetworkCoupling):
-    """b * exp(log_scale) + shift, both given by the half a (RealNVP, arXiv 1605.08803, section 3.2).
+    """The map b * exp(log_scale) + shift, both predicted from the half a (RealNVP, arXiv 1605.08803, section 3.2).
 
     `log_scale` is `bound * tanh(raw / bound)`: the same slope as raw at zero, and never beyond the bound, so that
-    neither the map nor its inverse can blow up.
+    neither the map nor its inverse can overflow.
 
     Args:
         conditioner: see `NetworkCoupling`; two outputs a channel.
-        bound: of the absolute log-scale, in nats.
+        bound: largest absolute log-scale, in nats.
     """
 
     outputs_per_channel = 2

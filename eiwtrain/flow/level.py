@@ -1,4 +1,4 @@
-"""A level of a multiscale flow: squeeze, steps, shuffle, and the prior of what leaves.
+"""A level of a multiscale flow: squeeze, steps, shuffle, and the prior of the channels that leave.
 
 Not for how levels make an image model: splits, latents and sampling are `multiscale`'s.
 """
@@ -23,14 +23,14 @@ from .shuffle import make_shuffle
 from .spline import SplineCoupling
 
 _SPLIT_PRIOR_BOUND = 4.0
-"""Of the absolute log-scale, in nats: wider than a step's, as nothing after the prior can make up for it."""
+"""Largest absolute log-scale, in nats: wider than a step's, because nothing after the prior can make up for it."""
 
 _LEAST_VARIANCE = 1e-12
 
 
 @torch.no_grad()
 def entropy_proxy(x: Tensor) -> Tensor:
-    """The entropy of Gaussians with the variances of the channels of x, (B, C, H, W), in nats per dimension."""
+    """Return the entropy of Gaussians with the variances of the channels of x, (B, C, H, W), in nats per dimension."""
     variance = x.var(dim=(0, 2, 3), correction=0).clamp(min=_LEAST_VARIANCE)
     return 0.5 * (2 * math.pi * math.e * variance).log().mean()
 
@@ -45,32 +45,32 @@ class ClassPrior(nn.Module):
         self.raw_log_scale = nn.Parameter(torch.zeros(classes, channels))
 
     def forward(self, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) and int64 (B,) to the same shape and log-determinants, (B,). A label out of range raises
-        IndexError on the CPU, and stops a GPU by an assertion."""
+        """Map (B, C, H, W) and int64 labels (B,) to the same shape and log-determinants, (B,). A label out of range
+        raises IndexError on the CPU, and fails an assertion on a GPU."""
         mean, log_scale = self._of(labels, z)
         return (z - mean) * (-log_scale).exp(), -z.shape[2] * z.shape[3] * log_scale.flatten(1).sum(1)
 
     def inverse(self, z: Tensor, labels: Tensor) -> Tensor:
-        """The inverse of `forward`'s first output."""
+        """Invert the first output of `forward`."""
         mean, log_scale = self._of(labels, z)
         return z * log_scale.exp() + mean
 
     def _of(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        # Not by indexing, for which -1, the mark of an image without a class, is the last class.
+        # No indexing: there -1, the mark of an image without a class, would be the last class.
         mean, raw = (F.embedding(labels, p).to(z.dtype)[:, :, None, None] for p in (self.mean, self.raw_log_scale))
         return mean, bounded(raw, _SPLIT_PRIOR_BOUND)
 
 
 class Level(nn.Module):
-    """Squeeze, steps, shuffle, and the prior of what leaves; the split itself is `EIWFlow`'s.
+    """Squeeze, steps, shuffle, and the prior of the channels that leave; the split itself is in `EIWFlow`.
 
-    It is the smallest module whose `forward` runs reversible functions: what ZeRO 3 has to be told is a leaf.
+    It is the smallest module whose `forward` runs reversible functions, so ZeRO 3 must treat it as a leaf.
 
     The prior is a Gaussian: at a split, with mean and log-scale from the half that stays (as in Glow's code), at
-    the top, with learned ones per channel. Both are written as an affine map to a standard normal.
+    the last level, with learned ones per channel. Both are written as an affine map to a standard normal.
 
     Args:
-        channels, grid: of what comes out of the squeeze: C, (H, W).
+        channels, grid: C and (H, W) after the squeeze.
         last: whether all channels leave.
     """
 
@@ -102,20 +102,20 @@ class Level(nn.Module):
     def forward(
         self, x: Tensor, labels: Tensor | None = None, stored: int = 0, costs: list[int] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, C, H, W) to (B, 4C, H/2, W/2), whose last `leaving` channels leave; log-determinant and
-        penalty, (B,); entropy proxies, (2,). All in one flat tuple, as ZeRO 3 sees no tensors in what is nested.
+        """Map (B, C, H, W) to (B, 4C, H/2, W/2), whose last `leaving` channels leave; log-determinant and
+        penalty, (B,); entropy proxies, (2,). All are in one flat tuple, because ZeRO 3 sees no tensors in nested ones.
 
         Args:
             labels: int64 (B,), if there are classes.
             stored: with `backprop="auto"`, how many of the last bijections, of which the prior is the very last, keep
                 their activations.
-            costs: a list to which is added how many bytes each bijection keeps if it keeps its activations.
+            costs: a list to which the bytes of activations of each bijection are appended, if given.
         """
         y = squeeze(x)
         if costs is not None:
             costs += self._costs(y)
         body = run_chain(self._bijections(), y, self.backprop, self.anchor_every, max(0, stored - 1))
-        # Before the prior has whitened what leaves.
+        # Measured before the prior whitens the channels that leave.
         stays, leaves = self.split(body.y.detach())
         nothing = leaves.new_tensor(math.nan)
         entropy = torch.stack((entropy_proxy(leaves), nothing if self.last else entropy_proxy(stays)))
@@ -127,7 +127,7 @@ class Level(nn.Module):
         return *out, entropy
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The inverse of `forward`'s y."""
+        """Invert the map of `forward` from x to y."""
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(y)
             y = torch.cat((stays, self.class_prior.inverse(z, labels)), dim=1)
@@ -137,14 +137,14 @@ class Level(nn.Module):
         return unsqueeze(y)
 
     def initialize(self, x: Tensor) -> Tensor:
-        """Data-dependent initialisation of all but the prior, which starts as a standard normal; returns y."""
+        """Initialise all but the prior, which starts as a standard normal, from data; return y."""
         y = squeeze(x)
         for bijection in self._bijections():
             y = bijection.initialize(y)
         return y
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels that stay, none at the last level, and those that leave."""
+        """Split y into the channels that stay, none at the last level, and those that leave."""
         return y[:, : y.shape[1] - self.leaving], y[:, y.shape[1] - self.leaving :]
 
     def _costs(self, y: Tensor) -> list[int]:

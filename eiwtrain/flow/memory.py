@@ -1,6 +1,6 @@
-"""What the backward pass makes the forward pass keep, in bytes, and how much of it fits: for `backprop="auto"`.
+"""Bytes of activations that a backward pass needs, and how many fit into memory: for `backprop="auto"`.
 
-Not for keeping it: that is `reversible`.
+Not for keeping them: that is `reversible`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ STATE_BYTES = 16  # bytes a parameter that training may have yet to allocate: gr
 
 
 def bytes_saved(function: Callable[[], Result], without: Iterable[Tensor] = ()) -> tuple[int, Result]:
-    """Bytes that autograd saves for the backward pass of `function()`, and what that returned: each storage once,
-    `without` those (usually parameters, which stay anyway)."""
+    """Return the bytes that autograd saves for the backward pass of `function()`, and its result. Each storage counts
+    once; tensors in `without` do not count (usually parameters, which stay anyway)."""
     own = {t.untyped_storage().data_ptr() for t in without}
-    # By address; held, so that no address is used twice, and without their graph, which holds these hooks.
+    # By address. They are held so that no address is reused, and without their graph, which holds these hooks.
     kept: dict[int, Tensor] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def bytes_saved(function: Callable[[], Result], without: Iterable[Tensor] = ()) 
 
 
 def how_many_fit(costs: Sequence[int], budget: int) -> int:
-    """How many of the last `costs` sum up to no more than the budget."""
+    """Return how many of the last `costs` sum up to no more than the budget."""
     total = 0
     for n, cost in enumerate(reversed(costs)):
         total += cost
@@ -50,8 +50,8 @@ def how_many_fit(costs: Sequence[int], budget: int) -> int:
 
 
 def free_bytes(device: torch.device, parameters: int) -> int:
-    """Bytes on a device that a training step may fill with activations: what is free, less what gradients and
-    optimizer state of so many parameters will take.
+    """Return the bytes on a device that a training step may fill with activations: the free memory, less gradients
+    and optimizer state of this number of parameters.
 
     On the CPU the memory that is available is shared evenly by the processes of the node (LOCAL_WORLD_SIZE, which
     torchrun and Ray Train set), and half of it is left to everything else.
@@ -65,7 +65,7 @@ def free_bytes(device: torch.device, parameters: int) -> int:
 
 
 def _available() -> int:
-    """Bytes of main memory that can be had without swapping, within the container's limit if there is one."""
+    """Return the bytes of main memory available without swapping, within the container's limit if there is one."""
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     if _MEMINFO.exists():
         words = (line.split() for line in _MEMINFO.read_text().splitlines())

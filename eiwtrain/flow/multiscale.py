@@ -26,13 +26,13 @@ _DEQUANTIZER = ConditionerConfig(hidden=64)
 
 
 class FlowOutput(NamedTuple):
-    """What the loss and the metrics of a batch need.
+    """The values of a batch that the loss and the metrics need.
 
     Attributes:
-        log_prob: log p(x), (B,), in nats; for pixels, a lower bound of log P, in `bits_per_dim`'s unit.
+        log_prob: log p(x), (B,), in nats; for pixels, a lower bound of log P, in the unit of `bits_per_dim`.
         penalty: the shuffles' regulariser, (B,): the mean of squared log-weights, summed over shuffles and halves.
-        entropy: (levels, 2), detached: the entropy proxy, in nats per dimension, of what leaves at a level and of
-            what stays. At the last level all leaves and nothing stays, so its second entry is NaN.
+        entropy: (levels, 2), detached: the entropy proxy, in nats per dimension, of the channels that leave
+            at a level and of those that stay. At the last level all leave, so its second entry is NaN.
     """
 
     log_prob: Tensor
@@ -41,14 +41,14 @@ class FlowOutput(NamedTuple):
 
 
 def standard_normal(z: Tensor) -> Tensor:
-    """log N(z; 0, 1) of each sample, (B,), in nats."""
+    """Return log N(z; 0, 1) of each sample, (B,), in nats."""
     flat = z.flatten(1)
     return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
 
 
 class EIWFlow(nn.Module):
-    """A multiscale flow with an entropy-informed shuffle before each split (EIW-Flow, arXiv 2407.04958; how
-    far it is the paper's, `eiwtrain.flow.shuffle` says), on Glow's steps (arXiv 1807.03039, figure 2).
+    """A multiscale flow with an entropy-informed shuffle before each split (EIW-Flow, arXiv 2407.04958;
+    `eiwtrain.flow.shuffle` says how far it is the paper's), on Glow's steps (arXiv 1807.03039, figure 2).
 
     It models images as reals in [-1/2, 1/2), (B, C, H, W). Methods that take `x` take those (`dequantize` makes them),
     or pixels, uint8, together with `noise`, uniform in [0, 1) and of the same shape, and dequantize them. Whatever
@@ -56,7 +56,7 @@ class EIWFlow(nn.Module):
     its methods changes nothing.
 
     Raises (all methods that take images): ValueError for images of another shape, pixels without noise, labels that
-    are missing or not asked for.
+    are missing or not expected.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -65,7 +65,7 @@ class EIWFlow(nn.Module):
         channels, height, width = config.image_shape
         levels = []
         self.latent_shapes: list[tuple[int, int, int]] = []
-        """(C, H, W) of what leaves at each level."""
+        """Shapes (C, H, W) of the latents that leave at each level."""
         for number in range(config.levels):
             channels, height, width = 4 * channels, height // 2, width // 2
             level = Level(config, channels, (height, width), last=number == config.levels - 1)
@@ -84,9 +84,9 @@ class EIWFlow(nn.Module):
 
     @classmethod
     def from_config(cls, config: FlowConfig | dict[str, Any]) -> EIWFlow:
-        """A new flow from a config, or from a mapping as `FlowConfig.to_dict` gives. With `preset` in it, it starts
-        from that: `EIWFlow.from_config({"preset": "glow", "image_shape": [3, 32, 32]})`. Raises ValueError for what
-        makes no sense."""
+        """Make a flow from a config, or from a mapping as `FlowConfig.to_dict` returns. A `preset` in it
+        gives the defaults: `EIWFlow.from_config({"preset": "glow", "image_shape": [3, 32, 32]})`. Raises ValueError for
+        values that make no sense."""
         if isinstance(config, dict):
             changes = dict(config)
             name = changes.pop("preset", None)
@@ -95,45 +95,45 @@ class EIWFlow(nn.Module):
 
     @property
     def dims(self) -> int:
-        """C * H * W."""
+        """Dimensions of an image, C * H * W."""
         return self.config.dims
 
     def forward(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> FlowOutput:
-        """log p(x) and what training reports beside it; see `FlowOutput`."""
+        """Return log p(x) and the other values that training reports; see `FlowOutput`."""
         x, log_q = self._reals(x, noise)
         latents, log_det, penalty, entropy = self._encode(x, labels)
         prior = torch.stack([standard_normal(z) for z in latents]).sum(0)
         return FlowOutput(log_det + prior - log_q, penalty, entropy)
 
     def log_prob(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """log p(x), (B,), in nats; for pixels a lower bound, one draw of the ELBO: see `FlowOutput`."""
+        """Return log p(x), (B,), in nats; for pixels a lower bound, one draw of the ELBO: see `FlowOutput`."""
         return self.forward(x, noise, labels).log_prob
 
     def bits_per_dim(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Bits per dimension of each image, (B,): `n_bits - log p(x) / (D ln 2)`; for pixels an upper bound."""
+        """Return bits per dimension of each image, (B,): `n_bits - log p(x) / (D ln 2)`; for pixels an upper bound."""
         return images.bits_per_dim(self.log_prob(x, noise, labels), self.dims, self.config.n_bits)
 
     def iwbo(self, pixels: Tensor, noises: Iterable[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The importance-weighted bound of log P(pixels), (B,), in nats, as `log_prob`'s; over k draws of noise.
+        """Return the importance-weighted bound of log P(pixels), (B,), in nats as `log_prob`, over k draws of noise.
 
         At k = 1 it is the ELBO; it grows with k towards log P (arXiv 1509.00519, theorem 1; for dequantization
-        arXiv 1902.00275, section 4). Give it to `images.bits_per_dim` for the unit people compare.
+        arXiv 1902.00275, section 4). `images.bits_per_dim` converts it to the unit in which models are compared.
         """
         return iwbo(torch.stack([self.log_prob(pixels, noise, labels) for noise in noises]))
 
     def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """The latents of each level, standard normal under the model, and log |det dz/dx|, (B,), in nats.
+        """Return the latents of each level, standard normal under the model, and log |det dz/dx|, (B,), in nats.
 
-        Of reals: with pixels, dequantize first."""
+        It takes reals: dequantize pixels first."""
         latents, log_det, _, _ = self._encode(self._reals(x, None)[0], labels)
         return latents, log_det
 
     def decode(self, latents: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        """The images of which `encode` makes these latents, (B, C, H, W).
+        """Return the images that `encode` maps to these latents, (B, C, H, W).
 
         Raises:
             ValueError: for other shapes.
-            RuntimeError: in training mode if conditioners have dropout, as then it would invert another map.
+            RuntimeError: in training mode if conditioners have dropout, because it would invert another map.
         """
         shapes = [tuple(z.shape[1:]) for z in latents]
         if shapes != self.latent_shapes:
@@ -155,11 +155,11 @@ class EIWFlow(nn.Module):
         generator: torch.Generator | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """`n` images as reals, (n, C, H, W); `to_images` makes pixels of them.
+        """Draw `n` images as reals, (n, C, H, W); `to_images` turns them into pixels.
 
         Args:
             temperature: the standard deviation of the latents; below 1 gives likelier, less varied images.
-            generator: of the noise, on any device; the same seed gives the same images.
+            generator: source of the noise, on any device; the same seed gives the same images.
             labels: int64 (n,), if there are classes; None for 0, 1, ... in turn.
         """
         device = next(self.parameters()).device
@@ -174,7 +174,7 @@ class EIWFlow(nn.Module):
         return self.decode(latents, labels)
 
     def dequantize(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels, uint8, to reals, and log q of the noise that was added, (B,), in nats: zero if it is uniform."""
+        """Turn pixels, uint8, into reals; also return log q of the added noise, (B,), in nats: zero if uniform."""
         noise = noise.to(self._trunk_dtype())
         if self.dequantizer is None:
             return images.dequantize(pixels, noise, self.config.n_bits), zeros_per_sample(noise)
@@ -182,12 +182,12 @@ class EIWFlow(nn.Module):
         return x, log_q
 
     def to_images(self, x: Tensor) -> Tensor:
-        """Reals to uint8 images, clamped to what pixels can be."""
+        """Turn reals into uint8 images, clamped to the range of pixels."""
         return images.quantize(x, self.config.n_bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Data-dependent initialisation of the actnorms from a batch of reals, before training (Glow, section 3.1)."""
+        """Initialise the actnorms from a batch of reals, before training (Glow, section 3.1)."""
         x, _ = self._reals(x, None)
         with without_autocast(x):
             for level in self._levels():
@@ -195,17 +195,17 @@ class EIWFlow(nn.Module):
 
     @torch.no_grad()
     def drift(self, x: Tensor, labels: Tensor | None = None) -> float:
-        """||decode(encode(x)) - x|| / ||x|| over the batch of reals: the reconstruction error that invertible backprop
-        lives with, without anchors. No gradients."""
+        """Return ||decode(encode(x)) - x|| / ||x|| over the batch of reals: the reconstruction error of invertible
+        backprop without anchors. No gradients."""
         x, _ = self._reals(x, None)
         back = self.decode(self.encode(x, labels)[0], labels)
         return ((back - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
 
     def compile_conditioners(self, **options: object) -> None:
-        """Compile every conditioner by `torch.compile`, which takes the options. What is invertible stays as it is.
+        """Compile every conditioner by `torch.compile`, which takes the options. Invertible layers are not compiled.
 
-        All share their code, of which PyTorch keeps 8 compiled versions and runs the rest as it is: that limit
-        (`torch._dynamo.config.recompile_limit`) is raised, for the process, to two a conditioner.
+        All share their code, of which PyTorch keeps 8 compiled versions and runs others uncompiled: that limit
+        (`torch._dynamo.config.recompile_limit`) is raised, for the process, to two per conditioner.
         """
         conditioners = [module for module in self.modules() if isinstance(module, Conditioner)]
         for conditioner in conditioners:
@@ -232,7 +232,7 @@ class EIWFlow(nn.Module):
         return latents, total.log_det, total.penalty, torch.stack(entropies)
 
     def _how_many_stored(self, x: Tensor, labels: Tensor | None) -> list[int]:
-        """How many bijections of each level keep their activations: found out once for each kind of batch."""
+        """Return how many bijections of each level keep their activations: measured once for each kind of batch."""
         if self.config.backprop != "auto" or not torch.is_grad_enabled() or not len(x):
             return [0] * len(self.levels)
         kind = (x.shape, x.dtype, x.device, self.training)
@@ -241,12 +241,12 @@ class EIWFlow(nn.Module):
         return self._stored[kind]
 
     def _fill_budget(self, x: Tensor, labels: Tensor | None) -> list[int]:
-        """As many of the last bijections as fit."""
+        """Return how many of the last bijections of each level fit into the memory budget."""
         costs = self._costs(x, labels)
         budget = self.config.memory_budget
         if budget is None:
             budget = free_bytes(x.device, self._numbers)
-            budget -= 2 * max(max(level) for level in costs)  # what inverting one of them takes
+            budget -= 2 * max(max(level) for level in costs)  # memory to invert one of them
         left = how_many_fit([cost for level in costs for cost in level], budget)
         stored = []
         for level in reversed(costs):
@@ -255,9 +255,9 @@ class EIWFlow(nn.Module):
         return stored[::-1]
 
     def _costs(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
-        """Bytes that each bijection keeps if it keeps its activations: a constant and so much a sample, which two
-        samples and three tell apart. Not one, whose tensors are contiguous where those of several are not."""
-        # A compiled network would be compiled anew for batches of two and of three.
+        """Return the bytes of activations of each bijection: a constant and a multiple of the batch size, found from
+        batches of two and of three. Not of one, whose tensors are contiguous where those of several are not."""
+        # A compiled network would be compiled again for batches of two and of three.
         with with_own_randomness(x), torch.compiler.set_stance("force_eager"):
             two, three = (
                 self._measured(x[:1].expand(n, -1, -1, -1), labels if labels is None else labels[:1].expand(n))
@@ -282,7 +282,7 @@ class EIWFlow(nn.Module):
         return torch.promote_types(getattr(torch, self.config.trunk_dtype), next(self.parameters()).dtype)
 
     def _reals(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x in the trunk's dtype, and log q of the noise in it, if it was pixels."""
+        """Return x in the trunk's dtype, and log q of the noise in it: zero unless x is pixels."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.image_shape:
             raise ValueError(f"images of shape {tuple(x.shape)}, and the flow takes (B, *{self.config.image_shape})")
         if noise is not None:

@@ -1,4 +1,4 @@
-"""Flows by published size: what to give `FlowConfig` for a model like one of the papers'.
+"""Flows by published size: the fields of `FlowConfig` for a model like one of the papers'.
 
 "Like": our couplings, shuffles and priors at those depths and widths, not the papers' code. Not for training settings.
 """
@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "conditioner": {"kind": "conv", "hidden": 512, "depth": 1, "activation": "relu"},
         "shuffle": "none",
     },
-    # EIW-Flow (arXiv 2407.04958) is known here by its abstract, without its sizes: Glow's, with our shuffle.
+    # Only the abstract of EIW-Flow (arXiv 2407.04958) was available, without sizes: Glow's sizes, with our shuffle.
     "eiw": {
         "levels": 3,
         "steps": 32,
@@ -35,12 +35,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a preset with changes laid over them; those of `conditioner` one by one.
+    """Return the fields of a preset with changes applied; those of `conditioner` one by one.
 
         FlowConfig.from_dict(preset("glow", {"image_shape": [3, 32, 32], "conditioner": {"hidden": 128}}))
 
     Raises:
-        ValueError: for an unknown name, or a conditioner that is no mapping.
+        ValueError: for an unknown name, or a conditioner that is not a mapping.
     """
     if name not in PRESETS:
         raise ValueError(f"preset: {name!r} is not one of {', '.join(PRESETS)}")

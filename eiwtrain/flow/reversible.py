@@ -1,12 +1,12 @@
-"""Backpropagation through a run of bijections: with stored, recomputed or reconstructed activations.
+"""Backpropagation through a chain of bijections: with stored, recomputed or reconstructed activations.
 
-Not for the mathematics of going back through a bijection: that is `Bijection.reverse`.
+Not for the mathematics of the backward pass of a bijection: that is `Bijection.reverse`.
 
 The modes give the same gradients. "stored" is ordinary autograd. "checkpointed" keeps the input of every bijection
-and computes the rest again. "invertible" keeps the output of the whole run and nothing else, whatever its depth, as
-RevNet does (arXiv 1707.04585, section 3.2). As a coupling runs its conditioner once on the way back, that costs one
-conditioner forward more than "stored". "auto" is "stored" for the last bijections, as many as it is told, and
-"invertible" for those before: any point between the two. The last, because the backward pass frees their activations
+and computes the rest again. "invertible" keeps the output of the whole chain and nothing else, at any depth, as
+RevNet does (arXiv 1707.04585, section 3.2). The backward pass of a coupling runs its conditioner once, so that costs
+one conditioner forward more than "stored". "auto" is "stored" for a number of the last bijections, and "invertible"
+for those before: any point between the two. It stores the last ones because the backward pass frees their activations
 first, before it needs memory to invert.
 """
 
@@ -27,7 +27,7 @@ from .config import BACKPROP_MODES
 def run_chain(
     bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0
 ) -> Transformed:
-    """The bijections one after the other; `mode` says what is kept for the backward pass. Never autocast.
+    """Apply bijections one after the other, never autocast; `mode` says what is kept for the backward pass.
 
     Args:
         x: (B, C, H, W).
@@ -54,7 +54,7 @@ def run_chain(
             out = compose(out, Transformed(*_ReversibleChain.apply(chain, out.y, *chain.parameters())))
         for bijection in bijections[inverted:]:
             if mode == "checkpointed" and torch.is_grad_enabled():
-                # Random only where an integer is kept, a seed: else there is no state to put back.
+                # Only a bijection that keeps an integer, a seed, is random: otherwise there is no state to restore.
                 random = bijection.kept_count > 0
                 step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=random)
             else:
@@ -67,7 +67,7 @@ class _ReversibleChain(torch.autograd.Function):
     """A chain whose backward reconstructs activations from the output.
 
     Parameters are explicit inputs and their gradients are returned, not accumulated by a backward inside this one:
-    that is what the hooks of DistributedDataParallel and of ZeRO count on.
+    the hooks of DistributedDataParallel and of ZeRO rely on that.
     """
 
     @staticmethod
@@ -84,7 +84,7 @@ class _ReversibleChain(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
         y, *kept = ctx.saved_tensors
         chain: Chain = ctx.chain
-        # Parameters are not saved (ZeRO 3 swaps their storage), so autograd doesn't watch over them for us.
+        # Parameters are not saved (ZeRO 3 swaps their storage), so autograd does not check them for us.
         if ctx.versions != [p._version for p in ctx.parameters]:
             raise RuntimeError(
                 "a parameter was modified in place between the forward and the backward pass of an invertible run: "

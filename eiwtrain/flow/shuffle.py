@@ -1,11 +1,11 @@
 """The entropy-informed weighting shuffle that comes before a split, in four kinds: none, fixed, hard, soft.
 
-Of EIW-Flow (arXiv 2407.04958) we know the abstract alone: a regularised, feature-dependent Shuffle generates
+We know only the abstract of EIW-Flow (arXiv 2407.04958): a regularised, feature-dependent Shuffle generates
 channel-wise weights and shuffles latent variables before they are split, towards an increase of entropy, at little
-cost. The paper's body and code were not to be had, so what follows is *our construction* of that, not the authors'
+cost. The paper's body and code were not available, so what follows is *our construction* of that, not the authors'
 formula, and no figure of theirs is claimed for it. What guided it:
 
-- It must be a bijection that needs nothing but its output. Sorting channels by weights computed from the same
+- It must be a bijection whose inverse needs nothing but its output. Sorting channels by weights computed from the same
   channels is not: it forgets the order. So the weights of one half of the channels come from the other half, then
   the other way round, as in a coupling.
 - The solver sees pooled descriptors of each channel (mean, max, log-variance: the last is the entropy of a Gaussian
@@ -14,10 +14,10 @@ formula, and no figure of theirs is claimed for it. What guided it:
 - The shuffle proper keeps volume. `soft` rotates channels by Householder reflections with predicted vectors: smooth,
   and the identity at the start. One reflection can exchange two channels, so a product of enough of them is any
   permutation; we take four a half. A learned 1x1 convolution that starts as the identity comes first, and each `block`
-  of places (4x4 by default) is turned by itself, as what is informative differs within an image: at equal parameters
-  and time that won (`benchmarks.shuffle`), though the edges of blocks can be seen in samples of flows trained briefly.
+  of places (4x4 by default) is rotated by itself, because informative channels differ within an image: at equal
+  parameters and time that won (`benchmarks.shuffle`), though edges of blocks show in samples of flows trained briefly.
   `hard` sorts channels by weight: no gradient passes the sort, and it costs density. `fixed` permutes once and for all,
-  by a permutation drawn at first.
+  by a permutation drawn at the start.
 
 Not for the split itself nor its prior (`multiscale`).
 """
@@ -41,7 +41,7 @@ _LEAST_VARIANCE = 1e-6  # keeps the logarithm finite on a constant channel
 
 
 def make_shuffle(kind: str, channels: int, block: int = 0) -> Bijection | None:
-    """The shuffle of one of the kinds `SHUFFLES`; None for "none". `block`: see `SoftHalf`."""
+    """Make a shuffle of one of the kinds `SHUFFLES`; None for "none". `block`: see `SoftHalf`."""
     if kind == "none":
         return None
     if kind == "fixed":
@@ -55,14 +55,14 @@ def make_shuffle(kind: str, channels: int, block: int = 0) -> Bijection | None:
 
 
 def channel_descriptors(a: Tensor) -> Tensor:
-    """Mean, maximum and log-variance of every channel: (B, C, H, W) to (B, 3C)."""
+    """Return mean, maximum and log-variance of every channel: (B, C, H, W) to (B, 3C)."""
     flat = a.flatten(2)
     var, mean = torch.var_mean(flat, dim=2, correction=0)
     return torch.cat((mean, flat.amax(2), (var + _LEAST_VARIANCE).log()), dim=1)
 
 
 def householder_rotation(vectors: Tensor) -> Tensor:
-    """The product of Householder reflections, the last applied first: (B, K, C) vectors to (B, C, C) matrices.
+    """Return the product of Householder reflections, the last applied first: (B, K, C) vectors to (B, C, C) matrices.
 
     Composing the small matrix and applying it once costs one pass over the activations instead of K. For an even K
     its determinant is 1. A vector of zeros reflects nothing.
@@ -77,27 +77,28 @@ def householder_rotation(vectors: Tensor) -> Tensor:
 
 
 def scaling_terms(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-determinant and penalty of scaling the channels of `b` by exp(log_weights), (B, C)."""
+    """Return log-determinant and penalty, (B,), of scaling the channels of `b` by exp(log_weights), (B, C)."""
     return b.shape[2] * b.shape[3] * log_weights.sum(1), log_weights.square().mean(1)
 
 
 def to_blocks(x: Tensor, side: int) -> Tensor:
-    """Blocks as a batch: (B, C, H, W) to (B * n, C, h, w); h and w are the greatest that divide both `side` and the
-    image's side, and the image's if `side` is 0."""
+    """Turn blocks into a batch: (B, C, H, W) to (B * n, C, h, w). h and w are the greatest that divide both `side` and
+    the image's side; they are the image's sides if `side` is 0."""
     b, c, height, width = x.shape
     h, w = math.gcd(side, height), math.gcd(side, width)
     return x.reshape(b, c, height // h, h, width // w, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, h, w)
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int]) -> Tensor:
-    """The inverse of `to_blocks`; `shape` is that of x."""
+    """Invert `to_blocks`; `shape` is that of x."""
     b, c, height, width = shape
     h, w = blocks.shape[2:]
     return blocks.reshape(b, height // h, width // w, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
 
 
 class Solver(nn.Module):
-    """The weight solver: what pooled descriptors of one half say about the other. Its last layer starts at zero."""
+    """The weight solver: a network from pooled descriptors of one half to weights of the other. Its last layer starts
+    at zero."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Solver(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, a: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs), in the dtype of `a`; computed in the parameters', never autocast."""
+        """Map (B, inputs, H, W) to (B, outputs), in the dtype of `a`; computed in the parameters', never autocast."""
         with without_autocast(a):
             out = self.last(F.relu(self.first(channel_descriptors(a).to(self.first.weight.dtype))))
         return out.to(a.dtype)
@@ -131,7 +132,7 @@ class FixedShuffle(Bijection):
 class HardHalf(Coupling):
     """Scales the channels of one half by weights from the other, then sorts them by weight, for each sample.
 
-    Backward keeps the order: to sort reconstructed weights again could exchange two that are nearly equal.
+    The order is kept for the backward pass: sorting reconstructed weights could exchange two that are nearly equal.
     `inverse` has to sort again, from a half that may differ in the last bit.
     """
 
@@ -167,8 +168,8 @@ class SoftHalf(Coupling):
     so that an offset of zero, as at the start, is the identity.
 
     Args:
-        block: side of blocks, in places of the grid, each of which is turned and scaled by itself, as the same block of
-            the other half says; 0 for the image as a whole.
+        block: side of blocks, in places of the grid, each of which is rotated and scaled by itself, as predicted from
+            the same block of the other half; 0 for the image as a whole.
     """
 
     def __init__(self, channels: int, mirrored: bool = False, block: int = 0) -> None:
@@ -201,5 +202,5 @@ class SoftHalf(Coupling):
 
 
 def _over(order: Tensor, b: Tensor) -> Tensor:
-    """An order of channels (B, C) as indices of (B, C, H, W)."""
+    """Expand an order of channels (B, C) to indices of (B, C, H, W)."""
     return order[:, :, None, None].expand_as(b)

@@ -1,6 +1,6 @@
-"""The rational-quadratic spline coupling of Neural Spline Flows (arXiv 1906.04032): more reach than an affine map.
+"""The rational-quadratic spline coupling of Neural Spline Flows (arXiv 1906.04032), more expressive than an affine map.
 
-Not for the networks that condition it (`conditioners`) nor for what every such coupling shares (`layers`).
+Not for the networks that condition it (`conditioners`) nor for the base of such couplings (`layers`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .bijection import Transformed, zeros_per_sample
 from .layers import NetworkCoupling, bounded
 
 _LEAST_SHARE = 0.2
-"""Of an equal share of the interval: what a bin has at least, in width and in height."""
+"""Least width and height of a bin, as a fraction of an equal share of the interval."""
 
 _LOG_SLOPE_BOUND = 2.0
-"""Of the absolute logarithm of the slope at a knot."""
+"""Largest absolute logarithm of the slope at a knot."""
 
 
 class _Bin(NamedTuple):
-    """Where each element lies, all (B, C, H, W): the bin's corner, width and height, and the slopes at its ends."""
+    """The bin of each element, all (B, C, H, W): its corner, width and height, and the slopes at its ends."""
 
     x: Tensor
     y: Tensor
@@ -36,12 +36,13 @@ class SplineCoupling(NetworkCoupling):
     """An affine map of b and then a monotone rational-quadratic spline, given by the half a
     (Neural Spline Flows, arXiv 1906.04032, section 3.1, with its linear tails).
 
-    The affine map is `AffineCoupling`'s and brings b into the reach of the spline, which maps [-tail, tail] onto itself
-    and leaves what is outside as it is; its slope is 1 at both ends, so that the whole is continuously differentiable.
+    The affine map is `AffineCoupling`'s and brings b into the interval of the spline, which maps [-tail, tail] to
+    itself and leaves values outside unchanged; its slope is 1 at both ends, so that the whole is continuously
+    differentiable.
     Zeros from the conditioner are the identity. The formulas are the paper's, with denominators and the inverse's
     discriminant written as sums of positive terms: there is nothing to clamp.
 
-    What bounds it is tighter than in the paper, as activations are reconstructed by the inverse: a slope at a knot is
+    The bounds are tighter than in the paper, because activations are reconstructed by the inverse: a slope at a knot is
     between exp(-2) and exp(2), and a bin is at least a fifth as wide and as high as with equal bins. With 8 bins the
     spline's slope is then between 2e-4 and 70, and its inverse in float32 errs by less than 1e-3 at the worst
     parameters; with the bounds usual elsewhere, least widths, heights and slopes of 1e-3, by the size of a bin.
@@ -50,9 +51,9 @@ class SplineCoupling(NetworkCoupling):
 
     Args:
         conditioner: see `NetworkCoupling`; 3 * bins + 1 outputs a channel.
-        bins: K, of the spline, at least 2.
+        bins: K, the number of bins, at least 2.
         tail: half the length of the interval.
-        bound: of the absolute log-scale of the affine map, in nats.
+        bound: largest absolute log-scale of the affine map, in nats.
 
     Raises:
         ValueError: for fewer bins, or a tail that is not positive.
@@ -71,11 +72,11 @@ class SplineCoupling(NetworkCoupling):
 
     @staticmethod
     def outputs_for(bins: int) -> int:
-        """`outputs_per_channel`, before there is a coupling: log-scale, shift, widths, heights, inner slopes."""
+        """Return `outputs_per_channel` before the coupling exists: log-scale, shift, widths, heights, inner slopes."""
         return 3 * bins + 1
 
     def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """Log-scale and shift, (B, C', H, W), and knots and slopes there, (B, C', bins + 1, H, W) each."""
+        """Return log-scale and shift, (B, C', H, W), and knots and their slopes, (B, C', bins + 1, H, W) each."""
         scale, shift, widths, heights, slopes = raw.unflatten(1, (-1, self.outputs_per_channel)).split(
             (1, 1, self.bins, self.bins, self.bins - 1), dim=2
         )
@@ -87,7 +88,7 @@ class SplineCoupling(NetworkCoupling):
     def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
         log_scale, shift, xs, ys, slopes, *_ = params
         b = b * log_scale.exp() + shift
-        # Outside, the spline is computed at its end, and so finite with finite gradients, and not selected.
+        # Outside the interval the spline is computed at its end, so value and gradients are finite, and not selected.
         inside, x = b.abs() < self.tail, b.clamp(-self.tail, self.tail)
         at = _bin(x, xs, xs, ys, slopes)
         t = (x - at.x) / at.width
@@ -118,15 +119,15 @@ class SplineCoupling(NetworkCoupling):
         return (x - shift) * (-log_scale).exp()
 
     def _knots(self, raw: Tensor) -> Tensor:
-        """From -tail to tail, at distances like softmax(raw) but for the least share."""
+        """Return knots from -tail to tail, at distances like softmax(raw) except for the least share."""
         shares = _LEAST_SHARE / self.bins + (1 - _LEAST_SHARE) * raw.softmax(dim=2)
         end = torch.full_like(raw[:, :, :1], self.tail)
         return torch.cat((-end, self.tail * (2 * shares[:, :, :-1].cumsum(dim=2) - 1), end), dim=2)
 
 
 def _bin(x: Tensor, knots: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor) -> _Bin:
-    """The bin of each x among the knots, which are `xs` or `ys`."""
-    # Comparing with all knots is what a search would do here: searchsorted wants them last, and contiguous.
+    """Find the bin of each x among the knots, which are `xs` or `ys`."""
+    # A comparison with all knots, as searchsorted needs them in the last dimension, and contiguous.
     left = (x.unsqueeze(2) >= knots[:, :, 1:-1]).sum(dim=2, keepdim=True)
 
     def ends(values: Tensor) -> tuple[Tensor, Tensor]:

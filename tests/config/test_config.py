@@ -75,7 +75,7 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("train.max_steps=ten", ["train.max_steps", "'ten'", "integer"]),
         ("train.max_steps=0", ["train.max_steps", "greater than 0"]),
         ("checkpoint.every=soon", ["checkpoint.every", "'soon'", "10m", "auto"]),
-        ("checkpoint.every=0", ["checkpoint.every", "0 is no interval"]),
+        ("checkpoint.every=0", ["checkpoint.every", "0 is not an interval"]),
         ("model.shuffle=sof", ["model.shuffle", "'soft'"]),
         ("model.levels=4", ["model.levels", "2^4 = 16", "data.resolution is 8", "at most 3"]),
         ("data.resolution=7", ["data.resolution is 7", "multiple of 4"]),

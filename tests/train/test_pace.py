@@ -28,7 +28,7 @@ def test_an_interval_is_steps_a_time_or_auto(value, every):
 @pytest.mark.parametrize("value", [0, -5, "", "0s", "90 sec", "1e3s", "-1m", "m", "1.5", "Auto", "10m30s", True, 2.5])
 def test_what_is_no_interval_is_refused_with_what_would_be(value):
     with pytest.raises(
-        ValueError, match=r"is no interval: write steps \(500\), a time with its unit \(90s, 10m, 1.5h\)"
+        ValueError, match=r"is not an interval: write steps \(500\), a time with its unit \(90s, 10m, 1.5h\)"
     ):
         parse(value)
 
