@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from containers import Files, tar_of, write_files, zip_of
 from PIL import Image
 
 from data_prep.items import Patch, Source, photograph
@@ -26,33 +25,18 @@ def _png(value: int) -> bytes:
     return buffer.getvalue()
 
 
+def _files(names: list[str]) -> Files:
+    return {name: _png(n) for n, name in enumerate(names)}
+
+
 def _folder(root: Path, names: list[str]) -> Path:
-    for n, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(_png(n))
-    return root
-
-
-def _tar(path: Path, names: list[str]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for n, name in enumerate(names):
-            info = tarfile.TarInfo(name)
-            info.size = len(data := _png(n))
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def _zip(path: Path, names: list[str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for n, name in enumerate(names):
-            archive.writestr(name, _png(n))
-    return path
+    return write_files(root, _files(names))
 
 
 def _everywhere(folder: Path, names: list[str]) -> list[Path]:
     """Write the images as a folder, as a tar and as a zip."""
-    return [_folder(folder / "images", names), _tar(folder / "images.tar", names), _zip(folder / "images.zip", names)]
+    packed = {"images.tar": tar_of(_files(names)), "images.zip": zip_of(_files(names))}
+    return [_folder(folder / "images", names), *(write_files(folder, packed) / name for name in packed)]
 
 
 def _read(path: Path, split: str = "own") -> Source:
@@ -133,11 +117,11 @@ def test_images_beside_the_split_folders_are_refused_not_mixed(tmp_path: Path, s
 @pytest.mark.parametrize("top", ["", "train/"])
 def test_without_split_folders_a_hash_of_the_name_chooses(tmp_path: Path, top: str) -> None:
     names = [f"{top}c{n % 3}/{n}.png" for n in range(600)]
-    source = _read(_tar(tmp_path / "a.tar", names), "hash:0.2")
+    source = _read(_folder(tmp_path / "a", names), "hash:0.2")
     test = {i.source for i in source.splits["test"]}
     assert 80 < len(test) < 160  # four standard deviations about 120
     assert not test & {i.source for i in source.splits["train"]}
-    fewer = _read(_tar(tmp_path / "b.tar", names[:300]), "hash:0.2")
+    fewer = _read(_folder(tmp_path / "b", names[:300]), "hash:0.2")
     assert {i.source for i in fewer.splits["test"]} == test & {n.removeprefix(top) for n in names[:300]}
 
 
