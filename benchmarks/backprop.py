@@ -19,15 +19,15 @@ What a row of `--json` holds; null where it does not apply or could not be measu
   workspace; CPU only, not with `--quick`;
 - peak_bytes: the most that a step has allocated at once through torch, above what stood before it (parameters and
   batch). The parameters' gradients, gradient_bytes, are in it: they alone make it grow with depth when nothing is kept;
-- saved_bytes: what is still allocated after the forward pass, whoever holds it: what is kept for the backward pass, and
-  the loss. Saved-tensor hooks would not see what an autograd function keeps on its own, as memcnn's does;
+- saved_bytes: what is still allocated after the forward pass, no matter what holds it: tensors for the backward pass,
+  and the loss. Saved-tensor hooks would not see what an autograd function keeps on its own, as memcnn's does;
 - flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products;
 - conditioner_forwards: how often a coupling's network is run in a step, the mean over couplings;
 - gradient_error: of the conditioners' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
 
 From peak_bytes on it is counted, once, in another process, and on a CPU comes out the same each time.
 
-The rows are measured with glibc told to keep freed memory, as the workers have it; `--allocators` adds rows without. On
+The rows are measured with glibc set to keep freed memory, as in the workers; `--allocators` adds rows without. On
 a GPU it does not matter.
 """
 
@@ -77,12 +77,12 @@ SIZES = {
     "repeat": (4, 2),
     "rounds": (3, 1),
 }
-"""What is measured by default, and with --quick."""
+"""Sizes by default, and with --quick."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be measured."""
+    """One measurement."""
 
     mode: str
     depth: int
@@ -135,12 +135,12 @@ class Subject:
 
 
 def negative_log_prob(model: Any) -> Callable[[Any], Any]:
-    """The loss of a flow."""
+    """Return the loss of a flow."""
     return lambda x: -model(x).log_prob.mean()
 
 
 def clock(setting: Setting) -> dict[str, Any]:
-    """Seconds of a step, and what steps add to the process's high-water mark, if this is the first in it."""
+    """Return seconds of a step, and what steps add to the process's high-water mark, if this is the first in it."""
     subject = Subject(setting)
 
     def seconds(x: Any) -> float:
@@ -159,7 +159,7 @@ def clock(setting: Setting) -> dict[str, Any]:
 
 
 def count(settings: list[Setting]) -> list[dict[str, Any]]:
-    """What is counted of each; before an "auto" comes the "stored" of its depth."""
+    """Return the counted values of each setting; the "stored" of a depth must come before its "auto"."""
     stored: dict[int, int] = {}
     counted = []
     for setting in settings:
@@ -204,7 +204,7 @@ def _count(subject: Subject) -> dict[str, Any]:
 
 
 class _NoModules:
-    """In place of torch's ModuleTracker: all that is counted belongs to no module."""
+    """A replacement for torch's ModuleTracker: everything counted belongs to no module."""
 
     parents = frozenset({"Global"})
 
@@ -228,7 +228,7 @@ def _gradient_error(subject: Subject) -> float:
 
 
 def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
-    """Bytes of torch's allocator above what stood before: left while the result is alive, and at the most."""
+    """Return bytes of torch's allocator above the level before: while the result is alive, and at the peak."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -250,7 +250,7 @@ def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """What there is to measure, in the order that `count` wants."""
+    """Return the settings to measure, in the order that `count` needs."""
     sizes = {name: getattr(args, name) for name in Setting.__annotations__ if hasattr(args, name) and name != "budget"}
     found = []
     for depth in args.depths:
@@ -262,7 +262,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 
 
 def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row, measured."""
+    """Measure and return every row."""
     settings = settings_of(args)
     missing = [s for s in settings if s.mode in PEERS and not installed(s.mode)]
     settings = [s for s in settings if s not in missing]

@@ -1,4 +1,4 @@
-"""Where the peers of the data benchmarks run, and on what: their virtual environment, this machine, versions.
+"""The virtual environment of the data benchmarks' peers, this machine, and versions of packages.
 
 LitData and MosaicML Streaming pin other versions than this package (botocore, numpy): they get an environment of their
 own, made by pip on first use. It sees the packages of this one, so that torch is not fetched twice, where torchvision,
@@ -97,7 +97,7 @@ def run(command: Sequence[str], environment: dict[str, str] | None = None) -> st
 
 
 def timed(command: Sequence[str], environment: dict[str, str] | None = None) -> tuple[str, float, float]:
-    """As `run`; besides the seconds it took, by the clock and of CPU time, of it and of all processes below it."""
+    """Do as `run`; also return seconds by the clock and of CPU time, of it and of all processes below it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         began, spent = time.perf_counter(), dict[int, float]()
@@ -136,12 +136,12 @@ def cpu_of_tree(root: int) -> dict[int, float]:
 
 
 def child(python: str, module: str, task: dict[str, Any], environment: dict[str, str] | None = None) -> Any:
-    """What `python -m module TASK` prints last, as JSON; the task is given as JSON. Raises as `run`."""
+    """Return what `python -m module TASK` prints last, as JSON; the task is given as JSON. Raises as `run`."""
     return json.loads(run([python, "-m", module, json.dumps(task)], environment).splitlines()[-1])
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of packages as this interpreter finds them; those it does not find are left out."""
+    """Return versions of packages that this interpreter finds; others are left out."""
     found = {}
     for package in packages:
         try:
@@ -152,7 +152,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the machine on which the figures were measured."""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     git = ["git", "-C", str(ROOT)]
@@ -167,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe(where: dict[str, Any], packages: dict[str, str]) -> str:
-    """A line or two for under a table."""
+    """Return the lines about machine and versions that stand under a table."""
     return (
         f"{where['cores']} cores, {where['processor']}, Python {where['python']}, commit {where['commit']}\n"
         + ", ".join(f"{name} {version}" for name, version in sorted(packages.items()))

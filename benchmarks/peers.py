@@ -58,7 +58,7 @@ def loss(peer: str, model: flow.EIWFlow) -> Callable[[Tensor], Tensor]:
 
 
 class _Step(nn.Module):
-    """A bijection as memcnn wants it."""
+    """A bijection in the form that memcnn needs."""
 
     def __init__(self, bijection: flow.Bijection) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Step(nn.Module):
 
 
 def _memcnn(chains: list[Any], prior: flow.ActNorm, shape: tuple[int, int, int]) -> Steps:
-    with warnings.catch_warnings():  # it uses what torch deprecates, and would silence all UserWarnings for ever
+    with warnings.catch_warnings():  # it uses what torch deprecates, and would silence all UserWarnings forever
         warnings.simplefilter("ignore")
         import memcnn
 

@@ -67,7 +67,7 @@ class Images:
 
 
 def shape_of(depth: int, activation: str) -> flow.FlowConfig:
-    """One level of so many steps."""
+    """Return a flow of one level with this number of steps."""
     conditioner = flow.ConditionerConfig(hidden=32, activation=activation)
     return flow.FlowConfig((3, SIDE, SIDE), levels=1, steps=depth, conditioner=conditioner, backprop="stored")
 
@@ -106,7 +106,7 @@ def flow_at(weights: Weights, config: flow.FlowConfig, dtype: torch.dtype, devic
 
 
 def gradients(model: flow.EIWFlow, x: Tensor) -> Tensor:
-    """Of all parameters, as one float64 vector."""
+    """Return the gradients of all parameters as one float64 vector."""
     model.zero_grad()
     loss(model, x).backward()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])

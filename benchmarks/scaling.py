@@ -214,7 +214,7 @@ def step_row(job: Job, cluster: Cluster, workers: int, alone: float) -> dict[str
 
 
 def _losses(job: Job, cluster: Cluster, workers: int, node: int, machine_mtbf: float) -> dict[str, Any]:
-    """At machines of `node` GPUs, which have that share of the network, for both start-up times."""
+    """Return the losses at machines of `node` GPUs, which have that share of the network, for both start-up times."""
     network = replace(cluster.network, node=node, between=cluster.network.between * node / NODE)
     there = replace(cluster, network=network)
     slow = losses(job, replace(there, start_seconds=SLOW_START), workers, machine_mtbf)
@@ -309,7 +309,7 @@ def _step_line(r: dict[str, Any]) -> str:
 
 
 def _time(seconds: float) -> str:
-    """In the unit that suits; "never" beyond a thousand years."""
+    """Write seconds in a suitable unit; "never" beyond a thousand years."""
     for unit, size in (("years", 365 * DAY), ("d", DAY), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return "never" if seconds > 1000 * 365 * DAY else f"{seconds / size:,.0f} {unit}"

@@ -72,7 +72,7 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.collectives: Counter[tuple[str, int]] = Counter()
-        """By name and by bytes of the largest tensor."""
+        """Number of collectives by name and by bytes of the largest tensor."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = function._schema.name.partition("::")
@@ -86,8 +86,8 @@ def measure(settings: tuple[Setting, ...], rounds: int, steps: int, say: Callabl
     """What was measured and what the model says of it: {"network", "all_reduce", "rows"}; see `row_of`.
 
     Args:
-        rounds, steps: of each setting, alone, beside and as a pair, so many rounds of so many steps.
-        say: is told what is under way.
+        rounds, steps: of each setting, alone, beside and as a pair: the number of rounds, and of steps in a round.
+        say: called with a text about what is under way.
     """
     timed: dict[Setting, dict[str, list[float]]] = {s: {"alone": [], "beside": [], "pair": []} for s in settings}
     collectives: list[list[float]] = []
@@ -147,7 +147,7 @@ def row_of(
 
 
 def traffic(collectives: Counter[tuple[str, int]], gradient_bytes: int) -> dict[str, float]:
-    """Of a step: passes of the gradients' bytes, as `scaling_model.passes` has them, and collectives."""
+    """Return the traffic of a step: passes of the gradients' bytes, as in `scaling_model.passes`, and collectives."""
     twice = {"allreduce": 2}  # a reduce-scatter and an all-gather
     sent = sum(twice.get(name, 1) * size * times for (name, size), times in collectives.items())
     return {"passes": sent / gradient_bytes, "calls": sum(collectives.values())}
@@ -242,7 +242,7 @@ class Subject:
         )
 
     def step(self) -> None:
-        """As `eiwtrain.train.loop` makes one."""
+        """Make one as `eiwtrain.train.loop` does."""
         own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
         self.state.advance([m.loss for m in own], 1e-4)
         sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)

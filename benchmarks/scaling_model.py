@@ -45,22 +45,22 @@ class Job:
     """What a config asks for; see `benchmarks.scaling.job_of`."""
 
     flops: float
-    """Of a training step, forward and backward, for each image."""
+    """FLOPs of a training step, forward and backward, for each image."""
     forward_flops: float
-    """Of a forward pass, for each image."""
+    """FLOPs of a forward pass, for each image."""
     operations: int
-    """That the host starts for each micro-batch, forward and backward, whatever its size."""
+    """Operations that the host starts for each micro-batch, forward and backward, whatever its size."""
     gradient_bytes: int
     buckets: int
-    """In which gradients are reduced at ZeRO stages 1 to 3, one after the other."""
+    """Buckets in which gradients are reduced at ZeRO stages 1 to 3, one after the other."""
     tensors: int
     """Parameters, counted as tensors."""
     checkpoint_bytes: int
     zero_stage: int
     image_bytes: float
-    """In a shard."""
+    """Bytes of an image in a shard."""
     images: int
-    """In the training split."""
+    """Images in the training split."""
     global_batch: int
     micro_batch: int
     max_steps: int
@@ -79,17 +79,17 @@ class Cluster:
 
     network: Network
     flops_per_second: float
-    """Of each worker, as achieved in large products."""
+    """FLOPs a second of each worker, as achieved in large products."""
     launch_seconds: float
-    """In which the host starts one operation; it starts one after the other, and the GPU runs them meanwhile."""
+    """Seconds to start one operation; the host starts one after the other, and the GPU runs them meanwhile."""
     connection: float
-    """To the bucket, of each connection."""
+    """Bytes a second of each connection to the bucket."""
     decoded: float
     """Images a second that a core reads and decodes."""
     copy: float
-    """From a worker's device to the host's memory."""
+    """Bytes a second from a worker's device to the host's memory."""
     start_seconds: float
-    """From a fault to the next step, but for reading the checkpoint."""
+    """Seconds from a fault to the next step, without reading the checkpoint."""
     replace_seconds: float
     """Until a machine that is gone has a successor."""
 
@@ -108,12 +108,12 @@ class Step:
     """Whether starting the operations takes longer than computing them."""
     communication: float
     data: float
-    """Of which training sees something."""
+    """Seconds that training waits for images."""
     images_per_second: float
 
     @property
     def seconds(self) -> float:
-        """In all."""
+        """Seconds of the step in all."""
         return self.compute + self.communication + self.data
 
 
@@ -145,7 +145,7 @@ def calls(zero_stage: int, accumulation: int, tensors: int, buckets: int) -> int
 
 
 def transfer_seconds(sent: float, times: float, collectives: int, workers: int, network: Network) -> float:
-    """Of collectives over all workers, hierarchical: first inside each machine, then the machines' shares between them.
+    """Return seconds of hierarchical collectives over all workers: inside each machine, then between machines.
 
     An all-reduce of S bytes (`times` = 2) over n workers in a ring takes `2 (n - 1) / n S / bandwidth` and a latency
     for each hop (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009). Hops go round the ring inside a
@@ -160,14 +160,14 @@ def transfer_seconds(sent: float, times: float, collectives: int, workers: int, 
 
 
 def communication_seconds(job: Job, network: Network, workers: int) -> float:
-    """Of a step. None of it is overlapped with computing: the engine sets `overlap_comm` to false."""
+    """Return communication seconds of a step. None overlaps with computing: the engine sets `overlap_comm` to false."""
     _, accumulation = batching(job.global_batch, job.micro_batch, workers)
     count = calls(job.zero_stage, accumulation, job.tensors, job.buckets)
     return transfer_seconds(job.gradient_bytes, passes(job.zero_stage, accumulation), count, workers, network)
 
 
 def compute_seconds(flops: float, operations: float, cluster: Cluster) -> float:
-    """Of one micro-batch: the longer of computing it and of starting its operations."""
+    """Return seconds of one micro-batch: the longer of computing it and of starting its operations."""
     return max(flops / cluster.flops_per_second, operations * cluster.launch_seconds)
 
 
@@ -212,7 +212,7 @@ def duplicates(lanes: int, nodes: int) -> float:
 def misses(epoch: int, share: float, data_bytes: float, cache_bytes: float) -> float:
     """Share of what a machine reads in an epoch (the first is 1) that it has to fetch.
 
-    Each epoch a machine reads a `share` of the shards, drawn anew; its cache holds what it fetched in the last
+    Each epoch a machine reads a `share` of the shards, drawn each time; its cache holds what it fetched in the last
     epochs, as many as fit.
     """
     kept = cache_bytes // (share * data_bytes)
@@ -220,7 +220,7 @@ def misses(epoch: int, share: float, data_bytes: float, cache_bytes: float) -> f
 
 
 def fetched_bytes(job: Job, workers: int, epochs: int, network: Network) -> float:
-    """From the bucket, by all machines, in so many epochs."""
+    """Return the bytes that all machines fetch from the bucket in this number of epochs."""
     nodes = network.nodes(workers)
     share, total = duplicates(job.lanes, nodes) / nodes, job.images * job.image_bytes
     return nodes * share * total * sum(misses(e + 1, share, total, job.cache_bytes) for e in range(epochs))
@@ -236,19 +236,19 @@ def stall_seconds(job: Job, cluster: Cluster, workers: int) -> float:
 
 
 def write_seconds(job: Job, cluster: Cluster, workers: int) -> float:
-    """From the beginning of a checkpoint to its commit; each worker uploads its share."""
+    """Return seconds from the beginning of a checkpoint to its commit; each worker uploads its share."""
     upload = job.checkpoint_bytes / workers / cluster.connection
     return stall_seconds(job, cluster, workers) + upload + COMMIT_SECONDS
 
 
 def restart_seconds(job: Job, cluster: Cluster) -> float:
-    """From a fault to the next step: every worker reads the whole checkpoint, one part after the other."""
+    """Return seconds from a fault to the next step: every worker reads the whole checkpoint, part after part."""
     return cluster.start_seconds + job.checkpoint_bytes / cluster.connection
 
 
 def evaluation_share(job: Job, cluster: Cluster, workers: int) -> float:
-    """Of the time of training and evaluating: forward passes over the held-out images, dealt to the workers, and some
-    six more on rank 0 alone (samples at two temperatures, reconstructions, drift, entropies), while others wait."""
+    """Return evaluation's share of the whole time: forward passes over the held-out images, dealt to the workers, and
+    some six on rank 0 alone (samples at two temperatures, reconstructions, drift, entropies), while others wait."""
     rows, _ = batching(job.global_batch, job.micro_batch, workers)
     batches = math.ceil(job.eval_images / (rows * workers))
     # a forward pass starts a third of the operations
@@ -276,7 +276,7 @@ class Losses:
 
 
 def losses(job: Job, cluster: Cluster, workers: int, machine_mtbf: float) -> Losses:
-    """Where each machine is preempted once in `machine_mtbf` seconds, at random (a Poisson process).
+    """Return the losses if each machine is preempted once in `machine_mtbf` seconds, at random (a Poisson process).
 
     At n machines the rate is n times that of one. Each preemption costs a restart of all workers without the machine,
     and another when its successor is there (one alone where there is no other machine). What was trained since the
@@ -309,7 +309,7 @@ def goodput(interval: float, stall: float, down: float, mtbf: float) -> float:
     """Share of the time that goes into work that counts, at checkpoints every `interval` seconds of work.
 
     Exact for failures at random: J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart
-    dumps, Future Generation Computer Systems 22(3), 2006, equation 13. `down` is what a failure costs besides the
+    dumps, Future Generation Computer Systems 22(3), 2006, equation 13. `down` is what a failure costs beyond the
     work since the last checkpoint; a checkpoint that is written beside training adds the time it takes, as that much
     more work is done again.
     """

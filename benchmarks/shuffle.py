@@ -15,12 +15,14 @@ since become `static-block4`, the best of them; with `model.shuffle_block=0` it 
 
 Runs of one seed are paired: the rest of the net starts from the same numbers and sees the same images with the same
 noise in the same order. "to plain" is the mean over seeds of a variant's bits/dim less that of `plain` with the same
-seed, with its standard error: a difference within that is none. From scratch, runs of one seed soon come apart by
-luck. `--warm N` trains a net of each seed without a shuffle for N steps first, and all variants go on from there, which
-tells smaller differences apart; what is no identity at the start, as `fixed`, is then at a disadvantage.
+seed, with its standard error: a smaller difference means nothing. From scratch, runs of one seed soon diverge by
+chance. `--warm N` trains a net of each seed without a shuffle for N steps first, and all variants continue from there,
+which shows smaller differences; a variant that does not start as the identity, such as `fixed`, is then at a
+disadvantage.
 
-Every run is a process of its own, its result a line of the JSON file; the same command again runs what is missing.
-Seconds a step are measured apart, the variants in turn, as CPU time of one thread: others may share the machine.
+Every run is a process of its own, its result a line of the JSON file; the same command again makes the missing ones.
+Seconds a step are measured separately, the variants in turn, as CPU time of one thread, so others may share the
+machine.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ _CLIP = 50.0  # the bound of the gradient norm: the defaults of training
 
 
 def train(args: argparse.Namespace, variant: str, seed: int, warm: str = "", save: str = "") -> dict[str, Any]:
-    """One run; run in the child. Gives a row of the JSON file but for what names the run.
+    """Train once, in the child; return a row of the JSON file without the names of the run.
 
     Args:
         warm: file of the weights to start from, if not from scratch; its steps have seen the first images.
@@ -103,7 +105,7 @@ def train(args: argparse.Namespace, variant: str, seed: int, warm: str = "", sav
 
 
 def learning_rate(step: int, steps: int, falls: bool) -> float:
-    """Of the full one: warmed up over a twelfth of the steps, then, if it falls, to zero by a cosine."""
+    """Return the share of the full rate: a warm-up over a twelfth of the steps, then, if it falls, a cosine to zero."""
     rises = max(1, steps // 12)
     if step < rises or not falls:
         return min(1.0, (step + 1) / rises)
@@ -111,7 +113,7 @@ def learning_rate(step: int, steps: int, falls: bool) -> float:
 
 
 def take_step(model: BenchmarkFlow, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    """One step of training, as the workers take it; gives the batch's bits/dim."""
+    """Take one step of training, as the workers do; return the batch's bits/dim."""
     out = model(x)
     bits = flow.bits_per_dim(out.log_prob, model.dims).mean()
     optimizer.zero_grad()
@@ -122,7 +124,7 @@ def take_step(model: BenchmarkFlow, optimizer: torch.optim.Optimizer, x: Tensor)
 
 
 def measure_times(args: argparse.Namespace, variants: Sequence[str]) -> dict[str, float]:
-    """Median CPU seconds of a step of each variant, the variants in turn; run in the child."""
+    """Return median CPU seconds of a step of each variant, the variants in turn; run in the child."""
     shape = data.ShardReader(args.data, data.load_manifest(args.data), "train").image_shape
     chance = torch.Generator().manual_seed(0)
     x = torch.rand(args.batch, *shape, generator=chance) - 0.5
@@ -141,13 +143,13 @@ def measure_times(args: argparse.Namespace, variants: Sequence[str]) -> dict[str
 
 
 def make_config(args: argparse.Namespace, shape: tuple[int, int, int]) -> flow.FlowConfig:
-    """The flow that carries the shuffles."""
+    """Return the config of the flow that carries the shuffles."""
     conditioner = flow.ConditionerConfig(hidden=args.hidden)
     return flow.FlowConfig(shape, 3, 4, conditioner, conditioner_dtype="bfloat16")
 
 
 def summarize(rows: Sequence[dict[str, Any]], times: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for each variant, the best first; `rows` are those of one setting."""
+    """Return a row for each variant, the best first; `rows` are those of one setting."""
     bits: dict[str, dict[int, float]] = {}
     for row in rows:
         bits.setdefault(row["variant"], {})[row["seed"]] = row["bits_per_dim"]
@@ -170,13 +172,13 @@ def summarize(rows: Sequence[dict[str, Any]], times: dict[str, float]) -> list[d
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN where there are too few values."""
+    """Return the mean and its standard error; NaN where there are too few values."""
     mean = statistics.fmean(values) if values else math.nan
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def print_table(table: Sequence[dict[str, Any]]) -> None:
-    """The summary, in plain text."""
+    """Print the summary as plain text."""
     print(f"{'variant':20} {'parameters':>10} {'time':>5} {'seeds':>5} {'bits/dim':>15} {'to plain':>17} {'better':>6}")
     for row in table:
         (mean, error), (difference, spread) = row["bits_per_dim"], row["to_plain"]
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="of timing, a step of each variant; 0 for none")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--json", help="file to append results to, one a line; what it holds is not run again")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny, and three variants unless told")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny, and three variants unless given")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -232,7 +234,7 @@ class Results:
     """The JSON-lines file, and the child processes whose results go there.
 
     A line is known by its settings (and the data's fingerprint), and by the recipe of its variant: change either, and
-    it is run anew.
+    it is run again.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -263,7 +265,7 @@ class Results:
             self._append({**row, "time_to_plain": seconds / times[BASE]})
 
     def runs(self) -> list[dict[str, Any]]:
-        """What is known of runs."""
+        """Return the rows of finished runs."""
         return [row for row in self._rows() if "seed" in row]
 
     def times(self) -> dict[str, float]:
@@ -271,8 +273,8 @@ class Results:
         return {row["variant"]: row["time_to_plain"] for row in self._rows() if "time_to_plain" in row}
 
     def _warm_file(self, seed: int) -> Path:
-        told = digest({k: v for k, v in self.settings.items() if k not in ("steps", "images")})[:12]
-        return self.file.with_name(f"{self.file.stem}-{told}-{seed}.pt")
+        key = digest({k: v for k, v in self.settings.items() if k not in ("steps", "images")})[:12]
+        return self.file.with_name(f"{self.file.stem}-{key}-{seed}.pt")
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []

@@ -46,7 +46,7 @@ class Recipe:
     block: int = 0
     """Side, in pixels, of the blocks that are each described, turned and scaled for themselves; 0: the image."""
     both: bool = False
-    """With blocks, whether the solver also sees the descriptors of the image."""
+    """Whether, with blocks, the solver also sees the descriptors of the image."""
     earlier: bool = False
     """Whether the solver also sees the latents that left at the levels before."""
     whole: str = ""
@@ -55,7 +55,7 @@ class Recipe:
     static: str = ""
     """"identity" or "rotation", as what a learned 1x1 convolution starts that comes first; "" for none."""
     hidden: int | None = None
-    """Of the solver; None for as many as the parameters of `plain` allow."""
+    """Hidden units of the solver; None for as many as the parameters of `plain` allow."""
 
 
 BASE = "plain"
@@ -98,13 +98,13 @@ VARIANTS = (*SHUFFLES, *CANDIDATES)
 
 
 def describe_edges(a: Tensor) -> Tensor:
-    """As `describe`, and the log-variance of the differences of neighbours: (B, C, H, W) to (B, 4C)."""
+    """Return `channel_descriptors` and the log-variance of the differences of neighbours: (B, C, H, W) to (B, 4C)."""
     down, right = a.diff(dim=2).square().mean((2, 3)), a.diff(dim=3).square().mean((2, 3))
     return torch.cat((channel_descriptors(a), (0.5 * (down + right) + _LEAST_VARIANCE).log()), dim=1)
 
 
 def describe_grid(a: Tensor) -> Tensor:
-    """As `describe`, and the means of the four quarters: (B, C, H, W) to (B, 7C)."""
+    """Return `channel_descriptors` and the means of the four quarters: (B, C, H, W) to (B, 7C)."""
     return torch.cat((channel_descriptors(a), F.adaptive_avg_pool2d(a, 2).flatten(1)), dim=1)
 
 
@@ -122,26 +122,26 @@ class Memory:
         self.left: list[Tensor] = []
 
     def before(self, level: int, like: Tensor, size: int) -> Tensor:
-        """Of all levels before `level`, (B, size); zeros at initialisation, when there are none yet."""
+        """Return the descriptors of all levels before `level`, (B, size); zeros at initialisation, before any exist."""
         known = self.left[:level]
         return torch.cat(known, dim=1).to(like.dtype) if known else like.new_zeros(len(like), size)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a shuffle stands: its level, how many descriptors of earlier latents there are, and where they lie."""
+    """The place of a shuffle: its level, the number of descriptors of earlier latents, and their memory."""
 
     memory: Memory
     level: int = 0
     earlier: int = 0
 
     def known(self, like: Tensor) -> Tensor:
-        """Those descriptors, (B, earlier)."""
+        """Return those descriptors, (B, earlier)."""
         return self.memory.before(self.level, like, self.earlier)
 
 
 class Mixer(nn.Module):
-    """From descriptors to an invertible affine map of channels, predicted by a perceptron that starts at zero."""
+    """A perceptron that starts at zero and predicts an invertible affine map of channels from descriptors."""
 
     def __init__(self, recipe: Recipe, inputs: int, size: int, hidden: int) -> None:
         super().__init__()

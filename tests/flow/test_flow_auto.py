@@ -27,7 +27,7 @@ def auto(budget: int | None) -> EIWFlow:
 
 
 def budgets() -> Iterator[int]:
-    """From nothing to all that stored keeps."""
+    """Go from nothing to all that stored keeps."""
     least, most = (
         kept(make_flow(dtype=torch.float32, steps=STEPS, backprop=mode)) for mode in ("invertible", "stored")
     )
@@ -49,14 +49,14 @@ def test_a_budget_is_kept_to_and_used() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 6])
-def test_what_each_bijection_keeps_is_told_from_samples(batch: int) -> None:
+def test_what_each_bijection_keeps_is_predicted_from_samples(batch: int) -> None:
     flow = make_flow(dtype=torch.float32, steps=STEPS)
-    told = [cost for level in flow._costs(images(batch, dtype=torch.float32), None) for cost in level]
+    predicted = [cost for level in flow._costs(images(batch, dtype=torch.float32), None) for cost in level]
     measured = [cost for level in flow._measured(images(batch, dtype=torch.float32), None) for cost in level]
     if batch == 1:  # where halves need no copy to be contiguous, so less is kept
-        assert all(0.5 * a < b <= a for a, b in zip(told, measured, strict=True))
+        assert all(0.5 * a < b <= a for a, b in zip(predicted, measured, strict=True))
     else:
-        assert told == measured
+        assert predicted == measured
 
 
 def test_a_plan_is_made_for_each_kind_of_batch() -> None:

@@ -45,7 +45,7 @@ def subclasses(cls: type) -> Iterator[type]:
 
 
 def gradients(conditioner: nn.Module, x: Tensor) -> list[Tensor]:
-    """At the input and at every parameter."""
+    """Return the gradients at the input and at every parameter."""
     x = x.clone().requires_grad_()
     y = conditioner(x)
     weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)

@@ -27,7 +27,7 @@ def make(
     steps: int = 6,
     bfloat16: bool = False,
 ) -> VariationalDequantizer:
-    """At random parameters, with steps enough for every division of a 2x2 block."""
+    """Make one at random parameters, with steps enough for every division of a 2x2 block."""
     torch.manual_seed(0)
     dequantizer = VariationalDequantizer(shape, n_bits, ConditionerConfig(hidden=6), steps, bfloat16)
     return at_random_parameters(dequantizer, scale).to(dtype)

@@ -42,7 +42,7 @@ def gradients_are_plain_autograds() -> None:
         for options in OPTIONS:
             flow = make_flow(backprop=mode)
             wrapped = DistributedDataParallel(flow, **options)
-            for accumulating in (False, True):  # in this order: a static graph wants to see a synchronised step first
+            for accumulating in (False, True):  # in this order: a static graph needs a synchronised step first
                 flow.zero_grad()
                 for i, (part, weight) in enumerate(own):
                     with wrapped.no_sync() if accumulating and i < ACCUMULATION - 1 else nullcontext():

@@ -33,7 +33,7 @@ def whole_loss(out: FlowOutput) -> Tensor:
 
 
 def gradients(flow: EIWFlow, x: Tensor, loss: Callable[[FlowOutput], Tensor] = whole_loss) -> Tensor:
-    """Of the input and of all parameters, as one float64 vector; zero where there is none."""
+    """Return the gradients of the input and all parameters as one float64 vector; zero where a gradient is missing."""
     flow.zero_grad()
     x = x.clone().requires_grad_()
     loss(flow(x)).backward()
@@ -156,7 +156,7 @@ def bytes_saved(flow: EIWFlow, x: Tensor) -> int:
 
 
 def bytes_held(flow: EIWFlow, x: Tensor) -> int:
-    """What is allocated and not freed again while the output of a forward pass is alive, whoever holds it."""
+    """Return the bytes still allocated while the output of a forward pass is alive, no matter what holds them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         out = flow(x)
     assert out.log_prob.requires_grad
@@ -186,13 +186,13 @@ def test_64_steps_a_level_keep_as_much_as_8(measure: Callable[[EIWFlow, Tensor],
 
 
 class NoModules(nullcontext[None]):
-    """In place of the counter's tracker of modules, which does not bear modules that run inside a Function."""
+    """A replacement for the counter's tracker of modules, which fails on modules that run inside a Function."""
 
     parents = ("Global",)
 
 
 def convolution_flops(flow: EIWFlow, x: Tensor) -> int:
-    """Of a forward and a backward."""
+    """Return the FLOPs of a forward and a backward pass."""
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()  # type: ignore[assignment]
     flow(x)  # where "auto" finds out what fits

@@ -76,7 +76,7 @@ def training() -> Iterator[Training]:
 
 
 def gradients(weights: Weights, x: Tensor, dtype: torch.dtype = torch.float32, **changes: Any) -> Tensor:
-    """Of the images and of all parameters, as one float64 vector."""
+    """Return the gradients of the images and all parameters as one float64 vector."""
     flow = flow_at(weights, dtype, **changes)
     x = x.to(dtype).clone().requires_grad_()
     # Uneven weights, so that gradients of one sample in place of another's would show.
