@@ -1,5 +1,5 @@
-"""Bits per dimension of images under a trained flow, and what lossless coders need for the same images; on request
-the scores of single images, how well they tell another data set, FID and KID.
+"""Print bits per dimension of images under a trained flow, beside those of lossless coders; on request also scores of
+single images, how well they separate another data set, FID and KID.
 
     python -m eiwtrain.evaluate runs/quickstart --data runs/data/photos-32 --split test --iwbo 8 --scores s.parquet
     python -m eiwtrain.evaluate runs/quickstart --data runs/data/photos-32 --against runs/data/cifar10 --complexity png
@@ -74,9 +74,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--scores", metavar="FILE", help="Parquet file of each image's scores to write: path or URL")
     parser.add_argument("--json", metavar="FILE", help="file of the result to write: path or URL")
-    others = parser.add_argument_group("telling images of another data set by their bits/dim")
+    others = parser.add_argument_group("separation of images of another data set by their bits/dim")
     others.add_argument("--against", metavar="DATA", help="the other data set")
-    others.add_argument("--against-split", metavar="SPLIT", help="of it (default: as --split)")
+    others.add_argument("--against-split", metavar="SPLIT", help="split of the other data set (default: as --split)")
     others.add_argument(
         "--complexity", choices=tuple(yardsticks.CODERS), help="also score by bits/dim minus this coder's"
     )

@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eiwtrain.export", description="Export a checkpoint as a model.")
     parser.add_argument("which", help="best, last or a step")
     parser.add_argument("--run", required=True, help="folder or URL of the run, or its name under --storage")
-    parser.add_argument("--storage", default="runs", help="where a run lies that is given by its name (runs)")
+    parser.add_argument("--storage", default="runs", help="where runs are that are given by name (runs)")
     parser.add_argument("--output", help="folder or URL to write (exported/CHECKPOINT under the run's)")
     parser.add_argument("--onnx", action="store_true", help="also write the encoder as encode.onnx (takes minutes)")
     registering = parser.add_mutually_exclusive_group()
-    registering.add_argument("--register", metavar="NAME", help="in MLflow's Model Registry (the run's name)")
+    registering.add_argument("--register", metavar="NAME", help="name in MLflow's Model Registry (the run's name)")
     registering.add_argument("--no-register", action="store_true", help="leave the Model Registry alone")
-    parser.add_argument("--tracking-uri", help="of MLflow (MLFLOW_TRACKING_URI, or where the run was recorded)")
+    parser.add_argument("--tracking-uri", help="URI of MLflow (MLFLOW_TRACKING_URI, or where the run was recorded)")
     return parser
 
 

@@ -1,6 +1,6 @@
 """A proxy that breaks HTTP on request: error answers, resets, slow and truncated bodies, silence.
 
-Everything else is passed through as it comes, the Host header too, so that S3 signatures stay valid. One connection
+All other requests pass unchanged, with their Host header, so that S3 signatures stay valid. One connection
 serves one request. Not for anything but tests.
 """
 
@@ -29,7 +29,7 @@ class _Fault:
 
 
 class _Exchange:
-    """One request, already read, and what can be done to it."""
+    """One request, already read, with the faults that it can suffer."""
 
     def __init__(
         self, client: socket.socket, upstream: tuple[str, int], request: bytes, stopped: threading.Event
@@ -38,19 +38,19 @@ class _Exchange:
         self.method = request.split(b" ", 1)[0].decode()
 
     def reset(self) -> None:
-        """Close the client's connection so that it sees a reset, not an end."""
+        """Close the client's connection so that it sees a reset, not a regular end."""
         _linger_not(self.client)
 
     def cut(self, after: int) -> None:
-        """Send the server a part of the request, and let nobody hear more."""
+        """Send the server a part of the request, then reset both connections."""
         with socket.create_connection(self._upstream, timeout=_CALM) as server:
             server.sendall(self._request[: self._request.index(b"\r\n\r\n") + 4 + after])
-            time.sleep(0.05)  # what has been sent shall arrive: a reset discards what has not been read
+            time.sleep(0.05)  # until the sent bytes have arrived: a reset discards bytes that were not read
             _linger_not(server)
         self.reset()
 
     def forward(self, limit: int | None = None, bytes_per_second: float | None = None) -> None:
-        """Pass the request on and the answer back, of its body at most `limit` bytes."""
+        """Pass the request on, and the answer back with at most `limit` bytes of its body."""
         with socket.create_connection(self._upstream, timeout=_CALM) as server:
             server.sendall(self._request)
             with server.makefile("rb") as answer:
@@ -114,7 +114,7 @@ class FaultyProxy:
         def apply(exchange: _Exchange) -> None:
             if after is not None:
                 exchange.forward(limit=after)
-                time.sleep(0.05)  # what has been sent shall arrive: a reset discards what has not been read
+                time.sleep(0.05)  # until the sent bytes have arrived: a reset discards bytes that were not read
             exchange.reset()
 
         self._add(apply, times, matching)
@@ -124,7 +124,7 @@ class FaultyProxy:
         self._add(lambda exchange: exchange.cut(after), times, matching)
 
     def truncate(self, after: int, times: int = 1, matching: str = "") -> None:
-        """Close the connection in order `after` bytes of the body, whatever Content-Length has promised."""
+        """Close the connection regularly `after` bytes of the body, whatever Content-Length has promised."""
         self._add(lambda exchange: exchange.forward(limit=after), times, matching)
 
     def slow(self, bytes_per_second: float, times: int = 1, matching: str = "") -> None:
@@ -176,7 +176,7 @@ class FaultyProxy:
             return
         try:
             exchange.forward()
-        except ConnectionRefusedError:  # the server is away: so is the proxy
+        except ConnectionRefusedError:  # the server is down: so is the proxy
             exchange.reset()
 
     def _add(self, apply: Callable[[_Exchange], None], times: int, matching: str) -> None:
@@ -198,10 +198,10 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
         assert isinstance(request, socket.socket)
-        request.close()  # without the shutdown of the base class, which would end a connection before it is reset
+        request.close()  # without the base class's shutdown, which would close a connection before it is reset
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that leaves in the middle is no news."""
+        """Ignore a client that leaves in the middle."""
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -217,7 +217,7 @@ def _linger_not(connection: socket.socket) -> None:
 
 
 def _read_request(client: socket.socket) -> tuple[bytes, bytes] | None:
-    """Head (without its last empty line, told to close the connection) and body; None where none came."""
+    """Return head and body, or None if no request came; the head asks to close the connection, and lacks its end."""
     with client.makefile("rb") as stream:
         head, length = stream.readline(), 0
         if not head.strip():

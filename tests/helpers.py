@@ -1,4 +1,4 @@
-"""What several tests need: processes with a gloo group, small data sets, small configs."""
+"""Helpers of several tests: a free port, a gloo group, small data sets, small configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nothing listens on."""
+    """Return a TCP port of the loopback interface that nothing listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def lone_group(folder: Path) -> Iterator[None]:
-    """A gloo group of this process alone."""
+    """Start a gloo group of this process alone, and end it with the block."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     try:
         yield
@@ -31,7 +31,7 @@ def lone_group(folder: Path) -> Iterator[None]:
 
 
 def write_images(folder: Path, n: int, resolution: int = 8, seed: int = 0) -> None:
-    """n smooth random PNGs, in two class folders."""
+    """Write n smooth random PNGs, in two class folders."""
     generator = np.random.default_rng(seed)
     for i in range(n):
         coarse = generator.integers(0, 256, (2, 2, 3), dtype=np.uint8)
@@ -42,7 +42,7 @@ def write_images(folder: Path, n: int, resolution: int = 8, seed: int = 0) -> No
 
 
 def write_shards(output: Path, n: int = 60, resolution: int = 8) -> None:
-    """A small data set with splits train and test."""
+    """Write a small data set with splits train and test."""
     import data_prep
 
     images = output.with_name(output.name + "-images")
@@ -52,7 +52,7 @@ def write_shards(output: Path, n: int = 60, resolution: int = 8) -> None:
 
 
 def tiny_config(folder: Path, **overrides: Any) -> dict[str, Any]:
-    """A config that trains in a second, as YAML would give it; `overrides` are whole sections, merged."""
+    """Return a config that trains in a second, as YAML would give it; `overrides` update whole sections."""
     raw: dict[str, Any] = {
         "run": {"name": "tiny", "storage": str(folder / "runs")},
         "data": {"path": str(folder / "data"), "resolution": 8, "lanes": 4, "shuffle_block": 16},

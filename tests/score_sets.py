@@ -15,24 +15,24 @@ SIZE = 8
 
 
 def smooth(n: int, seed: int = 0, size: int = SIZE) -> np.ndarray:
-    """n images of soft colours, uint8 (n, size, size, 3)."""
+    """Return n images of soft colours, uint8 (n, size, size, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (n, 2, 2, 3), dtype=np.uint8)
     wide = (size, size)
     return np.stack([np.asarray(Image.fromarray(x).resize(wide, Image.Resampling.BILINEAR)) for x in coarse])
 
 
 def noise(n: int, seed: int = 0) -> np.ndarray:
-    """n images of nothing but noise, uint8 (n, SIZE, SIZE, 3)."""
+    """Return n images of noise, uint8 (n, SIZE, SIZE, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE, 3), dtype=np.uint8)
 
 
 def flat(n: int, seed: int = 0) -> np.ndarray:
-    """n images of one colour each, uint8 (n, SIZE, SIZE, 3)."""
+    """Return n images of one colour each, uint8 (n, SIZE, SIZE, 3)."""
     return np.random.default_rng(seed).integers(64, 192, (n, 1, 1, 3), dtype=np.uint8).repeat(SIZE, 1).repeat(SIZE, 2)
 
 
 def write_set(folder: Path, images: np.ndarray, classes: tuple[str, ...] = ()) -> str:
-    """A data set whose split `test` holds these images, and `train` the first of them; returns its folder."""
+    """Write a data set whose split `test` holds these images, and `train` the first one; return its folder."""
     source = folder / "images"
     for i, image in enumerate([images[0], *images]):
         split, name = ("train", "first") if i == 0 else ("test", f"{i - 1:04d}")
@@ -45,12 +45,12 @@ def write_set(folder: Path, images: np.ndarray, classes: tuple[str, ...] = ()) -
 
 
 def reader(url: str) -> data.ShardReader:
-    """Of the split `test`."""
+    """Open the split `test` of a data set."""
     return data.ShardReader(url, data.load_manifest(url), "test")
 
 
 def trained_flow(steps: int = 60, **config: object) -> flow.EIWFlow:
-    """A flow that has seen smooth images for a second: it needs fewer bits for them than for noise."""
+    """Train a flow on smooth images for a second: it needs fewer bits for them than for noise."""
     torch.manual_seed(0)
     small = {"levels": 2, "steps": 2, "conditioner": {"hidden": 16}, "conditioner_dtype": "float32"}
     model = flow.EIWFlow.from_config({"image_shape": [3, SIZE, SIZE], **small, **config})

@@ -1,4 +1,4 @@
-"""A run as training leaves it, made in milliseconds: checkpoints of an untrained flow, and where MLflow has it."""
+"""A run as training leaves it, written in milliseconds: checkpoints of an untrained flow, and where MLflow has it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def export_model(model: flow.EIWFlow, folder: Path, **metadata) -> str:
 
 
 def tracked(uri: str, artifacts: Path | None = None) -> str:
-    """The id of a new MLflow run."""
+    """Create an MLflow run and return its id."""
     client = MlflowClient(uri)
     experiment = client.create_experiment("small", artifact_location=artifacts and artifacts.as_uri())
     return str(client.create_run(experiment).info.run_id)

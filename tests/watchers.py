@@ -14,12 +14,12 @@ _MARK = "EIWTRAIN_TEST_MARK"
 
 
 def mark() -> dict[str, str]:
-    """An environment whose processes, and theirs, `marked` finds."""
+    """Return an environment; `marked` finds its processes and their children."""
     return os.environ | {_MARK: uuid.uuid4().hex}
 
 
 def marked(environment: dict[str, str]) -> list[psutil.Process]:
-    """The living processes that have the mark of that environment."""
+    """Return the living processes that have the mark of that environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -29,7 +29,7 @@ def marked(environment: dict[str, str]) -> list[psutil.Process]:
 
 
 def watchers(environment: dict[str, str]) -> list[psutil.Process]:
-    """Those of them that are watchers."""
+    """Return the marked processes that are watchers."""
     found = []
     for process in marked(environment):
         with contextlib.suppress(psutil.Error):
@@ -39,7 +39,7 @@ def watchers(environment: dict[str, str]) -> list[psutil.Process]:
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    """Until `true()`; fails after so many seconds."""
+    """Wait until `true()`; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not within {seconds} s"

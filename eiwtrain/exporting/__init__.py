@@ -1,2 +1,2 @@
-"""What goes with an exported model: its card, its forms for others, its place in a registry. The command is
+"""Exported models: the folder, its card, its forms for MLflow and ONNX, its place in a registry. The command is
 `eiwtrain.export`."""

@@ -1,4 +1,7 @@
-"""The folder of an exported model: assembled on this machine, then published in an order that leaves no half model."""
+"""The folder of an exported model: assembled on this machine, then published in an order that leaves no half model.
+
+Not for the Model Registry (`eiwtrain.exporting.registry`).
+"""
 
 from __future__ import annotations
 
@@ -32,20 +35,23 @@ def assembled(
     yardsticks: Yardsticks | None = None,
     with_onnx: bool = False,
 ) -> Iterator[Path]:
-    """The folder of an exported model, on this machine for the time of the context.
+    """Yield the folder of an exported model, which is on this machine until the context ends.
 
     Args:
-        metadata: JSON data, as `models.metadata_of` gives it; it goes into config.json and the model card.
+        metadata: JSON data, as `models.metadata_of` returns it; it goes into config.json and the model card.
         manifest: of the data set, if it can be read.
-        yardsticks: what lossless coders need for the first of the images of the held-out score.
-        with_onnx: whether the encoder is to be there as an ONNX graph too; raises ValueError where it cannot be had.
+        yardsticks: of the first images of the held-out score.
+        with_onnx: write the encoder as an ONNX graph, too.
+
+    Raises:
+        ValueError: there can be no ONNX graph of this flow.
     """
     described = dict(metadata)
     if manifest is not None and model.config.classes:
         described["class_names"] = list(manifest.classes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
-        # examples of its own making: images of the data set are not everybody's to pass on
+        # samples, not images of the data set, which may not be passed on
         examples = _samples(model, _EXAMPLES, 1.0).permute(0, 2, 3, 1).contiguous().numpy()
         package(folder, model, examples, described)
         flow.save(model, folder, described)
@@ -63,10 +69,10 @@ def assembled(
 def publish(folder: Path, url: str) -> None:
     """Copy an assembled folder to a folder or URL.
 
-    Weights come last but for the file that MLflow looks for, and those of another model that are there go first: what
-    is interrupted is no model, neither to `flow.load` nor to MLflow.
+    The weights are copied last, except for the file that MLflow looks for, and the weights of another model that are
+    there are deleted first: a folder that was left half written is not a model to `flow.load`, nor to MLflow.
     """
-    first, last = [flow.CONFIG_FILE], [flow.MODEL_FILE, MLMODEL]  # first: it tells whose files they are
+    first, last = [flow.CONFIG_FILE], [flow.MODEL_FILE, MLMODEL]  # first: it says which model the files belong to
     names = first + [name for name, _ in storage.find(str(folder)) if name not in first + last]
     for name in reversed(last):
         storage.delete(storage.join(url, name))
@@ -75,7 +81,7 @@ def publish(folder: Path, url: str) -> None:
 
 
 def place(root: str, saved: Checkpoint) -> str:
-    """Where the model of a checkpoint goes if nothing else is said: a folder of its own, below the run's root."""
+    """Return the default URL for the export of a checkpoint: a folder of its own under the run's root."""
     return storage.join(root, "exported", models.name_of(saved))
 
 
@@ -119,8 +125,9 @@ def yardsticks_of(root: str, saved: Checkpoint) -> Yardsticks | None:
 def register(
     folder: Path, name: str, root: str, saved: Checkpoint, tracked: TrackedRun, model: flow.EIWFlow
 ) -> registry.Registered:
-    """Register the assembled model of a run's last checkpoint; for the end of a run, whose own folder of the model
-    is written again when it goes on, and is nothing for a version to refer to.
+    """Register the assembled model of a run's last checkpoint, when the run ends.
+
+    The version does not refer to the run's own folder of the model, which is written again if the run is resumed.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -134,6 +141,6 @@ def register(
 
 
 def _samples(model: flow.EIWFlow, n: int, temperature: float) -> torch.Tensor:
-    """uint8 (n, C, H, W), the same each time."""
+    """Draw n images, uint8 (n, C, H, W), the same ones each time."""
     generator = torch.Generator(device=next(model.parameters()).device).manual_seed(_SEED)
     return model.to_images(model.sample(n, temperature, generator)).cpu()

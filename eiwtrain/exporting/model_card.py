@@ -1,7 +1,7 @@
-"""The README.md of an exported model: what it is, from what, how good, how to use it, and what it is not for.
+"""The README.md of an exported model: what it is, what it was trained on, how good it is, and how to use it.
 
-Markdown under a front matter as Hugging Face's hub reads it (https://huggingface.co/docs/hub/model-cards). It says what
-is known: a fact that the metadata lacks has no line. Nothing here is measured.
+It is Markdown under a front matter that Hugging Face's hub reads (https://huggingface.co/docs/hub/model-cards). A fact
+that the metadata lacks has no line. Not for measuring anything.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _LIMITS = """\
 - A low score does not mean that an image is like the training data: flows give simple images of other data sets higher
   likelihood than their own (Nalisnick et al., [arXiv 1810.09136](https://arxiv.org/abs/1810.09136)). Do not use it as a
   detector of foreign images without measuring that on yours.
-- It has the biases of its data, and images of its data may come back in its samples.
+- It has the biases of its data, and its samples may resemble images of its data.
 
-## What is known of the paper
+## The paper
 
 The model follows the abstract of EIW-Flow ([arXiv 2407.04958](https://arxiv.org/abs/2407.04958)). The paper's body and
 code were not at hand: the shuffle is a construction of eiwtrain's own in that spirit, and no figure of the paper is
@@ -75,13 +75,13 @@ def render(
     manifest: Manifest | None = None,
     yardsticks: Yardsticks | None = None,
 ) -> str:
-    """The card.
+    """Return the text of the card.
 
     Args:
         parameters: numbers in the weights.
-        metadata: as `eiwtrain.exporting.models.metadata_of` gives it; any of it may be missing.
+        metadata: as `eiwtrain.exporting.models.metadata_of` returns it; any of it may be missing.
         manifest: of the data set, if it can be read.
-        yardsticks: what lossless coders need for the first of the images of the score.
+        yardsticks: of the first images of the score.
     """
     known = {key: value for key, value in metadata.items() if value is not None}
     sections = [
@@ -99,7 +99,7 @@ def render(
 
 
 def summary(config: FlowConfig, parameters: int, metadata: Mapping[str, Any]) -> str:
-    """What the model is, in a sentence or two; Markdown."""
+    """Describe the model in a sentence or two of Markdown."""
     channels, height, width = config.image_shape
     kind = "class-conditional normalizing flow" if config.classes else "normalizing flow"
     data = f", trained on {metadata['data']}" if metadata.get("data") else ""
@@ -109,7 +109,7 @@ def summary(config: FlowConfig, parameters: int, metadata: Mapping[str, Any]) ->
 
 
 def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The card's YAML. The weights' license is not ours to give: there is no such entry."""
+    """Return the card's YAML. It has no license: the owner of the weights chooses one."""
     front: dict[str, Any] = {
         "library_name": "eiwtrain",
         "tags": ["normalizing-flow", "density-estimation", "exact-likelihood", "safetensors", "eiwtrain"],

@@ -1,4 +1,4 @@
-"""A trained flow from whatever a user has of it: an exported model, a checkpoint, a run, or a registered model.
+"""Opens a trained flow, whatever a user has of it: an exported model, a checkpoint, a run, or a registered model.
 
 For the commands. Not for resuming training, nor for programs without the rest of eiwtrain: those call `flow.load`.
 """
@@ -26,12 +26,12 @@ _TRAINING = ("global_batch", "lr", "schedule", "warmup_steps", "weight_decay", "
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A flow, in eval mode on the CPU, and what is known of it.
+    """A flow, in eval mode on the CPU, with its origin.
 
     Attributes:
         source: where it was found: the URL of the exported model or of the checkpoint.
         metadata: `step`, `samples_seen`, `data` (title), `data_fingerprint`, `eval_bits_per_dim` and so on; a model
-            that was exported by a program of somebody else may lack any of them.
+            that another program has exported may lack any of them.
     """
 
     flow: flow.EIWFlow
@@ -40,9 +40,12 @@ class LoadedModel:
 
 
 def open_model(name: str) -> LoadedModel:
-    """The flow at `name`: an exported model's folder or URL, a checkpoint's, a run's (its best checkpoint, the newest
-    if none was evaluated), or `models:/NAME@ALIAS` and `models:/NAME/VERSION` of the MLflow Model Registry that
-    MLFLOW_TRACKING_URI names.
+    """Open the flow at `name`.
+
+    Args:
+        name: folder or URL of an exported model, a checkpoint or a run (its best checkpoint, or the newest if none was
+            evaluated), or `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow Model Registry that
+            MLFLOW_TRACKING_URI names.
 
     Raises:
         ValueError: there is no such model.
@@ -62,13 +65,13 @@ def open_model(name: str) -> LoadedModel:
 
 
 def open_split(model: LoadedModel, url: str, split: str, option: str = "data") -> data.ShardReader:
-    """A split of the data set at `url`, of images and classes that the model takes.
+    """Open a split of the data set at `url`, whose images and classes the model takes.
 
     Args:
-        option: which named it, for errors.
+        option: the option that named the data set, for errors.
 
     Raises:
-        ValueError: there is no such split, or it is not for this model.
+        ValueError: there is no such split, or the model does not take its images.
     """
     with about_option(option):
         reader = data.ShardReader(url, data.load_manifest(url), split)
@@ -101,10 +104,10 @@ def about_option(name: str) -> Iterator[None]:
 
 
 def choose(which: str, root: str) -> Checkpoint:
-    """The newest checkpoint of a run (`last`), the best by held-out bits/dim (`best`), or that of a step.
+    """Return the newest checkpoint of a run (`last`), the best by held-out bits/dim (`best`), or that of a step.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such checkpoint.
     """
     found = checkpoints.committed(root)
     if which == "best":
@@ -121,7 +124,7 @@ def choose(which: str, root: str) -> Checkpoint:
 
 
 def of_checkpoint(saved: Checkpoint) -> LoadedModel:
-    """The averaged weights of a checkpoint."""
+    """Load the averaged weights of a checkpoint."""
     model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
     model.load_state_dict(checkpoints.section(checkpoints.load(saved), "ema"))
     return LoadedModel(model.eval(), saved.url, metadata_of(saved))
@@ -133,7 +136,7 @@ def name_of(saved: Checkpoint) -> str:
 
 
 def metadata_of(saved: Checkpoint) -> dict[str, Any]:
-    """What an exported model says of its origin: no path, address or name of a machine, as models get published."""
+    """Return the metadata of an exported model: no path, address or name of a machine, as models get published."""
     state, config = saved.state, saved.state["config"]
     score, train = state.get("score") or {}, config["train"]
 
@@ -162,7 +165,7 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
 
 
 def _exported(url: str) -> LoadedModel:
-    # the header of the weights holds all that config.json does: no other file is fetched
+    # the header of the weights holds all of config.json: no other file is fetched
     if storage.is_local(url):
         return _loaded(Path(storage.absolute(url), flow.MODEL_FILE), url)
     with tempfile.TemporaryDirectory() as copy:

@@ -1,8 +1,8 @@
 """The encoder of a flow as an ONNX graph: reals to latents and log-determinant, in float32, at any batch size.
 
-Not for the way back, nor for pixels: noise is drawn and added outside (`flow.dequantize`, or, of variational
-dequantization, `EIWFlow.dequantize`). With standard-normal latents, log p(x) is their log-density plus `log_det`.
-Needs onnx, onnxscript and onnxruntime, with which each graph is compared with torch before it is given away.
+Not for decoding, nor for pixels: the caller draws and adds the noise (`flow.dequantize`, or `EIWFlow.dequantize` for
+variational dequantization). With standard-normal latents, log p(x) is their log-density plus `log_det`.
+Needs onnx, onnxscript and onnxruntime; each graph is compared with torch before it is published.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Encoder(nn.Module):
 
 
 def check(flow: EIWFlow) -> None:
-    """Raises ValueError if `write` cannot be had for this flow, or here."""
+    """Raise ValueError if this flow has no ONNX graph, or a package to write it is not installed."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--onnx: {', '.join(missing)} not installed; pip install 'eiwtrain[onnx]'")
@@ -46,10 +46,10 @@ def write(flow: EIWFlow, file: Path) -> None:
     """Write the graph: input `x`, float32 (n, C, H, W), in [-1/2, 1/2), and `labels`, int64 (n,), if there are
     classes; outputs `z0`, `z1` and so on, the latents of each level, and `log_det` (n,) in nats.
 
-    Conditioners compute in float32, also those of a flow that was trained in bfloat16.
+    Conditioners compute in float32, even if the flow was trained in bfloat16.
 
     Raises:
-        ValueError: the graph computes something else than the flow.
+        ValueError: the graph does not compute what the flow does.
     """
     import onnxruntime
 
@@ -60,7 +60,7 @@ def write(flow: EIWFlow, file: Path) -> None:
     example = _example(flow, 3)
     shapes = tuple({0: batch} for _ in example)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch's own exporter uses that is deprecated
+        warnings.simplefilter("ignore")  # torch's own exporter uses deprecated functions
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(encoder, example, dynamic_shapes=shapes, strict=True)
         names = [f"z{level}" for level in range(flow.config.levels)] + ["log_det"]

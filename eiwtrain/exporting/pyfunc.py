@@ -23,7 +23,7 @@ from eiwtrain import __version__
 from eiwtrain.flow import EIWFlow, bits_per_dim, load
 
 MLMODEL = "MLmodel"
-"""The file without which a folder is no model for MLflow."""
+"""The file by which MLflow knows a folder as a model."""
 
 _BATCH = 64  # images at once
 

@@ -1,7 +1,7 @@
-"""Exported models in MLflow's Model Registry: a version of each, and the alias `best`, which only a better one gets.
+"""Exported models in MLflow's Model Registry: a version of each, and the alias `best`, which only a better one takes.
 
-A version refers to where its files are if that is a bucket, so that gigabytes do not go through the tracking server;
-files of this machine become artifacts of the run. Not for making the files: that is `eiwtrain.export`.
+The version of a model in a bucket refers to that bucket, so that gigabytes do not go through the tracking server;
+files of this machine become artifacts of the run. Not for writing the files (`eiwtrain.exporting.assemble`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from eiwtrain.exporting import model_card
 from eiwtrain.tracking.store import TrackingError, cause_line, client
 
 ALIAS = "best"
-_NAME = re.compile(r"[\w.-][\w. -]*")  # what MLflow takes, and `models:/NAME@ALIAS` can say
-_UPLOAD_SECONDS = "600"  # that a server may take for one file: it passes it on before it answers
+_NAME = re.compile(r"[\w.-][\w. -]*")  # allowed by MLflow, and in `models:/NAME@ALIAS`
+_UPLOAD_SECONDS = "600"  # a server's limit for one file, which it passes on before it answers
 _ALIKE = ("data_fingerprint", "image_shape", "n_bits", "eval_split", "eval_images")
-"""What figures must have in common to be compared."""
+"""Facts that two figures must have in common to be compared."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Registered:
     """A version of a registered model.
 
     Attributes:
-        new: whether it was made now; a model is registered once.
+        new: whether this call created it; a model is registered once.
         is_best: whether the alias `best` is on it.
-        why: what became of the alias, for people.
+        why: what happened to the alias, for people.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Registered:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError if a registered model cannot have that name."""
+    """Raise ValueError if a registered model cannot have that name."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"--register: {name!r} cannot name a registered model: letters, digits and . _ - are allowed")
 
@@ -63,14 +63,14 @@ def register(
     model: flow.EIWFlow,
     metadata: Mapping[str, Any],
 ) -> Registered:
-    """Register an exported model, and have the alias `best` name it if it is the first, or better than the one before.
+    """Register an exported model; the alias `best` moves to it if it is the first, or better than the one before.
 
     Args:
         folder: the exported model on this machine.
-        url: where it was published, and stays. If that is on this machine, the files are logged into the run.
+        url: where it was published, and stays; files of this machine are logged into the run.
         uri: of MLflow.
-        run_id: of the run that the model is from; None, or a run that MLflow does not know: it is not linked to one.
-        metadata: as `models.metadata_of` gives it.
+        run_id: of the run that trained it; with None, or if MLflow does not know it, the version has no run.
+        metadata: as `models.metadata_of` returns it.
 
     Raises:
         TrackingError: MLflow cannot be used, or files of this machine have no run to go into.
@@ -132,7 +132,7 @@ def _register(
 
 
 def _alias(mlflow: Any, name: str, version: Any) -> tuple[bool, str]:
-    """Move the alias if this version is better; returns whether it is on it, and why."""
+    """Move the alias if this version is better; return whether the version has it, and why."""
     number = mlflow.get_registered_model(name).aliases.get(ALIAS)
     if number is not None and str(number) == str(version.version):
         return True, f"it is {name}@{ALIAS}"
@@ -145,7 +145,7 @@ def _alias(mlflow: Any, name: str, version: Any) -> tuple[bool, str]:
 
 
 def _better(new: Mapping[str, str], old: Mapping[str, str]) -> tuple[bool, str]:
-    """Whether figures of the first are better than those of the second, as far as they compare; and why."""
+    """Return whether the first has better figures than the second, if they can be compared, and why."""
     here, there = _bits(new), _bits(old)
     if here is None:
         return False, "this one was not evaluated"
@@ -186,7 +186,7 @@ def _tags(folder: Path, config: flow.FlowConfig, metadata: Mapping[str, Any]) ->
 
 
 def _weights_sha256(file: Path) -> str:
-    """Of all tensors. Not of the file: safetensors writes what else is in its header in any order."""
+    """Return the SHA-256 of all tensors, not of the file: safetensors orders the metadata in its header at will."""
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         f.seek(8 + int.from_bytes(f.read(8), "little"))  # the header, after its length
@@ -196,7 +196,7 @@ def _weights_sha256(file: Path) -> str:
 
 
 def _run(mlflow: Any, run_id: str | None) -> Any | None:
-    """The run, if this store has it."""
+    """Return the run, or None if this store does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -208,9 +208,9 @@ def _run(mlflow: Any, run_id: str | None) -> Any | None:
 
 
 def _logged(mlflow: Any, folder: Path, run: Any | None, name: str) -> str:
-    """Log the files into the run; returns where they are then."""
+    """Log the files into the run and return their URL."""
     if run is None:
-        raise TrackingError("it does not know the run, to which files of this machine would belong: export to a bucket")
+        raise TrackingError("it does not know the run that files of this machine are logged into: export to a bucket")
     with _patience():
         mlflow.log_artifacts(run.info.run_id, str(folder), f"models/{name}")
     return storage.join(run.info.artifact_uri, "models", name)
@@ -218,7 +218,7 @@ def _logged(mlflow: Any, folder: Path, run: Any | None, name: str) -> str:
 
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
-    """A longer time limit of a request, which MLflow takes from the environment."""
+    """Raise the time limit of a request, which MLflow reads from the environment."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(name)
     os.environ[name] = _UPLOAD_SECONDS
@@ -230,7 +230,7 @@ def _patience() -> Iterator[None]:
 
 
 def _make(mlflow: Any, name: str) -> None:
-    """The registered model, unless it is there."""
+    """Create the registered model if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:

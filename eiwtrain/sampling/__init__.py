@@ -1,1 +1,1 @@
-"""From latents to images, and to files of them. The command is `eiwtrain.sample`."""
+"""Images decoded from latents, and files of them. The command is `eiwtrain.sample`."""

@@ -14,18 +14,20 @@ from eiwtrain.sampling.series import Series, decode, encode, render, samples
 
 
 def sample(model: flow.EIWFlow, n: int, temperature: float, seed: int) -> Tensor:
-    """n images, uint8 (n, C, H, W), of a seed: the first ones are the same whatever n, and their latents the same on
-    every device. A model of classes gives them in turn."""
+    """Draw n images of a seed, uint8 (n, C, H, W).
+
+    The first ones are the same whatever n is, and their latents are the same on every device. A model of classes gives
+    its classes in turn."""
     return torch.cat(list(render(model, samples(model, n, seed), temperature)))
 
 
 def reconstruct(model: flow.EIWFlow, batch: data.Batch) -> Tensor:
-    """The images of a batch through the flow and back, uint8 (n, C, H, W)."""
+    """Return the images of a batch after the way through the flow and back, uint8 (n, C, H, W)."""
     return decode(model, *encode(model, batch))
 
 
 def overview(model: flow.EIWFlow, batch: data.Batch, n: int, temperatures: Sequence[float], seed: int) -> Image.Image:
-    """One picture: n samples at each temperature, then held-out images and their reconstructions."""
+    """Draw one picture: n samples at each temperature, then held-out images and their reconstructions."""
     panels = [(f"samples, temperature {t:g}", sample(model, n, t, seed)) for t in temperatures]
     shift = 8 - model.config.n_bits
     panels.append(("held-out images", (batch.images >> shift) << shift))

@@ -23,10 +23,10 @@ _WRITERS = 8  # files written at a time: an object store answers slowly, and man
 
 
 def kind(url: str) -> str:
-    """What is to be at `url`: `grid` (x.png), `npz` (x.npz) or `folder` (x/).
+    """Return the kind of file that `url` names: `grid` (x.png), `npz` (x.npz) or `folder` (x/).
 
     Raises:
-        ValueError: none of these.
+        ValueError: it names another kind of file.
     """
     if url.endswith("/"):
         return "folder"
@@ -42,11 +42,11 @@ def kind(url: str) -> str:
 
 
 def check(url: str) -> None:
-    """That a grid or a set can be written to `url`; the folder of PNG files must be new or empty.
+    """Check that a grid or a set can be written to `url`; the folder of PNG files must be new or empty.
 
     Raises:
-        ValueError: the folder holds something already.
-        storage.StorageError: nothing can be written there, as a folder is where a file is to be, say.
+        ValueError: the folder holds files already.
+        storage.StorageError: nothing can be written there, for example because it is a folder.
     """
     if kind(url) == "folder":
         if storage.listdir(url):
@@ -57,10 +57,10 @@ def check(url: str) -> None:
 
 
 def write_npz(url: str, batches: Iterable[Tensor], n: int, labels: Tensor | None = None) -> None:
-    """Publish images as uint8 `arr_0`, (n, H, W, 3), and their classes, if any, as int64 `arr_1`, (n,): what the
-    evaluation of guided-diffusion (Dhariwal and Nichol, arXiv 2105.05233) and tools that follow it read.
+    """Publish images as uint8 `arr_0`, (n, H, W, 3), and their classes, if any, as int64 `arr_1`, (n,): the file
+    that guided-diffusion's evaluation (Dhariwal and Nichol, arXiv 2105.05233) and tools that follow it read.
 
-    No more than a batch is ever in memory; the file is made in the temporary folder first.
+    No more than a batch is ever in memory; the file is first written in the temporary folder.
 
     Args:
         batches: uint8 (b, 3, H, W) each, n images in all.
@@ -77,7 +77,7 @@ def write_npz(url: str, batches: Iterable[Tensor], n: int, labels: Tensor | None
 
 def write_folder(url: str, batches: Iterable[Tensor]) -> None:
     """Write images, uint8 (b, 3, H, W) each batch, as `000000.png`, `000001.png` and so on. Each file appears whole;
-    a set that was cut short has fewer of them."""
+    an interrupted set has fewer of them."""
     begin = 0
     with ThreadPoolExecutor(_WRITERS) as pool:
         for images in batches:
@@ -101,5 +101,5 @@ def _write_png(url: str, pixels: npt.NDArray[np.uint8]) -> None:
 
 
 def _by_rows(images: Tensor) -> npt.NDArray[np.uint8]:
-    """(b, H, W, 3), as files have it."""
+    """Return images as (b, H, W, 3), the order in files."""
     return images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,7 +1,7 @@
-"""Latents to decode: drawn by seed and number, and the path between two of them.
+"""Latents to decode: drawn by seed and number, or on the path between two of them.
 
-A latent here is all that a flow's `encode` gives for an image, laid end to end: (D,), D = C * H * W, standard normal
-under the model. Not for decoding them (`eiwtrain.sample`).
+A latent here is all that a flow's `encode` returns for an image, laid end to end: (D,), D = C * H * W, standard normal
+under the model. Not for decoding them (`eiwtrain.sampling.series`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PARALLEL = 1e-6  # sine of an angle below which an arc is a line, as far as flo
 
 
 def draw(seed: int, numbers: Tensor, dims: int) -> Tensor:
-    """Latents number `numbers` of a seed, float32 (n, dims), on the CPU.
+    """Draw the latents with these numbers of a seed, float32 (n, dims), on the CPU.
 
     Each is a function of (seed, number) alone: not of how many are drawn, in which batches, or for which device. They
-    come of hashed whole numbers, the same everywhere, by Box and Muller's transform (1958) in float64.
+    come from hashed whole numbers, the same everywhere, by Box and Muller's transform (1958) in float64.
 
     Args:
         numbers: int64 (n,), 0 or more.
-        dims: of one latent, even.
+        dims: dimensions of one latent, an even number.
     """
     indices = numbers.cpu().numpy()
     keys = torch.from_numpy(sample_keys(seed, _STREAM, np.zeros_like(indices), indices).view(np.int64))
@@ -37,15 +37,15 @@ def draw(seed: int, numbers: Tensor, dims: int) -> Tensor:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """The points at t of the arcs from a to b, (n, D): (sin((1 - t) w) a + sin(t w) b) / sin w, w the angle between
-    a and b (T. White, "Sampling generative networks", arXiv 1609.04468, section 2.1).
+    """Return the points at t of the arcs from a to b, (n, D): (sin((1 - t) w) a + sin(t w) b) / sin w, w the angle
+    between a and b (T. White, "Sampling generative networks", arXiv 1609.04468, section 2.1).
 
     A standard normal latent of many dimensions has a length of nearly sqrt(D). The straight line between two
-    (independent, so at nearly a right angle) passes at sqrt(D / 2), where the model has as good as no probability:
-    what it decodes to is as if drawn at a temperature of 0.7. The arc keeps the length.
+    (independent, so at nearly a right angle) passes at sqrt(D / 2), where the model has almost no probability:
+    its images look as if drawn at a temperature of 0.7. The arc keeps the length.
 
     Args:
-        a, b: (n, D), not zero. At t = 0 and at t = 1 they come out unchanged.
+        a, b: (n, D), not zero. They are returned unchanged at t = 0 and at t = 1.
         t: (n,) in [0, 1].
     """
     a_long, b_long, t = a.double(), b.double(), t.double()
@@ -59,11 +59,11 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def join(latents: Sequence[Tensor]) -> Tensor:
-    """The latents of each level, (n, C, H, W), as one, (n, D)."""
+    """Join the latents of each level, (n, C, H, W), into one, (n, D)."""
     return torch.cat([z.flatten(1) for z in latents], dim=1)
 
 
 def split(latents: Tensor, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-    """The inverse of `join`, for a flow's `latent_shapes`."""
+    """Split latents by a flow's `latent_shapes`; the inverse of `join`."""
     parts = latents.split([math.prod(shape) for shape in shapes], dim=1)
     return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]

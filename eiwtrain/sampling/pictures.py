@@ -1,4 +1,4 @@
-"""Pictures for people: titled panels of images in a grid. Not for making the images."""
+"""Pictures for people: titled panels of images in a grid. Not for drawing the images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MOST_TILES = 1024
-"""In a grid: more is a file for programs, not a picture for people."""
+"""The most images in a grid: more is a file for programs, not a picture for people."""
 MOST_ABREAST = 64
-"""Tiles side by side, and one above the other."""
+"""The most images side by side, and one above the other."""
 _COLUMNS = 8
 _CLASS_COLUMNS = 16
 _TILE = 64  # pixels an image is enlarged to at least, so that small ones can be seen
@@ -31,12 +31,12 @@ def grid(
     row_titles: Sequence[str] = (),
     side_by_side: bool = False,
 ) -> Image.Image:
-    """Titled panels of uint8 images (n, 3, H, W), one above the other or side by side. Images keep their pixels:
+    """Draw titled panels of uint8 images (n, 3, H, W), one above the other or side by side. Images keep their pixels:
     small ones are enlarged by a whole factor.
 
     Args:
-        columns: images in a row; by default as `columns_for` says.
-        row_titles: of each row, on the left, the same for all panels.
+        columns: images in a row; by default `columns_for`.
+        row_titles: title of each row, on the left, the same for all panels.
     """
     font = ImageFont.load_default(_FONT)
     shown = [t if len(t) <= _LONGEST else t[: _LONGEST - 1] + "…" for t in row_titles]
@@ -65,21 +65,21 @@ def grid(
 
 
 def columns_for(n: int, side_by_side: bool = False) -> int:
-    """Images in a row of a panel of n: eight for up to 64 images, else, or beside other panels, as in a square."""
+    """Return the images in a row of a panel of n: eight for up to 64 images; else, or beside other panels, a square."""
     square = math.ceil(math.sqrt(n))
     return square if side_by_side or n > _COLUMNS**2 else min(_COLUMNS, n)
 
 
 def rows_by_class(n: int, classes: int) -> tuple[int, int]:
-    """(columns, rows a class) of a panel of n images, with rows for each class: one if it has up to 16 images."""
+    """Return (columns, rows of a class) for n images with rows for each class: one row for up to 16 images."""
     each = -(-n // classes)
     rows = -(-each // _CLASS_COLUMNS)
     return -(-each // rows), rows
 
 
 def by_class(images: Tensor, classes: int) -> Tensor:
-    """Images whose classes come in turn, (n, C, H, W), reordered for rows of one class each; where a class has too
-    few to fill its rows, white."""
+    """Reorder images whose classes come in turn, (n, C, H, W), into rows of one class each; rows that a class does not
+    fill get white images."""
     columns, rows = rows_by_class(len(images), classes)
     panel = torch.full((classes, columns * rows, *images.shape[1:]), 255, dtype=torch.uint8)
     for number in range(classes):
@@ -89,7 +89,7 @@ def by_class(images: Tensor, classes: int) -> Tensor:
 
 
 def check_size(columns: int, rows: int) -> None:
-    """Raises ValueError for a grid of more tiles than anybody would look at: see `MOST_TILES`, `MOST_ABREAST`."""
+    """Raise ValueError for a grid that is too large to look at: see `MOST_TILES`, `MOST_ABREAST`."""
     if columns * rows > MOST_TILES or max(columns, rows) > MOST_ABREAST:
         raise ValueError(
             f"a grid {columns:,} images wide and {rows:,} high is too large to look at; it has at most {MOST_TILES:,}, "
@@ -98,7 +98,7 @@ def check_size(columns: int, rows: int) -> None:
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Return the bytes of a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -117,5 +117,5 @@ def _tiles(images: Tensor, columns: int) -> Image.Image:
 
 
 def _scale(images: Tensor) -> int:
-    """The whole factor that makes the longer side at least a tile's."""
+    """Return the whole factor that enlarges the longer side to at least a tile's."""
     return -(-_TILE // max(images.shape[2:]))

@@ -19,11 +19,11 @@ _DPI = 120
 
 
 def entropy_by_level(entropy: Tensor, title: str) -> Image.Image:
-    """What the shuffle is for, level by level: the entropy of what leaves the flow there, and of what stays.
+    """Plot, level by level, the entropy of what leaves the flow and of what stays; the shuffle is to separate the two.
 
     Args:
-        entropy: (levels, 2), nats per dimension, as `EIWFlow` gives it; NaN where nothing stays.
-        title: of the figure.
+        entropy: (levels, 2), nats per dimension, as `EIWFlow` returns it; NaN where nothing stays.
+        title: title of the figure.
     """
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def entropy_by_level(entropy: Tensor, title: str) -> Image.Image:
 
 
 def to_image(figure: Figure) -> Image.Image:
-    """A figure as an RGB image."""
+    """Return a figure as an RGB image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

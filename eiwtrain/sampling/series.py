@@ -1,6 +1,6 @@
-"""What there is to decode: samples of a seed, and ways from one image to another, each image by its number.
+"""Series of images to decode: samples of a seed, and ways from one image to another, each image by its number.
 
-Not for what becomes of the images (`eiwtrain.sample`).
+Not for pictures or files of the images (`eiwtrain.sampling.drawing`, `image_sets`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Series:
     """Images to decode, each by its number.
 
     Attributes:
-        n: how many.
-        latents: makes those of the numbers it is given, int64 (b,): (b, D), at temperature 1.
+        n: number of images.
+        latents: function of numbers, int64 (b,), that returns their latents, (b, D), at temperature 1.
         labels: int64 (n,), if the model has classes.
     """
 
@@ -33,18 +33,18 @@ class Series:
 
 
 def samples(model: flow.EIWFlow, n: int, seed: int, classes: Sequence[int] = ()) -> Series:
-    """Samples number 0 to n - 1 of a seed, which do not depend on n.
+    """Return samples number 0 to n - 1 of a seed, which do not depend on n.
 
     Args:
-        classes: for a model that has some: which ones, in turn; by default all.
+        classes: of a model that has classes: the ones to draw, in turn; by default all.
     """
     return Series(n, lambda numbers: latents.draw(seed, numbers, model.dims), _in_turn(model, n, classes))
 
 
 def between_samples(model: flow.EIWFlow, rows: int, steps: int, seed: int, classes: Sequence[int] = ()) -> Series:
-    """Rows of `steps` images each, along the arc (`latents.slerp`) from sample 2 r of a seed to sample 2 r + 1.
+    """Return rows of `steps` images each, on the arc (`latents.slerp`) from sample 2 r of a seed to sample 2 r + 1.
 
-    Both ends of a row are of one class, as there is nothing between two labels; rows take classes in turn.
+    Both ends of a row have one class, since nothing lies between two labels; rows take classes in turn.
     """
 
     def along(numbers: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def between_samples(model: flow.EIWFlow, rows: int, steps: int, seed: int, class
 
 
 def between_images(model: flow.EIWFlow, pairs: data.Batch, steps: int, batch: int = BATCH) -> Series:
-    """Rows of `steps` images each, along the arc from image 2 r of `pairs` to image 2 r + 1. The ends of a row are
-    the images themselves, through the flow and back."""
+    """Return rows of `steps` images each, on the arc from image 2 r of `pairs` to image 2 r + 1. The ends of a row are
+    reconstructions of the images."""
     begins = range(0, len(pairs.images), batch)
     of_ends = torch.cat([encode(model, data.Batch(*(t[i : i + batch] for t in pairs)))[0].cpu() for i in begins])
 
@@ -71,11 +71,11 @@ def between_images(model: flow.EIWFlow, pairs: data.Batch, steps: int, batch: in
 
 
 def pairs_of(reader: data.ShardReader, n: int, classes: int, seed: int) -> data.Batch:
-    """The first n pairs of images of a split, (2 n) rows with their noise; for a model of classes, each pair of one
-    class.
+    """Return the first n pairs of images of a split, (2 n) rows with their noise; for a model of classes, both images
+    of a pair have one class.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer pairs.
     """
     rows: list[list[Tensor]] = []
     waiting: dict[int, list[Tensor]] = {}
@@ -96,10 +96,10 @@ def pairs_of(reader: data.ShardReader, n: int, classes: int, seed: int) -> data.
 
 
 def render(model: flow.EIWFlow, series: Series, temperature: float = 1.0, batch: int = BATCH) -> Iterator[Tensor]:
-    """The images of a series, in batches: uint8 (b, C, H, W), on the CPU.
+    """Decode the images of a series, in batches: uint8 (b, C, H, W), on the CPU.
 
-    Another batch size changes them only as far as matrix products of another size round otherwise: by one level, at
-    rare pixels.
+    Another batch size changes them by rounding only, since matrix products of another size round differently: by one
+    level, at rare pixels.
     """
     for begin in range(0, series.n, batch):
         numbers = torch.arange(begin, min(begin + batch, series.n))
@@ -109,7 +109,7 @@ def render(model: flow.EIWFlow, series: Series, temperature: float = 1.0, batch:
 
 @torch.no_grad()
 def encode(model: flow.EIWFlow, batch: data.Batch) -> tuple[Tensor, Tensor | None]:
-    """The latents of a batch's images, (n, D), and their labels if the model has classes, on the model's device."""
+    """Return the latents of a batch's images, (n, D), and their labels if the model has classes, on its device."""
     images, noise, labels = data.flow_inputs(batch, model.config.classes, next(model.parameters()).device)
     x, _ = model.dequantize(images, noise)
     return latents.join(model.encode(x, labels)[0]), labels
@@ -117,14 +117,14 @@ def encode(model: flow.EIWFlow, batch: data.Batch) -> tuple[Tensor, Tensor | Non
 
 @torch.no_grad()
 def decode(model: flow.EIWFlow, z: Tensor, labels: Tensor | None) -> Tensor:
-    """The inverse of `encode`: uint8 (n, C, H, W), on the CPU."""
+    """Return the images of latents, uint8 (n, C, H, W), on the CPU; the inverse of `encode`."""
     device = next(model.parameters()).device
     labels = labels if labels is None else labels.to(device)
     return model.to_images(model.decode(latents.split(z.to(device), model.latent_shapes), labels)).cpu()
 
 
 def _in_turn(model: flow.EIWFlow, n: int, classes: Sequence[int]) -> Tensor | None:
-    """Labels of n images, int64 (n,); None for a model of no classes."""
+    """Return the labels of n images, int64 (n,), or None for a model without classes."""
     if not model.config.classes:
         return None
     chosen = torch.tensor(classes or range(model.config.classes))
@@ -132,5 +132,5 @@ def _in_turn(model: flow.EIWFlow, n: int, classes: Sequence[int]) -> Tensor | No
 
 
 def _places(numbers: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Of images numbered along rows: the row, and how far along it, 0 to 1."""
+    """Return the row of images that are numbered along rows, and the place in it, 0 to 1."""
     return numbers // steps, numbers % steps / (steps - 1)

@@ -1,1 +1,2 @@
-"""What a model gives for images: bits/dim of each, and what is made of them. The command is `eiwtrain.evaluate`."""
+"""Scores of images under a model, bits/dim of each, and figures computed from them; the command is
+`eiwtrain.evaluate`."""

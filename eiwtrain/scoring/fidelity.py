@@ -1,7 +1,7 @@
 """FID and KID: how far the features of samples are from those of real images.
 
-The features are those of torch-fidelity's port of the Inception network that published figures are made with; its
-weights are given as a file, and nothing is fetched. Not for sampling, nor for bits/dim.
+The features come from torch-fidelity's port of the Inception network that published figures use; the user gives its
+weights as a file, and nothing is fetched. Not for sampling, nor for bits/dim.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from eiwtrain.terminal.lines import one_line
 Features = npt.NDArray[np.float64]
 
 PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
-"""The weights of every FID that can be compared, among the files of torch-fidelity's release v0.2.0 on GitHub."""
+"""The file of the weights that published FIDs use, from torch-fidelity's release v0.2.0 on GitHub."""
 
 _LAYER = "2048"
 _DIGEST = re.compile(r"-([0-9a-f]{8,64})\.")  # as torch.hub names files
@@ -39,10 +39,10 @@ _SUBSETS, _SUBSET = 100, 1000
 
 @dataclass(frozen=True)
 class Network:
-    """What makes features of images.
+    """The network that computes features of images.
 
     Attributes:
-        module: uint8 (n, 3, H, W) to a tuple of one tensor, (n, 2048).
+        module: maps uint8 (n, 3, H, W) to a tuple of one tensor, (n, 2048).
         sha256: of the file of its weights, hex.
     """
 
@@ -51,7 +51,7 @@ class Network:
 
     @property
     def is_published(self) -> bool:
-        """Whether figures can be compared with those of others."""
+        """Whether figures can be compared with published ones."""
         return self.sha256.startswith("6726825d")
 
 
@@ -59,7 +59,7 @@ class Network:
 class Kid:
     """Kernel Inception Distance: mean and standard deviation over random subsets of `size` images of either set.
 
-    Where both sets have as many as make a subset, or fewer and equally many, there is one subset and no deviation.
+    If both sets have the size of a subset, or are equally large and smaller, there is one subset and no deviation.
     """
 
     mean: float
@@ -69,11 +69,11 @@ class Kid:
 
 
 def load_network(url: str, device: torch.device) -> Network:
-    """The feature network with the weights in a file: .safetensors, or .pth read by PyTorch's restricted loader, which
-    runs no code. Digits of SHA-256 in the file's name, as in `PUBLISHED`, must be those of its bytes.
+    """Load the feature network with the weights in a file: .safetensors, or .pth, read by PyTorch's restricted loader,
+    which runs no code. Digits of SHA-256 in the file's name, as in `PUBLISHED`, must match its bytes.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the file is not what it should be; one line.
+        ValueError: torch-fidelity is not installed, or the file does not hold these weights; one line.
         FileNotFoundError: there is no such file.
         StorageError: it cannot be read.
     """
@@ -90,7 +90,7 @@ def load_network(url: str, device: torch.device) -> Network:
         raise ValueError(f"--fid-weights: the SHA-256 of {url} begins with {sha256[:8]}, its name says {named[1]}")
     try:
         safe = _tensors(content, url)
-        # The network unpickles what it is given, without PyTorch's restrictions: bytes that were written here.
+        # The network unpickles its file without PyTorch's restrictions: so it gets bytes that were written here.
         file = io.BytesIO()
         torch.save(safe, file)
         file.seek(0)
@@ -102,7 +102,7 @@ def load_network(url: str, device: torch.device) -> Network:
 
 
 def features(network: Network, batches: Iterable[Tensor]) -> Features:
-    """Features of uint8 images (n, 3, H, W), batch by batch: (N, 2048)."""
+    """Return the features of uint8 images (n, 3, H, W), batch by batch: (N, 2048)."""
     device = next(network.module.parameters()).device
     # TensorFloat-32 would move FID in its second decimal.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -111,10 +111,10 @@ def features(network: Network, batches: Iterable[Tensor]) -> Features:
 
 
 def frechet_distance(a: Features, b: Features) -> float:
-    """FID of features (m, d) and (n, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), of their means and covariances
-    (Heusel et al. 2017, arXiv 1706.08500, equation 6).
+    """Return the FID of features (m, d) and (n, d): |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), of their means and
+    covariances (Heusel et al. 2017, arXiv 1706.08500, equation 6).
 
-    It depends on how many images there are of each: with fewer it is larger.
+    It depends on the number of images of each set: with fewer images it is larger.
     """
     roots = [_root_of_covariance(x) for x in (a, b)]
     # A = R'R and B = S'S, so A B has the eigenvalues of (R S')(R S')': the squares of the singular values of R S'.
@@ -124,8 +124,8 @@ def frechet_distance(a: Features, b: Features) -> float:
 
 
 def kernel_distance(a: Features, b: Features, seed: int = 0) -> Kid:
-    """KID of features (m, d) and (n, d): the squared MMD, unbiased, with the kernel (x.y / d + 1)^3 (Bińkowski et al.
-    2018, arXiv 1801.01401, section 4). It may be slightly below zero."""
+    """Return the KID of features (m, d) and (n, d): the unbiased squared MMD with the kernel (x.y / d + 1)^3 (Bińkowski
+    et al. 2018, arXiv 1801.01401, section 4). It may be slightly below zero."""
     size = min(_SUBSET, len(a), len(b))
     subsets = 1 if size == len(a) == len(b) else _SUBSETS
     generator = np.random.default_rng(seed)
@@ -140,7 +140,7 @@ def _mmd2(a: Features, b: Features) -> float:
 
 
 def _root_of_covariance(x: Features) -> Features:
-    """R with R'R the covariance of the rows, of as few rows as there are."""
+    """Return R with R'R the covariance of the rows; R has at most as many rows as x."""
     (root,) = scipy.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r")
     return root[: x.shape[1]]
 
@@ -152,7 +152,7 @@ def _tensors(content: bytes, url: str) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as e:  # of bytes that are something else it raises whatever comes
+    except Exception as e:  # for bytes of another kind it may raise anything
         raise ValueError(f"PyTorch's restricted loader refuses it: {type(e).__name__}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}")
@@ -160,10 +160,10 @@ def _tensors(content: bytes, url: str) -> dict[str, Tensor]:
 
 
 def _inception() -> Any:
-    """The class of torch-fidelity's network.
+    """Return the class of torch-fidelity's network.
 
-    Its package imports torchvision, of which the network needs nothing, and whose usual build cannot be imported
-    beside a CPU build of torch: so the package is not run, only the network's module.
+    The package imports torchvision, which the network does not need, and whose usual build cannot be imported beside a
+    CPU build of torch: so only the network's module is run, not the package.
     """
     spec = importlib.util.find_spec("torch_fidelity")
     if spec is None:

@@ -1,6 +1,6 @@
-"""Telling images of another distribution by their bits/dim: AUROC, and the histogram that shows it.
+"""Detection of images of another distribution by their bits/dim: AUROC, and the histogram that shows it.
 
-Known beforehand: a flow may need *fewer* bits for simpler images of another kind than for those it was trained on, and
+A flow may need *fewer* bits for simpler images of another kind than for those that it was trained on;
 AUROC is then below 1/2 (Nalisnick et al. 2019, arXiv 1810.09136). `corrected` is a remedy, not a proof.
 
 Not for scoring images: `eiwtrain.scoring.score_table`.
@@ -25,16 +25,16 @@ from eiwtrain.scoring.score_table import ScoreTable
 Numbers = npt.NDArray[np.float64]
 
 _BINS = 40
-_SHOWN = (0.2, 99.8)  # percentiles of either set between which bins lie: one wild image would make the rest one bar
+_SHOWN = (0.2, 99.8)  # percentiles of either set between which bins lie, so that one extreme image does not widen them
 
 
 @dataclass(frozen=True)
 class Auroc:
-    """How well a score tells images of another set.
+    """How well a score separates images of another set.
 
     Attributes:
         value: probability that an image from outside scores higher than one from inside, ties counting half.
-        standard_error: of that, over the images of both sets; NaN if one has a single image.
+        standard_error: of the value, over the images of both sets; NaN if one has a single image.
     """
 
     value: float
@@ -42,13 +42,13 @@ class Auroc:
 
 
 def auroc(inside: Numbers, outside: Numbers) -> Auroc:
-    """Area under the ROC curve for telling `outside`, (m,), from `inside`, (n,), by higher scores.
+    """Return the area under the ROC curve for separating `outside`, (m,), from `inside`, (n,), by higher scores.
 
     The standard error is that of DeLong et al. 1988 (Biometrics 44, 837-845): it assumes no shape of either
     distribution.
 
     Raises:
-        ValueError: a score that is not finite.
+        ValueError: a score is not finite.
     """
     both = np.concatenate([inside, outside])
     if wild := int((~np.isfinite(both)).sum()):
@@ -62,24 +62,24 @@ def auroc(inside: Numbers, outside: Numbers) -> Auroc:
 
 
 def corrected(table: ScoreTable, coder: str) -> Numbers:
-    """Bits/dim of the model minus those of the coder, (n,): the score S(x) = -l(x) - L(x) of Serrà et al. 2020
+    """Return bits/dim of the model minus those of the coder, (n,): the score S(x) = -l(x) - L(x) of Serrà et al. 2020
     (arXiv 1909.11480), where l is the log2-likelihood a dimension and L the length of the compressed image, in
     bits a dimension. Higher is further out.
 
     Args:
-        coder: of `yardsticks.CODERS`.
+        coder: one of `yardsticks.CODERS`.
     """
     return table.bound - table.coders[coder]
 
 
 def histogram(panels: Mapping[str, Sequence[Numbers]], areas: Mapping[str, Auroc], inside: str, outside: str) -> bytes:
-    """A PNG with one histogram of both sets for each score.
+    """Return a PNG with one histogram of both sets for each score.
 
     Args:
-        panels: scores of the images inside, (n,), and outside, (m,), by what the score is called.
+        panels: scores of the images inside, (n,), and outside, (m,), by the name of the score.
         areas: AUROC of each.
-        inside: what to call that set.
-        outside: what to call the other.
+        inside: name of the first set.
+        outside: name of the other.
     """
     figure = Figure(figsize=(7, 3.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
@@ -91,7 +91,7 @@ def histogram(panels: Mapping[str, Sequence[Numbers]], areas: Mapping[str, Auroc
             shown = np.clip(scores, edges[0], edges[-1])
             axis.hist(shown, edges, weights=weights, alpha=0.55, label=f"{name} ({len(scores):,} images)")
         area = areas[title]
-        axis.set(xlabel=f"{title} (what is beyond counts in the outermost bars)", ylabel="share of images")
+        axis.set(xlabel=f"{title} (values beyond count in the outermost bars)", ylabel="share of images")
         axis.set_title(f"AUROC {area.value:.3f} ± {area.standard_error:.3f}")
         axis.legend()
     file = io.BytesIO()
@@ -100,11 +100,11 @@ def histogram(panels: Mapping[str, Sequence[Numbers]], areas: Mapping[str, Auroc
 
 
 def score_title(coder: str | None = None) -> str:
-    """What the score is called: the model's own, or the one that a coder's is taken from."""
+    """Return the name of the model's own score, or of the score minus a coder's."""
     return "bits/dim" if coder is None else f"bits/dim minus {yardsticks.TITLES[coder]}'s"
 
 
 def _share_below(scores: Numbers, others: Numbers) -> Numbers:
-    """For each of the scores, which share of the others is below; equal ones count half."""
+    """Return, for each score, the share of the others that are below it; equal ones count half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")) / (2 * len(others))

@@ -1,6 +1,6 @@
-"""The scores of single images: made in one pass over a split, and written as a Parquet table.
+"""The scores of single images: computed in one pass over a split, and written as a Parquet table.
 
-Not for what is computed from them: means are in `eiwtrain.scoring.scores`, AUROC in `eiwtrain.scoring.outliers`.
+Not for figures computed from them: means are in `eiwtrain.scoring.scores`, AUROC in `eiwtrain.scoring.outliers`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class ScoreTable:
     Attributes:
         index: of the image within its split.
         label: its class, -1 for none.
-        first_draw: bound of one draw of noise.
-        bound: importance-weighted bound of all draws; the same where there is one.
+        first_draw: bound from one draw of noise.
+        bound: importance-weighted bound from all draws; the same if there is one draw.
         coders: file size by lossless coder.
-        draws: of noise, an image.
+        draws: draws of noise for each image.
     """
 
     index: npt.NDArray[np.int64]
@@ -47,13 +47,13 @@ class ScoreTable:
 def score_images(
     model: flow.EIWFlow, reader: data.ShardReader, *, images: int, batch: int, seed: int = 0, draws: int = 1
 ) -> ScoreTable:
-    """Score the first `images` of a split, all where it has fewer. On a terminal, progress goes to stderr.
+    """Score the first `images` of a split, or all if it has fewer. On a terminal, progress goes to stderr.
 
     Noise depends on (seed, draw, index) alone: another `batch` changes the scores by rounding only.
 
     Args:
-        batch: images a batch.
-        draws: of noise, an image.
+        batch: images in a batch.
+        draws: draws of noise for each image.
 
     Raises:
         ValueError: a size below 1.
@@ -79,13 +79,13 @@ def score_images(
 
 
 def to_parquet(sets: Mapping[str, ScoreTable], metadata: Mapping[str, str]) -> bytes:
-    """A Parquet file of one or more tables under each other.
+    """Return a Parquet file of one or more tables, one below the other.
 
-    Columns: `set` (where there are several: the key of each), `index`, `label` (null for none), `bits_per_dim` (one
-    draw), `iwbo_bits_per_dim` (where there are more draws), and `png_bits_per_dim`, `webp_bits_per_dim`.
+    Columns: `set` (the key of each table, if there are several), `index`, `label` (null for none), `bits_per_dim` (one
+    draw), `iwbo_bits_per_dim` (if there are more draws), and `png_bits_per_dim`, `webp_bits_per_dim`.
 
     Args:
-        metadata: goes into the schema, beside what Arrow keeps there.
+        metadata: for the schema, in addition to what Arrow keeps there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -24,24 +24,24 @@ class Score:
     bits_per_dim: float
     """Mean over images."""
     standard_error: float
-    """Of that mean, over images; NaN of one image, or where bits are not finite."""
+    """Standard error of the mean over images; NaN for one image, or if bits are not finite."""
     images: int
 
 
 @torch.no_grad()
 def image_bits(model: flow.EIWFlow, draws: Sequence[data.Batch]) -> tuple[Tensor, Tensor]:
-    """Bits/dim of each row of a batch, float64 (n,) on the CPU: an upper bound of what the model needs to code it.
+    """Return bits/dim of each row of a batch, float64 (n,) on the CPU: an upper bound of what it takes to code it.
 
     Args:
         model: a flow, on the device to use.
-        draws: the same batch, each time with other noise.
+        draws: the same batch, with other noise each time.
 
     Returns:
         The bound of the first draw alone (the ELBO if dequantization is variational), and the importance-weighted one
-        of all draws (`EIWFlow.iwbo`), which are the same where there is one.
+        of all draws (`EIWFlow.iwbo`); they are the same if there is one draw.
 
     Raises:
-        DataError: an image of no class, for a model that has classes.
+        DataError: an image has no class, and the model has classes.
     """
     device = next(model.parameters()).device
     images, noise, labels = data.flow_inputs(draws[0], model.config.classes, device)
@@ -57,7 +57,7 @@ def score(
     batches: Iterable[data.Batch],
     stopped: Callable[[], bool] = lambda: False,
 ) -> Score | None:
-    """Mean bits/dim over batches; over all ranks' batches when there is a process group (then collective).
+    """Return mean bits/dim over batches; over the batches of all ranks if there is a process group (then collective).
 
     Args:
         model: a flow, on the device to use.
@@ -80,12 +80,12 @@ def score(
 
 
 def mean(bits: Tensor) -> Score:
-    """The score of images of these bits/dim, (n,)."""
+    """Return the score of images with these bits/dim, (n,)."""
     return _score(_sums(bits, torch.ones_like(bits)))
 
 
 def _sums(bits: Tensor, weight: Tensor) -> Tensor:
-    """Images, sum of bits/dim, sum of their squares."""
+    """Return the number of images, the sum of their bits/dim, and the sum of the squares."""
     weight = weight.double()
     return torch.stack([weight.sum(), (weight * bits).sum(), (weight * bits.square()).sum()])
 

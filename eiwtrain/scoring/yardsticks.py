@@ -1,4 +1,7 @@
-"""What lossless coders that everybody has need for images: the yardsticks beside every bits/dim of a model."""
+"""Bits/dim of common lossless coders: the yardsticks that are printed beside every bits/dim of a model.
+
+Not for coding images with a flow.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +28,15 @@ _AT_A_TIME = 256  # images in memory
 
 @dataclass(frozen=True)
 class Yardsticks:
-    """What lossless coders need for the first images of a split."""
+    """Bits/dim that lossless coders need for the first images of a split."""
 
     images: int
     bits_per_dim: dict[str, float]
-    """By coder."""
+    """Mean over the images, by coder."""
 
 
 def bits(image: np.ndarray, coder: str, n_bits: int = 8) -> int:
-    """Bits of the file of one image; its header counts, as it is part of what an image costs.
+    """Return the bits of the file of one image; its header counts, as it is part of what an image costs.
 
     Args:
         image: uint8 (3, H, W).
@@ -48,14 +51,14 @@ def bits(image: np.ndarray, coder: str, n_bits: int = 8) -> int:
 
 
 def image_bits_per_dim(images: Sequence[np.ndarray], n_bits: int = 8) -> dict[str, npt.NDArray[np.float64]]:
-    """Bits per dimension of the file of each image, (n,), by coder."""
+    """Return bits per dimension of the file of each image, (n,), by coder."""
     with ThreadPoolExecutor() as pool:  # WebP takes some 30 ms an image of 32x32, outside the interpreter's lock
         files = {c: pool.map(lambda image, c=c: bits(image, c, n_bits) / image.size, images) for c in CODERS}
         return {coder: np.array(list(sizes)) for coder, sizes in files.items()}
 
 
 def bits_per_dim(images: Iterable[np.ndarray], n_bits: int = 8) -> dict[str, float]:
-    """Bits per dimension of the files of single images, by coder: the mean over images, which are of one size."""
+    """Return mean bits per dimension of the files of single images, all of one size, by coder."""
     parts = [image_bits_per_dim(some, n_bits) for some in _in_parts(iter(images))]
     return {coder: float(np.concatenate([part[coder] for part in parts]).mean()) for coder in CODERS}
 

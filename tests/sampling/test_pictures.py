@@ -19,7 +19,7 @@ def plain(n, size=32, first=0):
 
 
 def tiles(picture):
-    """Where tiles are: {number: (left, top, width, height)}, of `plain` images."""
+    """Return the places of tiles of `plain` images: {number: (left, top, width, height)}."""
     pixels = np.asarray(picture)
     found = {}
     inside = (pixels[..., 1] == 128) & (pixels[..., 2] == 0)
@@ -39,7 +39,7 @@ def rows(found):
 
 
 def ink(picture, left, top, right, bottom):
-    """Whether something dark is written there."""
+    """Return whether there is something dark."""
     return bool((np.asarray(picture)[top:bottom, left:right] < 100).all(axis=2).any())
 
 

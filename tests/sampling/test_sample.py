@@ -56,7 +56,7 @@ def reader(folder):
 
 
 def nearly_equal(a, b):
-    """As 8-bit images decoded in batches of other sizes are."""
+    """Return whether images are as equal as those decoded in batches of other sizes."""
     difference = (a.int() - b.int()).abs()
     return difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
@@ -108,7 +108,7 @@ VECTORS = arrays.arrays(np.float32, (1, 6), elements=st.floats(-8, 8, width=32))
 
 @given(VECTORS, VECTORS, st.floats(0, 1))
 @settings(max_examples=100, deadline=None)
-def test_the_way_between_latents_starts_and_ends_at_them_and_is_the_same_back(a, b, t):
+def test_the_arc_between_latents_ends_at_them_and_is_reversible(a, b, t):
     a, b, t = torch.from_numpy(a), torch.from_numpy(b), torch.tensor([t], dtype=torch.float64)
     assert torch.equal(latents.slerp(a, b, torch.zeros(1)), a)
     assert torch.equal(latents.slerp(a, b, torch.ones(1)), b)
@@ -119,7 +119,7 @@ def test_the_way_between_latents_starts_and_ends_at_them_and_is_the_same_back(a,
         torch.testing.assert_close(latents.slerp(2 * a, 2 * b, t), 2 * at, rtol=1e-4, atol=1e-3)
 
 
-def test_the_way_between_latents_of_one_length_keeps_the_length_and_a_steady_pace():
+def test_the_arc_between_latents_keeps_length_and_pace():
     a, b = (latents.draw(0, torch.tensor([n]), 3072) for n in (0, 1))
     b = b * a.norm() / b.norm()
     way = latents.slerp(a.expand(9, -1), b.expand(9, -1), torch.arange(9) / 8)
@@ -341,7 +341,7 @@ def test_a_folder_gets_png_files(folder, tmp_path, store, request):
         assert nearly_equal(torch.tensor(pixels(tmp_path / "one.png").transpose(2, 0, 1)), image)
 
 
-def test_a_bucket_that_is_not_there_is_told_before_anything_is_drawn(folder, s3, capsys, monkeypatch):
+def test_a_missing_bucket_is_reported_before_anything_is_drawn(folder, s3, capsys, monkeypatch):
     monkeypatch.setattr(flow.EIWFlow, "decode", lambda *_: pytest.fail("it draws"))
     assert command(folder / "model", "--output", f"{s3.replace('bucket', 'nobody')}/set/") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -416,7 +416,7 @@ def test_a_set_that_fails_midway_leaves_no_npz(tmp_path):
         ("memory://nowhere/model", [], "memory://nowhere/model"),
     ],
 )
-def test_a_command_that_cannot_work_says_why_in_one_line_and_draws_nothing(
+def test_a_refused_command_says_why_in_one_line_and_draws_nothing(
     model, words, message, folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(flow.EIWFlow, "decode", lambda *_: pytest.fail("it draws"))
@@ -439,7 +439,7 @@ def test_images_of_another_size_are_refused(folder, tmp_path, capsys):
     assert "--data: images of large are 3x16x16, and the model takes 3x8x8" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_in_memory_is_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
+def test_a_batch_that_does_not_fit_in_memory_is_one_line(folder, tmp_path, capsys, monkeypatch):
     def decode(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
