@@ -1,4 +1,4 @@
-"""Real runs of the main job, each broken once in a seeded way and started again until it finishes: what was lost?
+"""Real runs of the main job, each broken once in a seeded way and restarted until it finishes: what was lost?
 
     python -m benchmarks.chaos --trials 100 --seed 0 --json chaos.json     (an hour or more on two cores)
     python -m benchmarks.chaos --place local --trials 8                    (no cluster and no servers)
@@ -8,16 +8,16 @@ A trial is `python -m eiwtrain.run` of a small flow on two workers, 8 epochs of 
 steps. On `--place cluster` it joins a Ray cluster of two nodes on this machine; data and checkpoints are on an S3
 server (SeaweedFS) and curves on an MLflow server. On `--place local` it starts Ray by itself, with files and sqlite.
 One fault of one kind hits it at a seeded moment: in start-up, between steps, in an evaluation or at the end; or a
-process dies at a fail point in the code. Where the command ends otherwise than by 0, the same command is given again.
+process dies at a fail point in the code. If the command does not exit with 0, the same command is run again.
 
 A trial has survived if
 - it finished, and MLflow says so, in one run;
-- the tensors of its last checkpoint (weights, average, optimizer moments) are to the bit those of an uninterrupted run;
-  where a lost node changed the number of workers on the way, their relative distance to them is at most TOLERANCE of
+- the tensors of its last checkpoint (weights, average, optimizer moments) equal those of an uninterrupted run to the
+  bit; if a lost node changed the number of workers on the way, their relative distance is at most TOLERANCE of
   `chaos_harness.trial`;
-- each sample of each epoch was counted once in the steps that led to these tensors, by what the workers noted;
+- each sample of each epoch was counted once in the steps that led to these tensors, by the record of the workers;
 - each step of each curve is in MLflow once, the loss with the uninterrupted run's values (or within TOLERANCE);
-- nothing is left: no process, no temporary file, no part of a checkpoint that is none, no unfinished upload.
+- nothing is left: no process, no temporary file, no part of an uncommitted checkpoint, no unfinished upload.
 
 A fault that came too late, when nothing was left to break, is tried again at another moment and not counted.
 `recovery` is the time from the fault to the first training step beyond those made before it. Exit code 1 if a trial
@@ -77,14 +77,14 @@ class Row:
     logs: str
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the row as JSON data."""
         verdict = asdict(self.verdict) | {"survived": self.verdict.survived}
         return {k: v for k, v in asdict(self).items() if k != "verdict"} | verdict
 
 
 @contextlib.contextmanager
 def place(kind: str, folder: Path) -> Iterator[Place]:
-    """A place to run in, with a data set of SAMPLES training images in it."""
+    """Yield a place to run in, with a data set of SAMPLES training images in it."""
     if kind == "local":
         storage = str(folder / "runs")
         _write_data(folder / "images", str(folder / "data"))
@@ -103,7 +103,7 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
 
 
 def reference(place: Place, folder: Path) -> Reference:
-    """An uninterrupted run there.
+    """Run once without a fault, and return what it gave.
 
     Raises:
         RuntimeError: it is not as a run should be.
@@ -117,7 +117,7 @@ def reference(place: Place, folder: Path) -> Reference:
 
 
 def run_trial(kind: Fault, seed: int, place: Place, whole: Reference, folder: Path) -> Row | None:
-    """One trial, with another moment where the fault came too late; None if all did."""
+    """Run one trial, with another moment if the fault came too late; return None if it always did."""
     rng = random.Random(f"{kind.name} {seed}")
     for draw in range(_REDRAWS):
         name = f"{kind.name.replace('.', '-')}-{seed}" + (f"-{draw}" if draw else "")
@@ -161,7 +161,7 @@ def _try(trial: Trial, kind: Fault, seed: int, whole: Reference) -> Row | None:
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures of several trials."""
+    """Return the figures of several trials."""
     recoveries = [row.recovery for row in rows if row.recovery is not None]
     return {
         "trials": len(rows),
@@ -175,7 +175,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The trials by kind of fault, in Markdown."""
+    """Return the trials by kind of fault, in Markdown."""
     lines = [
         "| fault | trials | survived | samples lost | repeated | weights equal | orphans | recovery, s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -188,18 +188,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def choose(names: Sequence[str] | None, offered: set[str]) -> list[Fault]:
-    """The faults to draw from: those named, or all that can be had at a place."""
+    """Return the faults to draw from: those named, or all that the place can offer."""
     unknown = set(names or ()) - FAULTS.keys()
     if unknown:
         raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
     chosen = [FAULTS[name] for name in names] if names else [f for f in FAULTS.values() if f.needs <= offered]
     if lacking := [f.name for f in chosen if not f.needs <= offered]:
-        raise SystemExit(f"not to be had at this place: {', '.join(lacking)}")
+        raise SystemExit(f"not available at this place: {', '.join(lacking)}")
     return chosen
 
 
 def schedule(faults: Sequence[Fault], trials: int, seed: int) -> list[tuple[Fault, int]]:
-    """Which fault is tried with which seed: all in turn, in a seeded order, so that each has as many as any other."""
+    """Return which fault is tried with which seed: all in turn, in a seeded order, so that all get equally many."""
     order = list(faults)
     random.Random(seed).shuffle(order)
     return [(order[i % len(order)], seed * 100_000 + i) for i in range(trials)]
@@ -208,7 +208,7 @@ def schedule(faults: Sequence[Fault], trials: int, seed: int) -> list[tuple[Faul
 def run(
     faults: Sequence[str] | None, trials: int, seed: int, where: str, folder: Path, only_seed: int | None = None
 ) -> list[Row]:
-    """All trials, a line each while they run."""
+    """Run all trials, and print a line for each."""
     rows = []
     with place(where, folder) as there:
         chosen = choose(faults, there.offers)
@@ -269,7 +269,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

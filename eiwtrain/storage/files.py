@@ -1,7 +1,7 @@
 """Bytes at any fsspec URL: read, publish atomically, retry what is transient, checksum.
 
-Not for formats: what the bytes mean is the business of `eiwtrain.data.manifest` and `eiwtrain.checkpoints`.
-A URL without a scheme is a local path.
+Not for formats: `eiwtrain.data.manifest` and `eiwtrain.checkpoints` know what the bytes mean. A URL without a scheme is
+a local path.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -23,29 +24,28 @@ from eiwtrain.storage.retry import StorageError, retrying
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
-_CHUNK = 1 << 20  # bytes a read while hashing or copying
 _LARGE = 100 << 20  # bytes from which s3fs uploads in parts
-_PART_TRIES = 5  # of each such part, by the client: one that fails shall not cost the others
+_PART_TRIES = 5  # tries of each such part by the client: one that fails must not cost the others
 
-os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # else a child waits for its parent's thread for ever
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # else a child waits forever for its parent's thread
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path of this machine's file system."""
+    """Return whether `url` is a path of this machine's file system."""
     return "://" not in url or url.startswith("file://")
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute; any other URL as it is, without a trailing slash."""
+    """Return a local path made absolute; any other URL as it is, without a trailing slash."""
     if is_local(url):
         return str(Path(url.removeprefix("file://")).expanduser().absolute())
     return url.rstrip("/")
 
 
 def anchored(url: str) -> str:
-    """A local path made absolute, for workers have working directories of their own; any other URL as it is.
+    """Return a local path made absolute, as workers have working directories of their own; any other URL as it is.
 
-    In a submitted job, whose working directory is a copy that goes when it ends, relative paths are in `~/eiwtrain`.
+    A submitted job's working directory is a copy that is deleted with the job, so relative paths are in `~/eiwtrain`.
     """
     if not is_local(url):
         return url
@@ -54,26 +54,25 @@ def anchored(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """`url/part/part`, with single slashes."""
+    """Return `url/part/part`, with single slashes."""
     return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
 
 
 def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path inside it. Listings are not cached: others write too.
+    """Return the fsspec file system of `url` and the path inside it. Listings are not cached, as others write too.
 
-    Call it where it is used, not once for all: in a forked process fsspec refuses a file system made before the fork,
-    and gives a new one.
+    Call it for each use: in a forked process fsspec refuses a file system made before the fork.
 
     Args:
         url: a path or any fsspec URL.
-        tries: of each request, by an S3 client itself. One by default, as `retrying` does the rest: on its own
-            s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a server that says nothing.
+        tries: tries of each request by an S3 client itself. One by default, as `retrying` does the rest: on its own
+            s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a silent server.
 
     Raises:
         StorageError: the scheme is unknown or its package is not installed, or the URL holds a password.
     """
     if is_local(url):
-        return fsspec.filesystem("file"), absolute(url)  # whose names mean nothing to fsspec, "::" included
+        return fsspec.filesystem("file"), absolute(url)  # fsspec must not interpret its name, as it does "::"
     if holds_secret(url):
         raise StorageError(f"{redact(url)}: {REFUSAL}")
     s3 = _is_s3(url)
@@ -94,7 +93,7 @@ def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
 
 
 def exists(url: str) -> bool:
-    """Whether a file or folder is at `url`."""
+    """Return whether a file or folder is at `url`."""
     fs, path = filesystem(url)
     if is_local(url):
         return bool(fs.exists(path))
@@ -106,18 +105,17 @@ def exists(url: str) -> bool:
 
 
 def listdir(url: str) -> list[str]:
-    """Names directly under `url`, sorted; empty where there is nothing."""
+    """Return the names directly under `url`, sorted; empty where there is nothing."""
     fs, path = filesystem(url)
     try:
         entries = retrying(url, lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
-    names = {e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path.rstrip("/")}
-    return sorted(names)
+    return sorted({e.rstrip("/").rsplit("/", 1)[-1] for e in entries if e.rstrip("/") != path.rstrip("/")})
 
 
 def size(url: str) -> int:
-    """Bytes of the file at `url`.
+    """Return the size in bytes of the file at `url`.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -127,7 +125,7 @@ def size(url: str) -> int:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file at `url`.
+    """Return the whole file at `url`.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -147,13 +145,13 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_range(url: str, start: int, length: int) -> bytes:
-    """Exactly `length` bytes of the file at `url`, from byte `start` on.
+    """Return exactly `length` bytes of the file at `url`, from byte `start` on.
 
     Raises:
         FileNotFoundError: nothing is there.
         StorageError: it cannot be read, or ends before `start + length`.
     """
-    if length == 0:  # HTTP ranges cannot say so
+    if length == 0:  # an HTTP range cannot be empty
         return b""
     fs, path = filesystem(url)
 
@@ -174,8 +172,8 @@ def read_range(url: str, start: int, length: int) -> bytes:
 
 
 def find(url: str) -> list[tuple[str, int]]:
-    """(path relative to `url`, bytes) of every file in the folder `url` and those below it, sorted by path; empty
-    where there is nothing. Links are followed; links to nothing are left out.
+    """Return (path relative to `url`, bytes) of every file in the folder `url` and those below it, sorted by path;
+    empty where there is nothing. Links are followed; dangling links are left out.
 
     Raises:
         StorageError: a folder cannot be read.
@@ -197,14 +195,14 @@ def write_bytes(url: str, data: bytes) -> None:
     fs, path = filesystem(url, _PART_TRIES if len(data) >= _LARGE else 1)
     if is_local(url):
         _replace(Path(path), lambda temp: temp.write_bytes(data))
-    else:  # an object store's put is atomic by itself
+    else:  # a put to an object store is atomic
         _put(url, lambda: fs.pipe_file(path, data))
 
 
 def write_pieces(url: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -> None:
-    """As `write_bytes`, of bytes that come one piece after the other; `pieces` is called anew at each try.
+    """Publish bytes as `write_bytes` does, one piece after another; `pieces` is called again at each try.
 
-    On a local file system and on S3 they are never all copied into one.
+    On a local file system and on S3 the pieces are never all copied into one.
     """
     if is_local(url):
         _replace(Path(absolute(url)), lambda temp: _write(temp, pieces()))
@@ -220,10 +218,10 @@ def write_pieces(url: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -
 
 
 def put_file(local: str | os.PathLike[str], url: str) -> None:
-    """Publish the local file at `url`, atomically as `write_bytes`."""
+    """Publish the local file at `url`, atomically as `write_bytes` does."""
     fs, path = filesystem(url, _PART_TRIES if Path(local).stat().st_size >= _LARGE else 1)
     if is_local(url):
-        _replace(Path(path), lambda temp: _copy(Path(local), temp))
+        _replace(Path(path), lambda temp: shutil.copyfile(local, temp))
     else:
         _put(url, lambda: fs.put_file(str(local), path))
 
@@ -246,20 +244,18 @@ def get_file(url: str, local: str | os.PathLike[str]) -> None:
 
 
 def delete(url: str) -> None:
-    """Remove the file or the folder with all in it; absent is fine."""
+    """Delete the file, or the folder with all in it; nothing needs to be there."""
     fs, path = filesystem(url)
-    try:
+    with contextlib.suppress(FileNotFoundError):
         retrying(url, lambda: fs.rm(path, recursive=True))
-    except FileNotFoundError:
-        return
 
 
 def abandon_uploads(url: str) -> None:
-    """Give up the uploads below the folder `url` that were begun in parts and never ended, as those of killed
-    processes: S3 keeps their parts, and no listing shows them. Other stores have none.
+    """Abort the multipart uploads below the folder `url` that were never completed, such as those of killed processes:
+    S3 keeps their parts, and no listing shows them. Other stores have no such uploads.
 
     Raises:
-        StorageError: the store does not say which there are, or does not allow it.
+        StorageError: the store cannot list them or does not allow it.
     """
     if not _is_s3(url):
         return
@@ -276,7 +272,7 @@ def abandon_uploads(url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Write, read back and delete a small file under `url`; a local folder that was not there is not left.
+    """Write, read back and delete a small file under `url`; a local folder that was not there is deleted again.
 
     Raises:
         StorageError: one of the three failed, with the cause in one line.
@@ -291,13 +287,13 @@ def check_writable(url: str) -> None:
         delete(probe)
     except StorageError as e:
         raise StorageError(str(e).replace(probe, url)) from None
-    with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
+    with contextlib.suppress(OSError):  # another process may have put a file there meanwhile
         for path in made:
             path.rmdir()
 
 
 def check_file_writable(url: str) -> None:
-    """`check_writable` for the file that is to be at `url`, which no folder may be in the way of.
+    """Check as `check_writable` does that a file can be written at `url`, where no folder may be.
 
     Raises:
         StorageError: it cannot be written.
@@ -313,21 +309,21 @@ def check_file_writable(url: str) -> None:
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex SHA-256 of `data`."""
+    """Return the SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a local file."""
+    """Return the SHA-256 of a local file in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(_CHUNK):
+        while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 class _Joined:
-    """Pieces as if they were one, for a client that asks for the length and for slices."""
+    """Pieces that look like one, for a client that asks for the length and for slices."""
 
     def __init__(self, pieces: list[bytes | memoryview]) -> None:
         self._pieces = pieces
@@ -346,8 +342,7 @@ class _Joined:
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     with open(path, "wb") as f:
-        for piece in pieces:
-            f.write(piece)
+        f.writelines(pieces)
 
 
 def _is_s3(url: str) -> bool:
@@ -355,7 +350,7 @@ def _is_s3(url: str) -> bool:
 
 
 def _abort_upload(fs: Any, bucket: str, upload: dict[str, str]) -> None:
-    with contextlib.suppress(FileNotFoundError):  # which `retrying` would take for a server's mood
+    with contextlib.suppress(FileNotFoundError):  # `retrying` would take it for a passing fault of the server
         fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
 
@@ -381,14 +376,8 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
 def _put(url: str, call: Callable[[], Any]) -> None:
     try:
         retrying(url, call)
-    except FileNotFoundError as e:  # no such bucket, where the store does not say so
+    except FileNotFoundError as e:  # the bucket does not exist, and the store does not say so
         raise StorageError(f"{url}: {one_line(e, limit=None)}") from e
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as src, open(target, "wb") as dst:
-        while chunk := src.read(_CHUNK):
-            dst.write(chunk)
 
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:

@@ -1,6 +1,6 @@
-"""Tries again what may pass, and names in one line what is final: how a call to remote storage fails.
+"""Tries a call to remote storage again where its failure may pass, and explains a final failure in one line.
 
-Not for what is called: that is `eiwtrain.storage`, which hands these names on.
+Not for what is called: that is `eiwtrain.storage`, which exports these names.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from eiwtrain.terminal.lines import one_line
 T = TypeVar("T")
 
 _PATIENCE = 300.0  # seconds after a call's first failure for which it is tried again; see EIWTRAIN_RETRY_SECONDS
-_IMPATIENT = 3.0  # the same of a check that somebody waits for: one 503 shall not end it
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds; the bound of a wait doubles from the one to the other
-_LOG_EVERY = 10.0  # seconds between two lines about the same call
+_IMPATIENT = 3.0  # the same for a check that somebody waits for: a single 503 must not end it
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds; the bound of a wait doubles from the first to the second
+_LOG_EVERY = 10.0  # seconds between two log lines about the same call
 _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE and AWS_ENDPOINT_URL"
 
 # What may pass, as seen from s3fs with SeaweedFS behind a faulty proxy. A refusal, a wrong name, a full disk do not.
 _PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload")
 _PASSING_ERRNO = (errno.EAGAIN, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
-_PASSING_NAMES = {  # Python's, botocore's and aiohttp's, by name: the last two need not be installed
+_PASSING_NAMES = {  # of Python, botocore and aiohttp, by name: the last two need not be installed
     "ConnectionError",
     "TimeoutError",
     "HTTPClientError",
@@ -45,7 +45,7 @@ _PASSING_NAMES = {  # Python's, botocore's and aiohttp's, by name: the last two 
 
 _log = logging.getLogger("eiwtrain.storage")
 _patience: ContextVar[float | None] = ContextVar("patience", default=None)
-_jitter = random.SystemRandom()  # ranks that share a seed shall not come back at the same moment
+_jitter = random.SystemRandom()  # ranks that share a seed must not try again at the same moment
 _faults = 0
 _counting = threading.Lock()
 
@@ -55,8 +55,8 @@ class StorageError(RuntimeError):
 
 
 def retrying(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again and again when it fails in a way that may pass, until it succeeds or, since its first failure,
-    `EIWTRAIN_RETRY_SECONDS` (300) have gone by. Waits are random, up to a bound that doubles from 0.5 s to 10 s.
+    """Return `call()`. If it fails in a way that may pass, try again until `EIWTRAIN_RETRY_SECONDS` (300) have passed
+    since the first failure. Waits are random, up to a bound that doubles from 0.5 s to 10 s.
 
     Args:
         what: the URL, for messages.
@@ -64,7 +64,7 @@ def retrying(what: str, call: Callable[[], T]) -> T:
 
     Raises:
         StorageError: it failed for good, or for too long; the cause is in the message.
-        FileNotFoundError, NotADirectoryError: as `call` raised it (callers tell "absent" from "broken").
+        FileNotFoundError, NotADirectoryError: as `call` raised it, so that callers can tell "absent" from "broken".
     """
     first = said = -math.inf
     for tries in itertools.count():
@@ -92,7 +92,7 @@ def retrying(what: str, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def waited(seconds: float) -> Iterator[None]:
-    """In this context so many seconds of the patience are spent already: in waiting for who was trying the same."""
+    """Shorten the patience of this context by the seconds spent waiting for another that tried the same call."""
     token = _patience.set(max(0.0, _patience_seconds() - seconds))
     try:
         yield
@@ -102,7 +102,7 @@ def waited(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def impatient() -> Iterator[None]:
-    """In this context what fails is tried again for a moment only."""
+    """Make the calls of this context give up 3 seconds after their first failure."""
     token = _patience.set(_IMPATIENT)
     try:
         yield
@@ -111,19 +111,19 @@ def impatient() -> Iterator[None]:
 
 
 def faults() -> int:
-    """Failures that this process has ridden out so far, and those told to it: tries that were followed by another."""
+    """Return the number of failures so far that were followed by another try, here or reported by `count_faults`."""
     return _faults
 
 
 def count_faults(n: int) -> None:
-    """`n` more failures were ridden out, here or in a process that works for this one."""
+    """Add `n` failures that were followed by another try, here or in a process that works for this one."""
     global _faults
     with _counting:
         _faults += n
 
 
 def _patience_seconds() -> float:
-    """For how long the calls of this context are tried again."""
+    """Return for how many seconds the calls of this context are tried again."""
     patience = _patience.get()
     if patience is None:
         text = os.environ.get("EIWTRAIN_RETRY_SECONDS", str(_PATIENCE))
@@ -137,7 +137,7 @@ def _patience_seconds() -> float:
 
 
 def _answer(e: BaseException | None) -> tuple[int, str, str] | None:
-    """HTTP status, code and message of the S3 server's answer that led to `e`; None where it did not answer."""
+    """Return HTTP status, code and message of the S3 server's answer that led to `e`; None if it did not answer."""
     while e is not None:
         if isinstance(answer := getattr(e, "response", None), dict) and "Error" in answer:
             status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
@@ -152,7 +152,7 @@ def _code(e: Exception) -> str:
 
 
 def _may_pass(e: Exception) -> bool:
-    """Whether another try may succeed."""
+    """Return whether another try may succeed."""
     if answer := _answer(e):
         return answer[0] in _PASSING_STATUS or answer[1] in _PASSING_CODES
     names = {c.__name__ for c in type(e).__mro__}
@@ -162,7 +162,7 @@ def _may_pass(e: Exception) -> bool:
 
 
 def _describe(e: Exception) -> str:
-    """The cause in one line, and where to look when it is the credentials or the bucket."""
+    """Return the cause in one line, and where to look if it is the credentials or the bucket."""
     if answer := _answer(e):
         status, code, message = answer
         text = f"{status} {message}" if code == str(status) else f"{status} {code}: {message}"

@@ -1,4 +1,4 @@
-"""Compare and swap at any fsspec URL: of several writers that saw the same bytes, one replaces them.
+"""Compare and swap at any fsspec URL: of several writers that saw the same bytes, only one replaces them.
 
 Not for large files, and not for reading: that is `eiwtrain.storage`.
 """
@@ -19,25 +19,25 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def swap(url: str, expected: bytes | None, data: bytes) -> bool:
-    """Put `data` at `url` if `expected` is there (None: if nothing is); whether it is there now.
+    """Put `data` at `url` if `expected` is there (None: if nothing is), and return whether `data` is there now.
 
-    `data` must be bytes that no other call writes, with a random id in them, say: a put may be carried out though its
-    answer is lost, so `data` that is there already counts as put by this call.
+    `data` must be bytes that no other call writes, for example with a random id in them: a put may be carried out
+    though its answer is lost, so `data` that is already there counts as put by this call.
 
-    What "if" promises:
+    How far the condition holds:
 
     - S3: the put carries the condition and the server decides (If-None-Match: AWS since August 2024; If-Match: since
       November 2024, with botocore 1.35.69 or later; SeaweedFS, R2, Ozone and others too). A server that ignores the
-      condition without saying so gives less than the last line.
+      condition silently gives less than the last entry of this list.
     - A local path: under `flock` of a file beside it, `.NAME.lock`, which stays. It holds between the processes of a
       machine, and between machines where the file system hands locks to its server: NFS as it is mounted by default,
       not with `nolock` or `local_lock`.
-    - Elsewhere (other schemes, servers and file systems that refuse conditions or locks): put, wait a second, look
-      whose bytes are there. Of writers that start within this second one at most is told True. One that is held up
-      between its look and its put for longer overwrites another that was told True, who learns of it at the next call.
+    - Elsewhere (other schemes, servers and file systems that refuse conditions or locks): put, wait a second, and look
+      whose bytes are there. At most one of the writers that start within this second gets True. A writer that is held
+      up for longer between its look and its put overwrites the one that got True, which learns of it at its next call.
 
     Raises:
-        StorageError: it failed for too long or for good; `data` may be there or may still come to be.
+        StorageError: it failed for too long or for good; `data` may be there, or may still appear.
     """
     fs, path = storage.filesystem(url)
     try:
@@ -53,7 +53,7 @@ def swap(url: str, expected: bytes | None, data: bytes) -> bool:
 
 
 def _under_lock(path: Path, expected: bytes | None, data: bytes) -> bool | None:
-    """As `swap`; None where the file system has no locks. BlockingIOError: somebody holds it."""
+    """Do as `swap`; return None if the file system has no locks, raise BlockingIOError if the lock is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "ab") as lock:
         try:
@@ -67,7 +67,7 @@ def _under_lock(path: Path, expected: bytes | None, data: bytes) -> bool | None:
         except FileNotFoundError:
             found = None
         if found == expected != data:
-            for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of one that was killed here
+            for stray in path.parent.glob(f".{path.name}.*.tmp"):  # left by a writer that was killed here
                 stray.unlink(missing_ok=True)
             storage.write_bytes(str(path), data)
             return True
@@ -75,15 +75,15 @@ def _under_lock(path: Path, expected: bytes | None, data: bytes) -> bool | None:
 
 
 def _has_conditions(fs: Any) -> bool:
-    """Whether the S3 client passes conditions on: s3fs drops what its botocore does not know."""
+    """Return whether the S3 client sends conditions: s3fs drops what its botocore does not know."""
     return "IfMatch" in fs.s3.meta.service_model.operation_model("PutObject").input_shape.members
 
 
 def _on_condition(fs: Any, path: str, expected: bytes | None, data: bytes) -> bool | None:
-    """As `swap`; None where the server has no conditions."""
+    """Do as `swap`; return None if the server has no conditions."""
     bucket, key, _ = fs.split_path(path)
     found, condition = None, {"IfNoneMatch": "*"}
-    try:  # first the tag: should the bytes be replaced before they are read, the tag is the old one
+    try:  # the tag first: if the bytes are replaced before they are read, the tag is the old one
         condition = {"IfMatch": fs.call_s3("head_object", Bucket=bucket, Key=key)["ETag"]}
         found = fs.cat_file(path)
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def _on_condition(fs: Any, path: str, expected: bytes | None, data: bytes) -> bo
             return None
         if status != 412 and code != "NoSuchKey":
             raise
-        try:  # another has been faster, or an earlier try of this put that was given up
+        try:  # another writer was faster, or an earlier try of this put that was given up
             return bool(fs.cat_file(path) == data)
         except FileNotFoundError:
             return False
@@ -116,7 +116,7 @@ def _put_and_look(url: str, expected: bytes | None, data: bytes) -> bool:
 
 
 def read(url: str) -> bytes | None:
-    """What is at `url`; None where nothing is."""
+    """Return the bytes at `url`; None if there is nothing."""
     try:
         return storage.read_bytes(url)
     except FileNotFoundError:

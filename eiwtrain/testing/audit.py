@@ -1,7 +1,7 @@
-"""Which samples each step was made of, for whoever wants to count them afterwards; off unless EIWTRAIN_AUDIT is set.
+"""Records which samples each step used, so that a test can count them; off unless EIWTRAIN_AUDIT is set.
 
 EIWTRAIN_AUDIT names a local folder, in which every worker keeps a file of JSON lines: one when it starts from a step,
-one for each step that it makes. Read in order of time, a start from step s takes back what was made of s and beyond.
+one for each step that it makes. Read in order of time, a start from step s takes back step s and all later ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 class Audit:
-    """One worker's file."""
+    """The file of one worker."""
 
     def __init__(self, rank: int, world_size: int, step: int) -> None:
         """Note that this rank starts from `step`."""

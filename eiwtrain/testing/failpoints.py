@@ -1,11 +1,11 @@
-"""Named places in the code where a test has a process die, stop or hang; off unless EIWTRAIN_FAILPOINTS names them.
+"""Named places in the code where a test makes a process die, stop or hang; off unless EIWTRAIN_FAILPOINTS names them.
 
     EIWTRAIN_FAILPOINTS="checkpoint.part-written=kill; checkpoint.before-manifest=stop@2"
     EIWTRAIN_FAILPOINTS_DONE=/some/folder
 
-Each entry is `name=action`, and `@n` where it is to be the n-th time that a process comes by (else the first). With
-EIWTRAIN_FAILPOINTS_DONE each entry is carried out once, by whichever process comes first, however often processes are
-started again: a file of its name in that folder says that it was.
+Each entry is `name=action`; `@n` means the n-th time that a process reaches the place (default: the first). With
+EIWTRAIN_FAILPOINTS_DONE each entry is carried out only once, by the process that reaches it first, however often
+processes are restarted: a file of its name in that folder marks it as done.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-_came_by: Counter[str] = Counter()
+_reached: Counter[str] = Counter()
 
 
 def reach(name: str) -> None:
-    """Do here what EIWTRAIN_FAILPOINTS asks for: nothing, as a rule.
+    """Carry out what EIWTRAIN_FAILPOINTS asks for at the place `name`: usually nothing.
 
     Raises:
         ValueError: the variable cannot be read.
@@ -30,18 +30,18 @@ def reach(name: str) -> None:
     wanted = os.environ.get("EIWTRAIN_FAILPOINTS")
     if not wanted:
         return
-    _came_by[name] += 1
+    _reached[name] += 1
     for entry in wanted.split(";"):
         place, equals, what = entry.strip().partition("=")
         action, _, number = what.partition("@")
         if not equals or action not in _ACTIONS or not (number or "1").isdigit():
             raise ValueError(f"EIWTRAIN_FAILPOINTS: {entry.strip()!r}: write name=action or name=action@n, {_KNOWN}")
-        if place == name and _came_by[name] == int(number or 1) and _first(name):
+        if place == name and _reached[name] == int(number or 1) and _first(name):
             _ACTIONS[action]()
 
 
 def _first(name: str) -> bool:
-    """Whether nobody has carried this one out before."""
+    """Return whether no process has carried this one out before, and mark it as done."""
     folder = os.environ.get("EIWTRAIN_FAILPOINTS_DONE")
     if folder is None:
         return True

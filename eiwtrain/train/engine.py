@@ -1,7 +1,7 @@
 """DeepSpeed, and nothing but DeepSpeed: the only file that knows its config and its quirks.
 
-What the loop sees is small: `step` takes the micro-batches of one optimizer step; `weights`, `moments` and
-`load_moments` move what is trained and the optimizer state, keyed by parameter name and whole, so that checkpoints fit
+The loop sees little of it: `step` takes the micro-batches of one optimizer step; `weights`, `moments` and
+`load_moments` move the parameters and the optimizer state, keyed by parameter name and whole, so that checkpoints fit
 any world size and ZeRO stage.
 """
 
@@ -22,25 +22,25 @@ from torch import Tensor, nn
 from eiwtrain import flow
 from eiwtrain.config import Train
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, besides its step count
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, in addition to its step count
 BETAS = (0.9, 0.999)
-MOST_IN_BUCKET = 50_000_000  # gradients that are reduced at once: 200 MB
+MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
-"""Modules that ZeRO 3 is to gather whole, as their forward uses parameters of submodules that it does not call.
+"""Modules that ZeRO 3 must gather whole, as their forward uses parameters of submodules that it does not call.
 
-They give a tensor or a flat tuple of tensors: in what is nested, DeepSpeed's hooks don't see the backward pass begin.
+They return a tensor or a flat tuple of tensors: in nested outputs DeepSpeed's hooks miss where backward begins.
 """
 
 
 class Engine:
     """`module` under DeepSpeed with AdamW, at ZeRO stage 0, 1, 2 or 3.
 
-    Parameters, gradients, their all-reduce and the optimizer are float32; which arithmetic runs in bf16 is the
-    module's own business (the flow autocasts its conditioners and nothing else), so DeepSpeed's own precision modes,
-    which would cast the trunk and its log-determinants, stay off.
+    Parameters, gradients, their all-reduce and the optimizer are float32. The module itself decides which arithmetic
+    runs in bf16 (the flow autocasts only its conditioners), so DeepSpeed's own precision modes, which would cast the
+    trunk and its log-determinants, stay off.
 
     At stage 3 `module` is sharded over the ranks in place: one of the `LEAVES` is whole only while it runs forward or
-    backward, and outside `step` no parameter has any elements; `weights` gives them.
+    backward, and outside `step` no parameter has any elements; `weights` returns them.
     """
 
     def __init__(self, module: nn.Module, train: Train, micro_batch: int, accumulation: int, world_size: int) -> None:
@@ -70,41 +70,41 @@ class Engine:
         self._groups = list(groups.values())
 
     def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
-        """One optimizer step, or none if the loss or a gradient is not finite. Collective.
+        """Make one optimizer step, or none if the loss or a gradient is not finite. Collective.
 
         Args:
-            losses: for each of the `accumulation` micro-batches, a function of the module that gives this rank's
-                contribution to the loss, a scalar. What is minimised is their sum over micro-batches and ranks.
+            losses: for each of the `accumulation` micro-batches, a function of the module that returns this rank's
+                contribution to the loss, a scalar. Their sum over micro-batches and ranks is minimised.
             lr: learning rate of this step.
 
         Returns:
-            The gradient norm before clipping, and whether the step was applied, the same on every rank. It was not if
-            a contribution of any rank or the norm is not finite: then that norm is not either, and weights, moments
-            and AdamW's count of its steps are what they were, to the bit.
+            The gradient norm before clipping, and whether the step was applied; both are the same on every rank. The
+            step is not applied if a contribution of any rank or the norm is not finite: then the returned norm is not
+            finite, and weights, moments and AdamW's count of its steps stay as they were, to the bit.
         """
         if len(losses) != self._accumulation:
             raise ValueError(f"{len(losses)} micro-batches for {self._accumulation} accumulation steps")
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        # DeepSpeed averages over micro-batches and ranks; what is asked for is the sum
+        # DeepSpeed averages over micro-batches and ranks; the sum is needed
         scale = self._accumulation * dist.get_world_size()
         norm = None
         for loss in losses:
             contribution = loss(self._engine)
-            # 1, or NaN: so a contribution that is not finite shows in the norm of every rank, whatever its gradients
+            # 1, or NaN: a contribution that is not finite then shows in the norm of every rank, whatever its gradients
             finite = 1.0 + 0.0 * contribution.detach()
             self._engine.backward(contribution * scale * finite)
             if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
                 gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
                 norm = float(nn.utils.get_total_norm(gradients))
                 self._adamw.passes = not math.isfinite(norm)
-            self._engine.step()  # at stages 1 to 3 DeepSpeed passes over a norm that is not finite, and says inf
+            self._engine.step()  # at stages 1 to 3 DeepSpeed skips a norm that is not finite, and reports inf
         if norm is None:  # DeepSpeed has none at stage 0
             norm = float(self._engine.get_global_grad_norm())
         return norm, math.isfinite(norm)
 
     def weights(self) -> Iterator[dict[str, Tensor]]:
-        """The parameters by name, whole and detached, in groups that together are all. Collective.
+        """Yield the parameters by name, whole and detached, in groups that together are all. Collective.
 
         At stage 3 this is an all-gather of the model, a leaf at a time: no more than a leaf is whole at once, unless
         the caller holds on to tensors. At other stages it costs nothing.
@@ -112,11 +112,12 @@ class Engine:
         from deepspeed import zero
 
         for group in self._groups:
-            with zero.GatheredParameters(list(group.values())):  # which does nothing where nothing is sharded
+            with zero.GatheredParameters(list(group.values())):  # does nothing where nothing is sharded
                 yield {name: parameter.detach() for name, parameter in group.items()}
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """(`parameter.exp_avg`, tensor) and its twin for every parameter, whole, float32. Collective."""
+        """Yield (`parameter.exp_avg`, tensor) and (`parameter.exp_avg_sq`, tensor) of every parameter, whole, float32.
+        Collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
@@ -129,10 +130,10 @@ class Engine:
                     yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
 
     def load_moments(self, moments: dict[str, Tensor], updates: int, loss: Callable[[nn.Module], Tensor]) -> None:
-        """Put back what `moments` gave, after `updates` steps that were applied. Collective.
+        """Restore what `moments` returned after `updates` applied steps. Collective.
 
-        `loss` is any loss of the module that every parameter has a part in: a fresh optimizer has no state to fill
-        until it has made a step, so one is made with gradients of zero at a learning rate of zero, which leaves the
+        `loss` is any loss of the module to which every parameter contributes: a fresh optimizer has no state to fill
+        before its first step, so one is made with gradients of zero at a learning rate of zero, which leaves the
         weights as they are.
         """
         hooks = [parameter.register_hook(torch.zeros_like) for parameter in self.module.parameters()]
@@ -160,12 +161,12 @@ class Engine:
 
     @property
     def _adamw(self) -> _AdamW:
-        """The AdamW below ZeRO's wrapper, whose state holds the count of its steps."""
+        """The AdamW inside ZeRO's wrapper, whose state holds the count of its steps."""
         return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that passes over its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
+    """AdamW that skips its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
 
     passes = False
 
@@ -174,15 +175,15 @@ class _AdamW(torch.optim.AdamW):
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """That of the whole parameter, also where ZeRO 3 shards it."""
+    """Return the shape of the whole parameter, also where ZeRO 3 shards it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _with_gradients(_leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs, the real ones requiring gradients.
+    """Return the inputs, with floating-point tensors made to require gradients.
 
-    DeepSpeed reduces a leaf's gradients when that of its input comes. If no input wants one, as at the first level,
-    it does so before there are any.
+    DeepSpeed reduces a leaf's gradients when the gradient of its input arrives. If no input requires one, as at the
+    first level, it does so before there are any.
     """
     if not torch.is_grad_enabled():
         return inputs
@@ -195,18 +196,18 @@ def _with_gradients(_leaf: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
 def _check_flat(leaf: nn.Module, _inputs: Any, output: Any) -> None:
     """Raise TypeError for an output in which DeepSpeed would not see the tensors: it would train nothing."""
     if not all(isinstance(x, Tensor) for x in (output if isinstance(output, tuple) else (output,))):
-        raise TypeError(f"{type(leaf).__name__}: a leaf of ZeRO 3 has to give a tensor or a flat tuple of tensors")
+        raise TypeError(f"{type(leaf).__name__}: a leaf of ZeRO 3 has to return a tensor or a flat tuple of tensors")
 
 
 def _deepspeed_config(
     train: Train, micro_batch: int, accumulation: int, world_size: int, numbers: int
 ) -> dict[str, Any]:
-    """DeepSpeed's, for a model of so many trained numbers."""
+    """Return DeepSpeed's config for a model of `numbers` trained numbers."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": train.clip,  # DeepSpeed's default is 1.0: always say it
+        "gradient_clipping": train.clip,  # DeepSpeed's default is 1.0, so it is always set
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -226,10 +227,10 @@ def _deepspeed_config(
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and kept from compiling its shared-memory collectives on CPU.
+    """Return DeepSpeed, made quiet, and kept from compiling its shared-memory collectives on CPU.
 
-    That compilation takes minutes, and a process killed in it leaves a lock on which the next run hangs for ever;
-    gloo serves.
+    That compilation takes minutes, and a process killed during it leaves a lock on which the next run hangs forever;
+    gloo is enough.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

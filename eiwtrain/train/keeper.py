@@ -17,14 +17,14 @@ from eiwtrain.train.goodput import Clock
 from eiwtrain.train.pace import Pace
 from eiwtrain.train.state import TrainState, sum_over_ranks
 
-_PATIENCE = 20.0  # seconds for which a checkpoint waits until the one before it is written
-_AGAIN_SECONDS = 30.0  # at least, until what could not be written is tried again: each try costs training a copy
-_LEASE_SECONDS = 300.0  # for which a checkpoint waits until the lease is seen to be ours; other ranks wait along
+_PATIENCE = 20.0  # seconds for which a checkpoint waits until the previous one is written
+_AGAIN_SECONDS = 30.0  # least time until a failed checkpoint is tried again: each try costs training a copy
+_LEASE_SECONDS = 300.0  # for which a checkpoint waits until the lease is seen to be ours; all ranks wait
 _NOTHING = (-1, False)
 
 
 class Keeper:
-    """Keeps the checkpoints of a run."""
+    """Decides when the checkpoints of a run are written, and reports what became of them."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Keeper:
         Args:
             tracker: rank 0's.
             failures: attempts of the run that have failed so far.
-            note: says something to the user.
-            run_id: the run's in MLflow.
+            note: prints a line for the user.
+            run_id: id of the run in MLflow.
         """
         self._state, self._clock, self._tracker, self._failures, self._note = state, clock, tracker, failures, note
         self._run_id = run_id
-        # long enough for storage to answer or be given up, and the watchdog does not bite meanwhile
+        # long enough for storage to answer or to be given up, and shorter than the watchdog's patience
         self._scored_patience = max(_PATIENCE, config.workers.hang_seconds / 2)
         c = config.checkpoint
         self._guard = guard
@@ -55,24 +55,24 @@ class Keeper:
         self._pace = Pace(c.every, c.mtbf_hours, state.step, time.monotonic())
         self._overdue, self._not_before = False, 0.0
         self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
-        """(step, whether with its score) of the last checkpoint that was begun or restored."""
+        """(step, whether it has its score) of the last checkpoint that was begun or restored."""
 
     def due(self) -> bool:
-        """Whether a checkpoint should be begun now; asked on rank 0. One is written at a time."""
+        """Return whether a checkpoint should be begun now; called on rank 0. One is written at a time."""
         now = time.monotonic()
         self._overdue = self._overdue or self._pace.due(self._state.step, now)
         return self._overdue and not self._saver.busy and now >= self._not_before
 
     def save(self, wait: bool = False) -> None:
-        """Begin a checkpoint of this step, unless there is one that knows as much. Collective.
+        """Begin a checkpoint of this step, unless one exists that holds as much. Collective.
 
         Args:
-            wait: until it is written. If not, and another is still being written for long, this one is put off. One
-                with a score waits for longer: a later one does not have it.
+            wait: wait until it is written. Otherwise it is postponed if the previous one takes too long. A checkpoint
+                with a score waits longer, as a later one does not have this score.
 
         Raises:
-            LeaseLost: the run is another's by now.
-            RanksApartError: no checkpoint can be written any more by these workers.
+            LeaseLost: another job has taken the run.
+            RanksApartError: these workers cannot write checkpoints any more.
         """
         state = self._state
         patience = _PATIENCE if state.score is None else self._scored_patience
@@ -86,7 +86,7 @@ class Keeper:
             self._overdue = True
             if state.score is not None:
                 self._note(
-                    f"the checkpoint of step {state.step:,} with its score is left out, as the one before it is not "
+                    f"the checkpoint of step {state.step:,} with its score is left out, as the previous one is not "
                     f"written after {patience:g} s: this step cannot be the best that is kept"
                 )
             return
@@ -102,37 +102,37 @@ class Keeper:
                 self._heard(self._saver.wait())
 
     def hear(self) -> None:
-        """See what became of the last checkpoint, if it is written and that is not yet known. Raises as `save`."""
+        """Report what became of the last checkpoint if that is new. Raises what `save` raises."""
         self._heard(self._saver.poll())
 
     def settle(self) -> None:
-        """Wait until no checkpoint is being written. Raises as `save`."""
+        """Wait until no checkpoint is being written. Raises what `save` raises."""
         self._heard(self._saver.wait())
 
     def _may_write(self) -> None:
         end = time.monotonic() + _LEASE_SECONDS
         self._guard.check(give_up=lambda: time.monotonic() > end)
 
-    def _heard(self, outcome: SaveResult | None) -> None:
-        if outcome is None:
+    def _heard(self, result: SaveResult | None) -> None:
+        if result is None:
             return
-        if isinstance(outcome.exception, (LeaseLost, RanksApartError)):
-            raise outcome.exception
-        if outcome.checkpoint is None:
-            self._note(f"a checkpoint could not be written: {outcome.error}; training goes on, and tries again")
+        if isinstance(result.exception, (LeaseLost, RanksApartError)):
+            raise result.exception
+        if result.checkpoint is None:
+            self._note(f"a checkpoint could not be written: {result.error}; training continues, and tries again")
             self._known, self._overdue = _NOTHING, True
-            self._not_before = time.monotonic() + max(_AGAIN_SECONDS, outcome.seconds)
+            self._not_before = time.monotonic() + max(_AGAIN_SECONDS, result.seconds)
             return
-        saved = self._state.newest = outcome.checkpoint
+        saved = self._state.newest = result.checkpoint
         wall, failures = self._clock.wall, self._failures
-        self._pace.committed(saved.step, time.monotonic(), outcome.stall, outcome.seconds, wall, failures)
+        self._pace.committed(saved.step, time.monotonic(), result.stall, result.seconds, wall, failures)
         self._note(
-            f"checkpoint at step {saved.step:,}: {saved.url} ({outcome.bytes / 1e6:,.1f} MB; training waited "
-            f"{outcome.stall:.2f} s, written in {outcome.seconds:.1f} s)"
+            f"checkpoint at step {saved.step:,}: {saved.url} ({result.bytes / 1e6:,.1f} MB; training waited "
+            f"{result.stall:.2f} s, written in {result.seconds:.1f} s)"
         )
-        if outcome.error is not None:
-            self._note(f"old checkpoints could not be deleted: {outcome.error}")
+        if result.error is not None:
+            self._note(f"old checkpoints could not be deleted: {result.error}")
         if self._tracker is not None:
             self._tracker.tags({"checkpoint": saved.url, "step": str(saved.step)})
-            seconds = {curves.CHECKPOINT_STALL: outcome.stall, curves.CHECKPOINT_SECONDS: outcome.seconds}
+            seconds = {curves.CHECKPOINT_STALL: result.stall, curves.CHECKPOINT_SECONDS: result.seconds}
             self._tracker.metrics(saved.step, seconds)

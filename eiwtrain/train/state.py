@@ -1,7 +1,7 @@
-"""What training changes, and nothing that it does not: weights, their average, the optimizer, the step, the clock.
+"""What training changes, and nothing else: weights, their average, the optimizer, the step, what was skipped.
 
-Made anew or from a checkpoint; knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoints`
-knows how they are stored). Every rank holds one; methods that are collective say so.
+It begins new or from a checkpoint, and knows which tensors and numbers a checkpoint holds (`eiwtrain.checkpoints` knows
+how they are stored). Every rank holds one; methods that are collective say so.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def flow_config(config: Config, channels: int) -> flow.FlowConfig:
 
 
 def outline(config: Config, channels: int) -> flow.EIWFlow:
-    """That model without its numbers (on torch's `meta` device): what its tensors are called, and their shapes."""
+    """Return that model without its numbers, on torch's `meta` device: the names and shapes of its tensors."""
     with torch.device("meta"):
         return flow.EIWFlow(flow_config(config, channels))
 
 
 class TrainState:
-    """The state of training on one rank."""
+    """State of training on one rank."""
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class TrainState:
         note: Callable[[str], None],
         skip_to: int | None = None,
     ) -> None:
-        """Restore the newest intact checkpoint, or begin anew. Collective.
+        """Restore the newest intact checkpoint, or begin a new run. Collective.
 
         Args:
-            manifest: of the data set.
+            manifest: manifest of the data set.
             batching: rows of a micro-batch, micro-batches of a step.
             first: training images, uint8 (n, C, H, W), noise and labels, the same on every rank: they initialise
                 actnorm and give a restored optimizer its first, empty step.
-            note: says something to the user.
-            skip_to: step to go on with, from the newest weights that no skipped step came after; None: where the
-                newest checkpoint stands.
+            note: prints a line for the user.
+            skip_to: step to continue with, on the newest weights that were not followed by a skipped step; None: the
+                step of the newest checkpoint.
         """
         self.config, self.manifest, self.device = config, manifest, device
         torch.manual_seed(config.train.seed)
@@ -77,13 +77,13 @@ class TrainState:
         self.step = self.updates = 0
         """Steps made so far, and those of them that changed the weights."""
         self.skipped = self.skipped_in_row = 0
-        """Steps that did not, as loss or gradient were not finite, in all and just before this step."""
+        """Steps that did not, because loss or gradient was not finite: in all, and in a row just before this step."""
         self.rollbacks = 0
         """How often the weights went back to those of an earlier step."""
         self.score: Score | None = None
-        """What the evaluation at this very step gave; None if there was none."""
+        """Result of the evaluation at this very step; None if there was none."""
         self.newest = saved
-        """The last checkpoint that was committed, as far as this rank knows, or restored."""
+        """The checkpoint that was last committed, as far as this rank knows, or restored."""
         if saved is not None:
             self.step, self.updates = saved.step, saved.state["updates"]
             self.skipped, self.skipped_in_row = saved.state["skipped"], saved.state["skipped_in_row"]
@@ -106,8 +106,8 @@ class TrainState:
         return self.step * self.config.train.global_batch
 
     def advance(self, losses: list[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
-        """One optimizer step and the average after it; returns the gradient norm, and whether the step was made or,
-        as loss or gradient are not finite, skipped. Collective."""
+        """Make one optimizer step and update the average; return the gradient norm, and whether the step was applied.
+        It is skipped if loss or gradient is not finite. Collective."""
         norm, applied = self.engine.step(losses, lr)
         self.step += 1
         self.score = None
@@ -124,7 +124,7 @@ class TrainState:
         return norm, True
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides tensors."""
+        """Return what a checkpoint keeps in addition to tensors."""
         return {
             "config": self.config.model_dump(mode="json"),
             "flow": self.flow.config.to_dict(),
@@ -142,7 +142,7 @@ class TrainState:
         }
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of all that a checkpoint keeps, in the same order on every rank. Collective."""
+        """Yield (name, whole tensor) of all that a checkpoint keeps, in the same order on every rank. Collective."""
         for weights in self.engine.weights():
             yield from ((f"weights/{name}", t) for name, t in weights.items())
         parameters = dict(self.flow.named_parameters())
@@ -152,12 +152,12 @@ class TrainState:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank. Collective."""
+    """Return whether `flag` is set on any rank. Collective."""
     return sum_over_ranks([float(flag)], device)[0] > 0
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Each value summed over ranks, in float64. Collective."""
+    """Return each value summed over ranks, in float64. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return [float(v) for v in tensor.tolist()]
@@ -166,10 +166,10 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 def _newest_intact(
     root: str, device: torch.device, note: Callable[[str], None], good: bool
 ) -> tuple[checkpoints.Checkpoint | None, dict[str, Tensor]]:
-    """The newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
+    """Return the newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
 
     Args:
-        good: pass over those that were saved while steps were skipped, if there are others.
+        good: pass over checkpoints that were saved while steps were skipped, if there are others.
 
     Raises:
         checkpoints.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
@@ -188,9 +188,9 @@ def _newest_intact(
         except checkpoints.DamagedCheckpoint as e:
             tensors, damage = {}, str(e)
         if not any_rank(damage is not None, device):
-            note(f"going on from step {saved.step:,}: {saved.url}")
+            note(f"resuming from step {saved.step:,}: {saved.url}")
             if dist.get_rank() == 0:
-                for one in damaged:  # or they would count as the newest, and sweep would keep them before good ones
+                for one in damaged:  # or they would count as the newest, and a sweep would prefer them to good ones
                     checkpoints.condemn(one)
             return saved, tensors
         note(f"damaged checkpoint passed over: {damage or saved.url}")
@@ -199,6 +199,6 @@ def _newest_intact(
         last = max([*damaged, *unreadable], key=lambda c: c.step)
         raise checkpoints.DamagedCheckpoint(
             f"{checkpoints.folder(root)}: no checkpoint is intact, the last is {last.url}; "
-            "delete the folder to begin anew"
+            "delete the folder to begin again"
         )
     return None, {}

@@ -1,4 +1,4 @@
-"""What the chaos benchmark takes for lost, repeated, changed or left behind: each must be told when it is there."""
+"""What the chaos benchmark takes for lost, repeated, changed or left behind: it must report each of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The faults, each a function that breaks one thing of a trial that runs; `FAULTS` is all of them by name.
+"""The faults, each a function that breaks one thing of a running trial; `FAULTS` holds all of them by name.
 
-A new one is a function with `@fault("its-name")`. It returns what it did, or None where it came too late to do it.
+To add one, write a function with `@fault("its-name")`. It returns what it did, or None if it came too late to do it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chaos_harness.trial import CHECKPOINT_EVERY, STEPS, Strike, Struck, Trial
 from eiwtrain import checkpoints, storage
 from eiwtrain.testing import failpoints
 
-_MANY_STEPS = 2 * CHECKPOINT_EVERY + 6  # when two checkpoints are committed
+_MANY_STEPS = 2 * CHECKPOINT_EVERY + 6  # by then two checkpoints are committed
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Fault:
     name: str
     strike: Strike
     needs: frozenset[str] = frozenset()
-    """What the place must offer: s3, cluster."""
+    """Names of what the place must offer: s3, cluster."""
     earliest: int = -1
     """Step after which it can strike; -1: from the start on."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Fault:
     submitted: bool = False
     """Whether the run is started by `ray job submit`."""
     failpoint: str | None = None
-    """The place in the code where the process dies, instead of a moment."""
+    """Place in the code where the process dies, instead of a moment."""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -122,15 +122,15 @@ def _kill_supervisor(trial: Trial) -> Struck | None:
 
 
 def _lose_node(trial: Trial, how: str, lose: Callable[[Any], None]) -> Struck | None:
-    """A node goes, and another comes some seconds later."""
+    """Take a node away, and add another some seconds later."""
     cluster = trial.place.cluster
     assert cluster is not None
     living = [node for node in cluster.nodes if node.alive]
     victim = trial.rng.choice(living)
     struck = Struck(time.time(), f"node {victim.node_id[:12]} {how}")
     lose(victim)
-    time.sleep(trial.rng.uniform(2, 25))  # before or after training has begun again without it
-    victim.kill()  # a drained one too: its deadline has come
+    time.sleep(trial.rng.uniform(2, 25))  # before or after training has resumed without it
+    victim.kill()  # a drained one too: its deadline has passed
     cluster.add_node()
     return struck
 
@@ -191,7 +191,7 @@ def _damage(trial: Trial, how: str, change: Callable[[bytes], bytes | None]) -> 
     struck = _signal_driver(trial, signal.SIGKILL)
     if struck is None:
         return None
-    trial.kill_all()  # what they still wrote might come after the damage
+    trial.kill_all()  # they might still write after the damage
     found = checkpoints.committed(trial.root)
     if len(found) < 2:
         return None
@@ -238,8 +238,8 @@ def failpoint_names() -> list[str]:
 
 
 def draw_time(rng: random.Random, name: str) -> int:
-    """The how manieth coming by of a process at a fail point it dies at."""
-    if name.startswith("lease.") or name == "worker.finish":  # where each comes by once
+    """Draw at which visit to a fail point a process dies there; the first is 1."""
+    if name.startswith("lease.") or name == "worker.finish":  # each process gets there once
         return 1
     return rng.randint(1, STEPS if name == "worker.step" else 3)
 

@@ -1,4 +1,4 @@
-"""One trial: a real run of the main job, broken once at a chosen moment, started again until it finishes, then judged.
+"""One trial: a real run of the main job, broken once at a chosen moment, restarted until it finishes, then judged.
 
 Not for what the faults are (`chaos_harness.faults`), nor for what must hold afterwards (`chaos_harness.verify`).
 """
@@ -32,29 +32,29 @@ SAMPLES, BATCH, EPOCHS = 80, 8, 8
 STEPS = SAMPLES * EPOCHS // BATCH
 CHECKPOINT_EVERY, EVAL_EVERY = 9, 32
 TOLERANCE = 1e-6
-"""Largest `chaos_verify.distance`, and relative difference of the loss, after another number of workers on the way. One
-worker adds up the gradients of two micro-batches where two workers add up those of one each, so it is 0 as a rule."""
+"""Largest `verify.distance`, and relative difference of the loss, where the number of workers changed on the way. One
+worker adds up the gradients of two micro-batches where two workers add up those of one each, so it is usually 0."""
 
 _POLL_SECONDS = 0.05
-_ASK_SECONDS = 0.5  # between two questions to Ray's job server
-_ATTEMPT_SECONDS = 300.0  # after which an attempt hangs
+_ASK_SECONDS = 0.5  # between two requests to Ray's job server
+_ATTEMPT_SECONDS = 300.0  # after which an attempt counts as hung
 _ATTEMPTS = 30  # refusals by a lease that is not stale yet count too
 _AGAIN_SECONDS = 2.0  # between a refused attempt and the next
-_GONE_SECONDS = 30.0  # for processes of a run that has ended
+_GONE_SECONDS = 30.0  # for which processes of a run may outlive it
 _OF_RAY = ("ray::IDLE", "ray::_AutoscalingCoordinatorActor")  # a process that waits for work, a detached actor
-_START_SECONDS = 15.0  # about what a run takes to its first step
+_START_SECONDS = 15.0  # about the time of a run to its first step
 
 
 def with_repository(path: str | None) -> str:
-    """A PYTHONPATH by which this very code is found, whatever else is installed."""
+    """Return a PYTHONPATH on which this very code comes first, whatever else is installed."""
     return os.pathsep.join(filter(None, [str(REPOSITORY), path]))
 
 
 class Moment(NamedTuple):
-    """When a fault strikes."""
+    """Moment at which a fault strikes."""
 
     step: int
-    """After this step was made (the first is 0); -1: at any time from the start on."""
+    """Step after which it strikes (the first is 0); -1: at any time from the start on."""
     delay: float
     """Seconds after that."""
 
@@ -63,7 +63,7 @@ class Moment(NamedTuple):
 
 
 def draw_moment(rng: random.Random, earliest: int = -1) -> Moment:
-    """In start-up, between steps, in an evaluation or at the end; not before step `earliest`."""
+    """Draw a moment in start-up, between steps, in an evaluation or at the end; not before step `earliest`."""
     where = rng.choices(("start", "step", "evaluation", "end"), (2, 6, 1, 1))[0]
     if where == "start" and earliest < 0:
         return Moment(-1, rng.uniform(0, _START_SECONDS))
@@ -77,19 +77,19 @@ def draw_moment(rng: random.Random, earliest: int = -1) -> Moment:
 
 @dataclass
 class Place:
-    """Where runs live: their data, storage and tracking, and what of it can be broken."""
+    """A place for runs: their data, storage and tracking, and the servers that can be broken."""
 
     data: str
     storage: str
     tracking: str | None
     environment: dict[str, str]
-    """For those who run there, and for this process to look at what they left."""
+    """Variables for runs at this place, and for this process to look at what they left."""
     s3: S3Server | None = None
     cluster: LocalCluster | None = None
 
     @property
     def offers(self) -> set[str]:
-        """What a fault may need: s3, cluster."""
+        """Names of what a fault may need and this place has: s3, cluster."""
         return {name for name in ("s3", "cluster") if getattr(self, name) is not None}
 
 
@@ -105,11 +105,11 @@ class Driver:
             )
 
     def poll(self) -> int | None:
-        """The exit code, None while it runs."""
+        """Return the exit code, None while it runs."""
         return self.process.poll()
 
     def send(self, number: int) -> None:
-        """A signal."""
+        """Send a signal."""
         self.process.send_signal(number)
 
     def end(self) -> None:
@@ -120,7 +120,7 @@ class Driver:
 
 
 class Submitted:
-    """The same command by `ray job submit`; the driver is then a process of the cluster's."""
+    """The same command by `ray job submit`; the driver is then a process of the cluster."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], log: Path, address: str, mark: str) -> None:
         from ray.job_submission import JobSubmissionClient
@@ -129,14 +129,14 @@ class Submitted:
         self.log, self._mark = log, mark
         self._code: int | None = None
         self._asked = 0.0
-        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()  # Ray looks for it when it is imported, once
+        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()  # Ray reads it only once, when it is imported
         self._client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
         own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
         env_vars = own | {"PYTHONPATH": environment["PYTHONPATH"]}
         self._id = self._client.submit_job(entrypoint=" ".join(["exec", *command]), runtime_env={"env_vars": env_vars})
 
     def poll(self) -> int | None:
-        """0 for a job that succeeded, 1 for one that did not, None while it runs."""
+        """Return 0 if the job succeeded, another exit code if it failed, None while it runs."""
         if self._code is None and time.monotonic() - self._asked > _ASK_SECONDS:
             self._asked = time.monotonic()
             info = self._client.get_job_info(self._id)
@@ -147,7 +147,7 @@ class Submitted:
         return self._code
 
     def send(self, number: int) -> None:
-        """A signal, to the driver."""
+        """Send a signal to the driver."""
         for process in verify.processes(self._mark):
             if "-m eiwtrain.run" in process.command:
                 with contextlib.suppress(ProcessLookupError):
@@ -166,7 +166,7 @@ class Struck:
 
     time: float
     what: str
-    """For people: the victim."""
+    """Description of the victim, for people."""
 
 
 @dataclass
@@ -175,16 +175,16 @@ class Trial:
 
     place: Place
     name: str
-    """Of the run."""
+    """Name of the run."""
     folder: Path
-    """Of its config, logs and audit."""
+    """Folder of its config, logs and audit."""
     rng: random.Random
     config: dict[str, Any] = field(default_factory=dict)
-    """Sections that override those of every trial."""
+    """Sections that override the config of every trial."""
     environment: dict[str, str] = field(default_factory=dict)
-    """That of every trial aside."""
+    """Variables in addition to those of every trial."""
     submitted: bool = False
-    """Whether by `ray job submit`."""
+    """Whether it is started by `ray job submit`."""
     job: Driver | Submitted | None = None
     codes: list[int] = field(default_factory=list)
     """Exit codes of the attempts that have ended."""
@@ -196,12 +196,12 @@ class Trial:
 
     @property
     def audit(self) -> Path:
-        """Folder in which the workers tell what they trained on."""
+        """Folder in which the workers record what they trained on."""
         return self.folder / "audit"
 
     @property
     def step(self) -> int:
-        """The furthest step that was made, -1 for none."""
+        """Furthest step that was made, -1 if none was."""
         return max((line.get("step", -1) for line in verify.read_audit(self.audit)), default=-1)
 
     @property
@@ -210,7 +210,7 @@ class Trial:
         return self.job is not None and self.job.poll() is None
 
     def start(self) -> None:
-        """The command, once more."""
+        """Run the command, the first time or again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self._config(), sort_keys=False))
@@ -223,14 +223,14 @@ class Trial:
             assert self.place.cluster is not None
             self.job = Submitted(command, environment, log, self.place.cluster.job_address, self.name)
             return
-        if self.place.cluster is not None:  # whose nodes start this driver's workers: they shall bear the mark too
+        if self.place.cluster is not None:  # its nodes start this driver's workers, which need the mark too
             environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps(
                 {"runtime_env": {"env_vars": {verify.MARK: self.name}}}
             )
         self.job = Driver(command, environment, log)
 
     def wait_for(self, moment: Moment) -> bool:
-        """Wait for a moment of the first attempt; False if it ended before."""
+        """Wait for a moment of the first attempt; return False if the attempt ended before."""
         assert self.job is not None
         end = time.time() + _ATTEMPT_SECONDS
         while self.step < moment.step:
@@ -241,7 +241,7 @@ class Trial:
         return self.runs
 
     def wait_end(self) -> int | None:
-        """The exit code of this attempt; None if it hangs and was killed."""
+        """Return the exit code of this attempt; None if it hung and was killed."""
         assert self.job is not None
         end = self.job.began + _ATTEMPT_SECONDS
         while (code := self.job.poll()) is None:
@@ -252,7 +252,7 @@ class Trial:
         return code
 
     def finish(self) -> str:
-        """The same command again and again until the run finishes; says why where it does not."""
+        """Run the same command again until the run finishes; return why it does not, empty if it does."""
         while True:
             code = self.wait_end()
             if code is None:
@@ -262,20 +262,20 @@ class Trial:
                 return ""
             if len(self.codes) >= _ATTEMPTS:
                 return f"{_ATTEMPTS} attempts ended by {self.codes}"
-            if code == 2:  # refused: of what may mend itself this is the lease of a job that was killed
+            if code == 2:  # refused; the lease of a killed job is a refusal that passes
                 time.sleep(_AGAIN_SECONDS)
             self.start()
 
     def processes(self) -> list[verify.Process]:
-        """Those of the run, without what Ray keeps for the next job."""
+        """Return the processes of the run, without those that Ray keeps for the next job."""
         return [p for p in verify.processes(self.name) if not p.command.startswith(_OF_RAY)]
 
     def ranks(self) -> list[verify.Process]:
-        """The training workers."""
+        """Return the training workers."""
         return [p for p in self.processes() if p.command.startswith("ray::RayTrainWorker")]
 
     def kill_all(self) -> list[str]:
-        """Wait until all processes of the run are gone; kill those that stay, and say which."""
+        """Wait until all processes of the run are gone; kill those that stay, and return a line for each."""
         end = time.time() + _GONE_SECONDS
         while left := self.processes():
             if time.time() > end:
@@ -303,13 +303,13 @@ class Trial:
 
 
 def judge(trial: Trial, failure: str, reference: verify.Reference | None) -> verify.Verdict:
-    """What holds of a trial that has ended.
+    """Return the verdict on a trial that has ended.
 
     Args:
         failure: why it did not finish; empty if it did.
-        reference: None: there is none to compare with, as this is to become it.
+        reference: the uninterrupted run; None if this trial is that run.
     """
-    left = trial.kill_all()  # before its files are looked at: they would still be changed
+    left = trial.kill_all()  # before a look at its files, which they would still change
     verdict = verify.Verdict(finished=not failure, orphans=left)
     if failure:
         verdict.problems.append(failure)
@@ -329,13 +329,13 @@ def judge(trial: Trial, failure: str, reference: verify.Reference | None) -> ver
         verdict.problems += verify.lease_problems(trial.root)
         made_steps = verify.lineage(verify.read_audit(trial.audit))
         verdict.samples_lost, verdict.samples_repeated = verify.count_samples(made_steps, STEPS, BATCH, SAMPLES)
-        # what a run that has not finished leaves is no orphan: the next attempt may need or delete it
+        # files of an unfinished run are no orphans: the next attempt may need or delete them
         verdict.orphans += verify.stray_files(trial.root) + verify.unfinished_uploads(trial.root)
     return verdict
 
 
 def outcome(trial: Trial, verdict: verify.Verdict) -> tuple[dict[str, Any], verify.Curves]:
-    """The last checkpoint's tensors and the curves of a run that has finished; tells the verdict what else is wrong."""
+    """Return the tensors of the last checkpoint and the curves of a finished run; add what is wrong to the verdict."""
     from mlflow import MlflowClient
 
     newest = checkpoints.newest(trial.root)
@@ -354,8 +354,8 @@ def outcome(trial: Trial, verdict: verify.Verdict) -> tuple[dict[str, Any], veri
 
 
 def recovery_seconds(audit: Path, at: float) -> float | None:
-    """From a fault to the first training step beyond those that were made before training started again, or, where it
-    did not have to, before the fault; None if none was left to make."""
+    """Return the time from a fault to the first training step beyond those made before training restarted, or before
+    the fault if it did not have to restart; None if no step was left to make."""
     lines = verify.read_audit(audit)
     again = min((line["time"] for line in lines if "restored" in line and line["time"] > at), default=at)
     made = [line for line in lines if "step" in line]
@@ -364,4 +364,4 @@ def recovery_seconds(audit: Path, at: float) -> float | None:
 
 
 Strike = Callable[[Trial], "Struck | None"]
-"""Breaks something of a trial that runs; None if there was nothing to break, as it came too late."""
+"""A function that breaks something of a running trial; it returns None if it came too late to break anything."""

@@ -1,7 +1,7 @@
-"""What must hold of a run that has finished, whatever happened on the way; each check says what does not hold.
+"""What must hold of a run that has finished, whatever happened on the way; each check returns what does not hold.
 
-The checks compare with an uninterrupted run of the same config (`Reference`) and with the samples that there were to
-train on. Nothing here starts, stops or breaks anything.
+The checks compare with an uninterrupted run of the same config (`Reference`) and with the samples of the training
+split. Nothing here starts, stops or breaks anything.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 from eiwtrain import checkpoints, storage
 
 COMPARED = ("train/bits_per_dim", "train/grad_norm", "eval/bits_per_dim")
-"""Curves that depend on the weights and samples alone, and so are the uninterrupted run's."""
+"""Curves that depend only on weights and samples, so that they must equal those of the uninterrupted run."""
 MARK = "EIWTRAIN_TRIAL"
-"""In the environment of each process of a trial: its name."""
+"""Environment variable that holds the trial's name in each of its processes."""
 
 Curves = dict[str, list[tuple[int, float]]]
-"""Of each metric the points (step, value) in the order in which they were logged."""
+"""The points (step, value) of each metric, in the order in which they were logged."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What an uninterrupted run gave."""
+    """Tensors and curves of the uninterrupted run."""
 
     tensors: dict[str, Tensor]
     curves: Curves
@@ -39,18 +39,18 @@ class Reference:
 
 @dataclass
 class Verdict:
-    """What was found of one trial."""
+    """Findings about one trial."""
 
     finished: bool = False
     samples_lost: int = 0
     samples_repeated: int = 0
     weights_equal: bool = False
     distance: float = 0.0
-    """Of the tensors from the uninterrupted run's; see `distance`."""
+    """Distance of the tensors from those of the uninterrupted run (function `distance`)."""
     curve_problems: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """Whatever else is wrong, a line each."""
+    """Everything else that is wrong, a line each."""
 
     @property
     def survived(self) -> bool:
@@ -60,7 +60,7 @@ class Verdict:
         return self.finished and self.weights_equal and not wrong
 
     def lines(self) -> list[str]:
-        """What is wrong, a line each."""
+        """Return what is wrong, a line each."""
         lines = list(self.problems)
         if not self.finished:
             lines.append("did not finish")
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def read_audit(folder: Path) -> list[dict[str, Any]]:
-    """The lines that all workers of a run have written, in order of time; a last line cut short by a kill is none."""
+    """Return the lines that all workers of a run wrote, in order of time, without lines cut short by a kill."""
     lines = []
     for file in folder.glob("*.jsonl"):
         text = file.read_text()
@@ -85,9 +85,9 @@ def read_audit(folder: Path) -> list[dict[str, Any]]:
 
 
 def lineage(lines: Iterable[Mapping[str, Any]]) -> dict[int, Counter[int]]:
-    """Of each step that led to the final weights how often each sample was counted in it.
+    """Return how often each sample was counted in each step that led to the final weights.
 
-    A start from step s takes back what was made of s and beyond.
+    A start from step s takes back step s and all later ones.
     """
     made: dict[int, Counter[int]] = defaultdict(Counter)
     for line in lines:
@@ -100,13 +100,13 @@ def lineage(lines: Iterable[Mapping[str, Any]]) -> dict[int, Counter[int]]:
 
 
 def count_samples(made: Mapping[int, Counter[int]], steps: int, batch: int, samples: int) -> tuple[int, int]:
-    """How many samples of how many epochs are lost, and how often samples are counted once too often.
+    """Return how many samples were lost, and how many were counted too often, over all epochs.
 
     Args:
-        made: of each step the samples counted in it.
-        steps: of the whole run; whole epochs.
+        made: the samples counted in each step.
+        steps: number of steps of the whole run; they make whole epochs.
         batch: samples of a step; divides `samples`.
-        samples: of the split that is trained on.
+        samples: number of samples of the training split.
     """
     if samples % batch or (steps * batch) % samples:
         raise ValueError(f"{steps} steps of {batch} are no whole epochs of {samples} samples in whole steps")
@@ -127,7 +127,7 @@ def count_samples(made: Mapping[int, Counter[int]], steps: int, batch: int, samp
 
 
 def differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that only one has, or that are not the same to the bit."""
+    """Return the names of the tensors that only one side has, or that differ in a bit."""
     both = ours.keys() & theirs.keys()
     return sorted((ours.keys() ^ theirs.keys()) | {name for name in both if not _same_bits(ours[name], theirs[name])})
 
@@ -139,8 +139,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest over sections (weights, ema, moments) of ||ours - theirs|| / ||theirs||, Euclidean over all tensors
-    of the section as one vector; infinite where names or shapes differ or a number is not finite."""
+    """Return the largest ||ours - theirs|| / ||theirs|| of the sections weights, ema and moments, each taken as one
+    vector with the Euclidean norm; infinite where names or shapes differ or a number is not finite."""
     if ours.keys() != theirs.keys() or any(ours[n].shape != theirs[n].shape for n in theirs):
         return float("inf")
     sections: dict[str, list[str]] = defaultdict(list)
@@ -161,7 +161,7 @@ def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 
 def read_curves(uri: str, run_id: str) -> Curves:
-    """Every metric that a run has in MLflow; those of the system's monitor, which have no steps of ours, left out."""
+    """Return every metric that a run has in MLflow, except the system monitor's, which have no training steps."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -170,11 +170,11 @@ def read_curves(uri: str, run_id: str) -> Curves:
 
 
 def check_curves(ours: Curves, theirs: Curves, tolerance: float = 0.0) -> list[str]:
-    """What is wrong with the curves: a step that was logged twice, or not, or with another value.
+    """Return what is wrong with the curves: a step that was logged twice, not at all, or with another value.
 
     Args:
-        theirs: of the uninterrupted run.
-        tolerance: relative, of the values of `COMPARED`; 0: the same to the bit.
+        theirs: curves of the uninterrupted run.
+        tolerance: relative tolerance of the values of `COMPARED`; 0: equal to the bit.
     """
     problems = []
     for key, points in ours.items():
@@ -206,8 +206,8 @@ _TEMPORARY = re.compile(r"\.tmp$|(^|/)\.probe-|\.part$|(^|/)tmp")
 
 
 def stray_files(root: str) -> list[str]:
-    """Files below a finished run's folder that belong to nothing: temporary ones, probes, and in its checkpoints all
-    that no manifest names."""
+    """Return the files below a finished run's folder that belong to nothing: temporary files, probes, and files in its
+    checkpoints that no manifest names."""
     names = [name for name, _ in storage.find(root)]
     stray = {name for name in names if _TEMPORARY.search(name)}
     top = checkpoints.folder(root).removeprefix(root).strip("/") + "/"
@@ -221,7 +221,7 @@ def stray_files(root: str) -> list[str]:
 
 
 def lease_problems(root: str) -> list[str]:
-    """What is wrong with the lease of a run that has finished: it must have been given back."""
+    """Return what is wrong with the lease of a finished run, which must have been given back."""
     try:
         attempt = json.loads(storage.read_bytes(storage.join(root, "lease.json")))["attempt"]
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def lease_problems(root: str) -> list[str]:
 
 
 def unfinished_uploads(root: str) -> list[str]:
-    """Multipart uploads below an s3:// URL that were begun and neither completed nor aborted; other URLs have none."""
+    """Return the multipart uploads below an s3:// URL that were neither completed nor aborted; other URLs have none."""
     if not root.startswith("s3://"):
         return []
     import botocore.session
@@ -249,7 +249,7 @@ class Process(NamedTuple):
 
 
 def processes(trial: str) -> list[Process]:
-    """The living processes whose environment bears the mark of a trial. Of a zombie there is none to read."""
+    """Return the living processes whose environment has the mark of a trial. A zombie's environment cannot be read."""
     found, wanted = [], f"{MARK}={trial}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

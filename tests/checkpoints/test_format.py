@@ -61,7 +61,7 @@ def test_without_its_manifest_there_is_no_checkpoint(tmp_path):
     assert checkpoints.committed(str(tmp_path)) == []
 
 
-def test_a_half_written_manifest_is_no_checkpoint_but_is_told(tmp_path):
+def test_a_half_written_manifest_is_no_checkpoint_but_reported(tmp_path):
     saved = save(str(tmp_path), 3)
     manifest = Path(saved.url, "manifest.json")
     data = manifest.read_bytes()
@@ -83,7 +83,7 @@ def test_a_checkpoint_of_another_format_is_named_as_such(tmp_path):
     assert "'eiwtrain-checkpoint/1', and this version of eiwtrain reads 'eiwtrain-checkpoint/2'" in unreadable.why
 
 
-def test_a_file_where_a_checkpoint_should_be_is_none(tmp_path):
+def test_a_file_in_place_of_a_checkpoint_is_passed_over(tmp_path):
     storage.write_bytes(storage.join(checkpoints.folder(str(tmp_path)), "step-00000003-deadbeef"), b"1")
     assert checkpoints.survey(str(tmp_path)) == ([], [])
 
@@ -192,7 +192,7 @@ def test_the_newest_the_best_and_the_first_of_each_window_stay(saves, keep_last,
         assert all(scores[s] == min(scores.values()) for s in extra)
     else:
         assert not extra
-    # once more, from what is left: nothing that was to stay for ever goes
+    # once more, from what is left: nothing that must stay forever is deleted
     assert checkpoints.kept([c for c in found if c.url in keep], keep_last, keep_every) == keep
 
 
@@ -238,7 +238,7 @@ def test_a_bad_checkpoint_stays_until_training_has_passed_its_step(tmp_path, mak
     assert names_in(checkpoints.folder(root)) == [new.url.rsplit("/")[-1]]
 
 
-def test_a_condemned_checkpoint_is_none_any_more_and_keeps_its_bytes(tmp_path):
+def test_a_condemned_checkpoint_no_longer_counts_and_keeps_its_bytes(tmp_path):
     saved = save(str(tmp_path), 3)
     before = set(storage.listdir(saved.url))
     checkpoints.condemn(saved)
@@ -256,7 +256,7 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
     assert problems() == []
     assert problems(train={"max_steps": 99, "lr": 0.5, "micro_batch": 2}, workers={"min": 1}) == []
     assert problems(None) == []
-    # Other ways to the same gradients; drift is mended by one of them.
+    # Other ways to the same gradients; one of them fixes drift.
     assert problems(model={"backprop": "stored", "anchor_every": 0, "trunk_dtype": "float64"}) == []
     del saved.state["config"]["model"]["coupling"]  # as if it had been saved before there was a choice
     assert problems() == []

@@ -83,7 +83,7 @@ def gate(monkeypatch):
     gate.set()
 
 
-def test_training_goes_on_while_what_it_had_at_the_step_is_written(tmp_path, gate):
+def test_training_continues_while_its_state_at_the_step_is_written(tmp_path, gate):
     s, model = make(tmp_path), tensors(3)
     assert not s.busy
     assert s.poll() is None
@@ -94,18 +94,18 @@ def test_training_goes_on_while_what_it_had_at_the_step_is_written(tmp_path, gat
     assert s.poll() is s.wait(0.01) is None
     assert steps(tmp_path) == []
     gate.set()
-    outcome = s.wait()
+    result = s.wait()
     assert not s.busy
-    assert s.poll() is s.wait() is None  # an outcome is given once
-    assert outcome.checkpoint == checkpoints.committed(str(tmp_path))[0]
-    assert (outcome.error, outcome.exception) == (None, None)
-    assert is_whole(outcome.checkpoint)
-    parts = [p for p in Path(outcome.checkpoint.url).iterdir() if p.name != "manifest.json"]
-    assert outcome.bytes == sum(p.stat().st_size for p in parts)
-    assert 0 <= outcome.stall <= outcome.seconds
+    assert s.poll() is s.wait() is None  # a result is returned once
+    assert result.checkpoint == checkpoints.committed(str(tmp_path))[0]
+    assert (result.error, result.exception) == (None, None)
+    assert is_whole(result.checkpoint)
+    parts = [p for p in Path(result.checkpoint.url).iterdir() if p.name != "manifest.json"]
+    assert result.bytes == sum(p.stat().st_size for p in parts)
+    assert 0 <= result.stall <= result.seconds
 
 
-def test_a_save_waits_for_the_one_before_and_gives_its_outcome(tmp_path, gate):
+def test_a_save_waits_for_the_previous_one_and_returns_its_result(tmp_path, gate):
     s = make(tmp_path)
     begin(s, 1)
     threading.Timer(0.1, gate.set).start()
@@ -115,9 +115,9 @@ def test_a_save_waits_for_the_one_before_and_gives_its_outcome(tmp_path, gate):
         under_way.append(s.busy)
         yield from tensors(2).items()
 
-    outcome = s.begin(2, 16, observed(), state(2))
+    result = s.begin(2, 16, observed(), state(2))
     assert under_way == [False]
-    assert outcome.checkpoint.step == 1
+    assert result.checkpoint.step == 1
     assert s.wait().checkpoint.step == 2
     assert steps(tmp_path) == [2, 1]
 
@@ -192,11 +192,11 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", fsync)
     begin(s, 2)
-    outcome = s.wait()
-    assert outcome.checkpoint is None
-    assert isinstance(outcome.exception, storage.StorageError)
-    assert outcome.error.startswith("rank 0: ")
-    assert "No space left on device" in outcome.error
+    result = s.wait()
+    assert result.checkpoint is None
+    assert isinstance(result.exception, storage.StorageError)
+    assert result.error.startswith("rank 0: ")
+    assert "No space left on device" in result.error
     assert files(tmp_path) == before
     full = False
     begin(s, 3)
@@ -204,19 +204,19 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(tmp_path, monkeypatch
     assert steps(tmp_path) == [3, 1]
 
 
-def test_without_the_right_to_write_no_manifest_is_published(tmp_path):
+def test_no_manifest_is_published_if_the_guard_refuses(tmp_path):
     def guard():
         raise Lost("taken over")
 
     s = make(tmp_path, guard=guard)
     begin(s, 1)
-    outcome = s.wait()
-    assert (outcome.checkpoint, outcome.error, type(outcome.exception)) == (None, "taken over", Lost)
+    result = s.wait()
+    assert (result.checkpoint, result.error, type(result.exception)) == (None, "taken over", Lost)
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("looks", [1, 2])  # of the last save: before the manifest, and before the sweep
-def test_the_right_to_write_is_looked_at_again_before_old_ones_are_deleted(tmp_path, looks):
+@pytest.mark.parametrize("looks", [1, 2])  # before the manifest of the last save, and before its sweep
+def test_the_guard_is_asked_again_before_old_checkpoints_are_deleted(tmp_path, looks):
     left = [100]
 
     def guard():
@@ -230,12 +230,12 @@ def test_the_right_to_write_is_looked_at_again_before_old_ones_are_deleted(tmp_p
     s.wait()
     left[0] = looks
     begin(s, 3)
-    outcome = s.wait()
-    assert (outcome.checkpoint.step, outcome.error, type(outcome.exception)) == (3, "taken over", Lost)
+    result = s.wait()
+    assert (result.checkpoint.step, result.error, type(result.exception)) == (3, "taken over", Lost)
     assert steps(tmp_path) == [3, 2]
 
 
-def test_the_right_to_write_is_looked_at_again_when_publishing_is_tried_again(tmp_path, monkeypatch):
+def test_the_guard_is_asked_again_when_publishing_is_tried_again(tmp_path, monkeypatch):
     root = f"memory://{tmp_path.name}"
     calls, fs = [], type(storage.filesystem(root)[0])
     pipe_file = fs.pipe_file
@@ -253,13 +253,13 @@ def test_the_right_to_write_is_looked_at_again_when_publishing_is_tried_again(tm
     monkeypatch.setattr(fs, "pipe_file", fail_at_manifests)
     s = make(root, guard=guard)
     begin(s, 1)
-    outcome = s.wait()
-    assert (outcome.checkpoint, type(outcome.exception), len(calls)) == (None, Lost, 2)
+    result = s.wait()
+    assert (result.checkpoint, type(result.exception), len(calls)) == (None, Lost, 2)
     assert files(root) == []
 
 
 def late_manifest(monkeypatch, meanwhile):
-    """What is done between a writer's looks, at its parts and at the lease, and its manifest."""
+    """Call `meanwhile` after a writer has checked its parts and the lease, before its manifest."""
     write = storage.write_pieces
 
     def late(url, pieces):
@@ -275,7 +275,7 @@ def killed_by_hand(new):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp_path, monkeypatch, killed):
+def test_a_manifest_written_after_its_parts_were_deleted_does_not_count(tmp_path, monkeypatch, killed):
     root = str(tmp_path)
     s = make(root, keep_last=1)
     begin(s, 1)
@@ -292,8 +292,8 @@ def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp
         assert "part-00000-of-00001.safetensors is missing" in bad.why
     else:
         begin(s, 2)
-        outcome = s.wait()
-        assert outcome.checkpoint is None
+        result = s.wait()
+        assert result.checkpoint is None
         assert checkpoints.survey(root) == ([before], [])
     monkeypatch.undo()
     begin(s, 3)
@@ -303,19 +303,19 @@ def test_a_manifest_that_comes_after_its_parts_were_deleted_is_no_checkpoint(tmp
 
 
 @pytest.mark.parametrize("collective", ["broadcast_object_list", "all_gather_object"])
-def test_ranks_that_lost_one_another_are_told_from_storage_that_fails(tmp_path, monkeypatch, collective):
+def test_ranks_that_lost_one_another_differ_from_failing_storage(tmp_path, monkeypatch, collective):
     def fail(*args, **options):
         raise RuntimeError("Connection closed by peer\n[127.0.0.1]:1234")
 
     monkeypatch.setattr(dist, collective, fail)
     s = make(tmp_path)
     begin(s, 1)
-    outcome = s.wait()
-    assert (outcome.checkpoint, type(outcome.exception)) == (None, writer.RanksApartError)
-    assert outcome.error == "the workers lost one another at a checkpoint: Connection closed by peer [127.0.0.1]:1234"
+    result = s.wait()
+    assert (result.checkpoint, type(result.exception)) == (None, writer.RanksApartError)
+    assert result.error == "the workers lost one another at a checkpoint: Connection closed by peer [127.0.0.1]:1234"
 
 
-def test_what_cannot_be_sent_is_sent_as_text():
+def test_an_exception_that_cannot_be_pickled_is_sent_as_text():
     class Local(Exception):
         pass
 
@@ -353,33 +353,33 @@ def two_ranks(root):
         dist.all_reduce(part)
         total += part
     assert total == 100 + 2 * sum(range(100))
-    outcome = s.wait()
-    assert outcome.error is None
-    assert len(outcome.checkpoint.parts) == 2
-    assert outcome.bytes == sum(p.bytes for p in outcome.checkpoint.parts)
+    result = s.wait()
+    assert result.error is None
+    assert len(result.checkpoint.parts) == 2
+    assert result.bytes == sum(p.bytes for p in result.checkpoint.parts)
 
     full = rank == 1
     begin(s, 2)
-    outcome = s.wait()
-    assert outcome.checkpoint is None
-    assert outcome.error.startswith("rank 1: ")
-    assert outcome.error.endswith("No space left on device")
+    result = s.wait()
+    assert result.checkpoint is None
+    assert result.error.startswith("rank 1: ")
+    assert result.error.endswith("No space left on device")
     full = False
 
     refused = rank == 0
     begin(s, 3)
-    outcome = s.wait()
-    assert (outcome.checkpoint, outcome.error, type(outcome.exception)) == (None, "taken over", Lost)
+    result = s.wait()
+    assert (result.checkpoint, result.error, type(result.exception)) == (None, "taken over", Lost)
     refused = False
 
     begin(s, 4)
-    outcome = s.wait()
-    assert outcome.error is None
-    assert outcome.checkpoint.step == 4
+    result = s.wait()
+    assert result.error is None
+    assert result.checkpoint.step == 4
 
 
 @pytest.mark.cluster
-def test_what_fails_on_one_rank_fails_on_all_and_training_goes_on(tmp_path):
+def test_a_failure_on_one_rank_is_raised_on_all_and_training_continues(tmp_path):
     run_ranks(two_ranks, 2, str(tmp_path))
     assert steps(tmp_path) == [4, 1]
     assert all(is_whole(c) for c in checkpoints.committed(str(tmp_path)))
@@ -403,10 +403,10 @@ def steps_left(boundary, victim):
 
 
 def die_at(boundary):
-    """From now on this process kills itself there."""
+    """Make this process kill itself there."""
     if not boundary.endswith("-half-written"):
         os.environ["EIWTRAIN_FAILPOINTS"] = f"checkpoint.{boundary}=kill"
-        failpoints._came_by.clear()
+        failpoints._reached.clear()
         return
     write = storage.write_pieces
 
@@ -430,10 +430,10 @@ def die_in_second_save(rank, folder, boundary, victim):
     if rank == victim:
         die_at(boundary)
     begin(s, 2)
-    outcome = s.wait()
+    result = s.wait()
     if steps_left(boundary, victim) == ([1],):
-        assert outcome.checkpoint is None
-        assert isinstance(outcome.exception, writer.RanksApartError)
+        assert result.checkpoint is None
+        assert isinstance(result.exception, writer.RanksApartError)
 
 
 def leave_in_a_save(rank, folder):
@@ -463,7 +463,7 @@ def test_a_death_anywhere_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, b
     for process in ranks:
         process.join(120)
     assert ranks[victim].exitcode == -signal.SIGKILL
-    assert ranks[1 - victim].exitcode == 0  # and neither waits for the other nor hangs at its end
+    assert ranks[1 - victim].exitcode == 0  # it neither waits for the other nor hangs at its exit
     root = str(tmp_path / "run")
     found = checkpoints.committed(root)
     assert [c.step for c in found] in steps_left(boundary, victim)
@@ -492,7 +492,7 @@ def come_late(rank, folder):
 
 
 @pytest.mark.cluster
-def test_after_one_timeout_no_rank_believes_that_checkpoints_can_be_written(tmp_path):
+def test_after_one_timeout_every_rank_knows_that_none_can_be_written(tmp_path):
     ranks = start(come_late, tmp_path)
     for process in ranks:
         process.join(120)
@@ -501,7 +501,7 @@ def test_after_one_timeout_no_rank_believes_that_checkpoints_can_be_written(tmp_
 
 
 @pytest.mark.cluster
-def test_a_process_ends_though_its_saver_waits_for_another(tmp_path):
+def test_a_process_exits_though_its_writer_waits_for_another(tmp_path):
     ranks = start(leave_in_a_save, tmp_path)
     try:
         ranks[0].join(120)
@@ -515,7 +515,7 @@ def test_a_process_ends_though_its_saver_waits_for_another(tmp_path):
 
 
 @pytest.mark.cluster
-def test_on_s3_a_large_part_is_uploaded_in_parts_and_unfinished_uploads_are_given_up(s3):
+def test_on_s3_a_large_part_goes_in_parts_and_stale_uploads_are_aborted(s3):
     root, what = storage.join(s3, "run"), {f"w{i}": torch.full((12_000_000,), float(i)) for i in range(3)}
     s = make(root, keep_last=1)
     assert sum(t.nbytes for t in what.values()) > storage_files._LARGE
@@ -525,9 +525,9 @@ def test_on_s3_a_large_part_is_uploaded_in_parts_and_unfinished_uploads_are_give
         fs.call_s3("create_multipart_upload", Bucket=bucket, Key=f"{prefix}/{key}")
     storage.write_bytes(storage.join(root, "checkpoints/step-00000001-deadbeef/part-2"), b"half")
     begin(s, 2, what)
-    outcome = s.wait()
-    assert outcome.error is None
-    loaded = checkpoints.load(outcome.checkpoint)
+    result = s.wait()
+    assert result.error is None
+    loaded = checkpoints.load(result.checkpoint)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in what.items())
     assert len(files(root)) == 2
     left = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix).get("Uploads", [])

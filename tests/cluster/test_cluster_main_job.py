@@ -132,7 +132,7 @@ def test_a_run_stopped_twice_ends_as_an_undisturbed_one(folder, uninterrupted):
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     exit_code, output = Job(folder, name=name).wait()
     assert exit_code == 0, output
-    assert f"going on from step {second}" in output
+    assert f"resuming from step {second}" in output
     (finished,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
     assert (finished.info.run_id, finished.info.status) == (stopped.info.run_id, "FINISHED")
     # every step once, and each with the loss of the uninterrupted run: the same samples, noise and weights

@@ -53,7 +53,7 @@ def kill(job):
 def assert_goes_on(folder, uri, killed, *overrides):
     code, output = Job(folder, *overrides).wait()
     assert code == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     finished = of_run(uri)
     assert (finished.info.run_id, finished.info.status) == (killed.info.run_id, "FINISHED")
     assert finished.data.tags["eiwtrain.status"] == "finished"

@@ -103,7 +103,7 @@ def test_a_store_without_conditions_is_written_and_looked_at(tmp_path, monkeypat
 
 
 def overwritten_by_the_next_writer(url, monkeypatch):
-    """Put and look: told True when nobody comes, False when somebody comes in between."""
+    """Put and look: True when no other writer comes, False when one comes in between."""
     assert swap.swap(url, None, b"1")
     assert not swap.swap(url, b"0", b"2")
     clock = Clock()
@@ -213,7 +213,7 @@ def test_an_answer_that_is_lost_is_found_in_what_is_there(monkeypatch, error, ca
 
 
 def test_a_put_that_was_given_up_and_comes_late_is_found_in_what_is_there(monkeypatch):
-    """As when the client's own second try meets the first."""
+    """The case that the client's own second try meets the first."""
 
     def before(call):
         if call == "put_object":

@@ -12,7 +12,7 @@ from eiwtrain.testing import failpoints
 
 @pytest.fixture(autouse=True)
 def counts(monkeypatch):
-    monkeypatch.setattr(failpoints, "_came_by", failpoints.Counter())
+    monkeypatch.setattr(failpoints, "_reached", failpoints.Counter())
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_once_over_all_processes(monkeypatch, signals, tmp_path):
     monkeypatch.setenv("EIWTRAIN_FAILPOINTS", "here=stop")
     monkeypatch.setenv("EIWTRAIN_FAILPOINTS_DONE", str(tmp_path / "done"))
     for _ in range(2):
-        failpoints._came_by.clear()  # as another process has it
+        failpoints._reached.clear()  # as another process has it
         failpoints.reach("here")
     assert signals == [(os.getpid(), signal.SIGSTOP)]
     assert [p.name for p in (tmp_path / "done").iterdir()] == ["here"]

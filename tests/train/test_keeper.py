@@ -1,4 +1,4 @@
-"""When checkpoints are begun, and what is said when they could not be written."""
+"""When checkpoints are begun, and what the user reads when one could not be written."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_one_that_could_not_be_written_is_told_and_tried_again_after_a_while(kep
     train(kept, 10)
     saver.end(OSError("no space left on device"))
     train(kept, 25)
-    assert "a checkpoint could not be written: no space left on device; training goes on" in said[0]
+    assert "a checkpoint could not be written: no space left on device; training continues" in said[0]
     assert saver.begun == [10]  # each try costs training a copy of its tensors
     now[0] += 30.0
     train(kept, 26)

@@ -131,7 +131,7 @@ def resume_and_compare(folder, stage, exact):
 
 def find_only_damage(folder):
     c = config(folder)
-    for _ in range(2):  # a second try finds the same: nothing was thrown away, and nothing begins anew
+    for _ in range(2):  # a second try finds the same: nothing was deleted, and no new run begins
         with pytest.raises(checkpoints.DamagedCheckpoint, match="no checkpoint is intact"):
             make_state(c)
 
