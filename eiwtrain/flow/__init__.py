@@ -21,6 +21,7 @@ imported when the first of them is used, so that a program can read `config` and
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Import every public name when the first is asked for (PEP 562)."""
+    if find_spec(f"{__name__}.{name}") is not None:  # `from . import images`, maybe while `public` is being imported
+        return import_module(f".{name}", __name__)
     public = import_module(".public", __name__)
     globals().update({each: getattr(public, each) for each in public.__all__})
     if name in globals():

@@ -167,7 +167,7 @@ def test_a_save_with_a_score_waits_for_the_one_before_as_a_later_one_would_not_h
     assert state.newest.step == 10
 
 
-def test_a_score_that_no_checkpoint_has_is_told_and_training_goes_on_before_the_watchdog_bites(kept):
+def test_a_score_without_a_checkpoint_is_reported_and_training_continues(kept):
     k, state, saver, said = kept
     train(kept, 10)
     state.score = object()
@@ -175,7 +175,7 @@ def test_a_score_that_no_checkpoint_has_is_told_and_training_goes_on_before_the_
     assert saver.begun == [10]
     assert 20.0 < max(saver.waits) < Config.model_validate(tiny_config(Path("/x"))).workers.hang_seconds
     assert said == [
-        "the checkpoint of step 10 with its score is left out, as the one before it is not written after 600 s: "
+        "the checkpoint of step 10 with its score is left out, as the previous one is not written after 600 s: "
         "this step cannot be the best that is kept"
     ]
     saver.end()
