@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
 class Job:
     """`python -m eiwtrain.run` in its own process group, with its output in a file."""
 
-    def __init__(self, folder: Path, *overrides: str, name: str = "tiny") -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, name: str = "tiny", environment: Mapping[str, str] | None = None
+    ) -> None:
         self.folder, self.log = folder, folder / f"{name}-{time.time_ns()}.log"
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
@@ -21,6 +24,7 @@ class Job:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
+                env=environment,
                 start_new_session=True,
             )
 

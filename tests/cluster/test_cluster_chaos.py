@@ -16,7 +16,6 @@ SHORT = (
     "kill-driver",
     "kill-supervisor",
     "kill-storage",
-    "at-checkpoint.before-manifest",
 )
 
 

@@ -188,6 +188,8 @@ def test_a_second_job_of_the_same_name_is_refused_while_the_first_lives(folder, 
     code, output = second.wait()
     assert code == 75, output
     assert "training from step" in output
+    saved = checkpoint.newest(str(folder / "runs" / "doubled"))
+    assert f"stopped at step {saved.step:,} of {STEPS} by its time limit (train.max_hours)" in output
 
 
 def test_a_submitted_job_that_is_stopped_writes_a_checkpoint_and_goes_on(cluster, folder, on_cluster):

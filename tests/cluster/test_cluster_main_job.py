@@ -11,6 +11,7 @@ import yaml
 from helpers import tiny_config, write_shards
 from jobs import Job
 from mlflow import MlflowClient
+from watchers import mark, wait_until, watchers
 
 from eiwtrain import checkpoints, flow, run
 
@@ -104,7 +105,8 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
 
 def stop(folder, name, number, code, *overrides):
     """Stop a run by a signal while it trains; returns the step of its checkpoint and its run in MLflow."""
-    job = Job(folder, *overrides, name=name)
+    environment = mark()
+    job = Job(folder, *overrides, name=name, environment=environment)
     job.wait_for("training from step ")
     job.wait_for("bits/dim")
     # as a terminal does it: the whole process group gets Ctrl-C
@@ -118,6 +120,9 @@ def stop(folder, name, number, code, *overrides):
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     (stopped,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
     assert stopped.info.status == "KILLED"
+    reason = f"stopped by {signal.Signals(number).name}; resumes with the same command"
+    assert stopped.data.tags["eiwtrain.status"] == reason
+    wait_until(lambda: not watchers(environment))
     return step, stopped
 
 
@@ -245,16 +250,6 @@ def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder, capsys):
     ):
         assert line in output, output
     assert not (folder / "runs" / "dry").exists()
-
-
-def test_a_time_limit_checkpoints_and_ends_with_75_on_as_many_workers_as_there_is_room_for(folder):
-    overrides = ["train.max_hours=0.006", "train.max_steps=100000", "workers.min=1", "workers.max=2"]
-    exit_code, output = Job(folder, *overrides, name="limited").wait()
-    assert exit_code == 75, output
-    assert "on 2 workers" in output
-    saved = checkpoints.committed(str(folder / "runs" / "limited"))[0]
-    assert saved.step > 0
-    assert f"stopped at step {saved.step:,} of 100,000 by its time limit (train.max_hours)" in output
 
 
 def test_a_stop_while_ray_starts_leaves_nothing_running(folder):

@@ -82,18 +82,5 @@ def test_a_driver_that_is_killed_while_mlflow_is_away_has_its_run_marked_when_it
         server.start()
         wait_until(lambda: of_run(server.endpoint).info.status == "KILLED")
         wait_until(lambda: "its driver died" in of_run(server.endpoint).data.tags["eiwtrain.status"])
-        assert_goes_on(folder, server.endpoint, of_run(server.endpoint), uri)
     finally:
         server.kill()
-
-
-def test_a_run_that_is_stopped_leaves_no_watcher(folder, environment):
-    job = start(folder)
-    job.process.send_signal(signal.SIGTERM)
-    code, output = job.wait()
-    assert code == 143, output
-    found = of_run(f"sqlite:///{folder}/runs/mlflow.db")
-    assert (found.info.status, found.data.tags["eiwtrain.status"]) == (
-        "KILLED", "stopped by SIGTERM; resumes with the same command",
-    )  # fmt: skip
-    wait_until(lambda: not watchers(environment))
