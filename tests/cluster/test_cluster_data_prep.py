@@ -119,7 +119,7 @@ def test_a_source_that_goes_away_ends_all_workers_in_one_line(pictures, tmp_path
 
 
 def test_a_cluster_without_cpus_is_waited_for_and_used_as_it_grows(pictures, whole, tmp_path):
-    """As one that starts nodes when something waits for them."""
+    """The cluster starts nodes when a task waits for them."""
     impatient = "import sys, data_prep.parallel as p, data_prep.__main__ as m; p._WAITING_SECONDS = 1.0"
     program = [sys.executable, "-c", f"{impatient}; sys.exit(m.main())"]
     log, job = tmp_path / "log", None

@@ -70,7 +70,7 @@ print((GcsClient(address="%s").internal_kv_get(KEY, namespace=None) or b"[]").de
 
 
 def target(cluster):
-    """What Ray's autoscaler, of which there is none here, would make the cluster fit."""
+    """Return what Ray's autoscaler would make the cluster fit; there is none here."""
     program = TARGET % cluster.env["RAY_ADDRESS"]
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | cluster.env, capture_output=True, timeout=120
@@ -118,11 +118,11 @@ def whole(folder):
 def assert_as_whole(folder, name, whole):
     made, sizes = samples(folder, name)
     assert sizes == {1, 2}
-    assert made == whole[0]  # the same samples in every step, whoever made it
+    assert made == whole[0]  # the same samples in every step, at any number of workers
     torch.testing.assert_close(losses(folder, name), whole[1], rtol=2e-2, atol=2e-2)  # sums in another order
 
 
-def test_a_run_loses_a_node_goes_on_with_the_rest_and_takes_it_back(cluster, folder, on_cluster, whole):
+def test_a_run_continues_without_a_lost_node_and_takes_it_back(cluster, folder, on_cluster, whole):
     job = on_cluster("lost")
     job.wait_for("on 2 workers")
     job.wait_for("checkpoint at step 20:")
@@ -156,7 +156,7 @@ def test_a_drained_node_is_left_with_a_checkpoint_before_it_goes(cluster, folder
     assert_as_whole(folder, "drained", whole)
 
 
-def test_a_rank_that_stands_still_is_found_and_the_run_goes_on(cluster, folder, on_cluster):
+def test_a_rank_that_hangs_is_found_and_replaced(cluster, folder, on_cluster):
     job = on_cluster("hung", "workers.hang_seconds=15", "workers.min=2")
     job.wait_for("checkpoint at step 20:")
     workers = [
@@ -188,11 +188,11 @@ def test_a_second_job_of_the_same_name_is_refused_while_the_first_lives(folder, 
     code, output = second.wait()
     assert code == 75, output
     assert "training from step" in output
-    saved = checkpoint.newest(str(folder / "runs" / "doubled"))
+    saved = checkpoints.newest(str(folder / "runs" / "doubled"))
     assert f"stopped at step {saved.step:,} of {STEPS} by its time limit (train.max_hours)" in output
 
 
-def test_a_submitted_job_that_is_stopped_writes_a_checkpoint_and_goes_on(cluster, folder, on_cluster):
+def test_a_submitted_job_that_is_stopped_resumes(cluster, folder, on_cluster):
     ray = str(Path(sys.executable).with_name("ray"))
     environment = os.environ | {"RAY_ADDRESS": cluster.job_address}
     command = [sys.executable, "-m", "eiwtrain.run", str(folder / "tiny.yaml"), "run.name=submitted"]

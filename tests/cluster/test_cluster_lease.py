@@ -124,7 +124,7 @@ def test_of_many_processes_one_replaces_what_is_there(root):
         assert sorted(won for t, won in answers if t == turn) == [False] * (PROCESSES - 1) + [True]
 
 
-def test_a_second_start_is_refused_while_the_first_lives_and_not_after_its_end(root, holder, quick):
+def test_a_second_start_is_refused_while_the_first_lives(root, holder, quick):
     first, owner = holder(root)
     with pytest.raises(LeaseHeld, match=f"process {first.pid} "):
         Lease.acquire(root, "tiny", lambda line: None)
@@ -152,7 +152,7 @@ def test_a_holder_that_is_killed_is_replaced_at_once_on_its_machine(root, holder
     second.release("finished")
 
 
-def test_a_holder_that_is_stopped_is_replaced_and_knows_it_when_it_goes_on(root, holder, quick, monkeypatch):
+def test_a_suspended_holder_is_replaced_and_knows_it_later(root, holder, quick, monkeypatch):
     monkeypatch.setattr(lease, "_STALE_SECONDS", 4.0)
     first, _ = holder(root, "elsewhere")
     assert ask(first, "check") == "None"

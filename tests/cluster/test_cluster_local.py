@@ -77,7 +77,7 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-def test_a_task_runs_on_each_node_and_all_of_it_listens_on_loopback_alone(cluster):
+def test_a_task_runs_on_each_node_and_all_listen_on_loopback(cluster):
     release = cluster.folder / "release"
     code = (
         "@ray.remote(num_cpus=1)\n"
@@ -198,7 +198,7 @@ def test_a_killed_node_disappears_and_another_comes(cluster):
     assert added.node_id in drive(cluster.env, WAIT.format(n=2))
 
 
-def test_a_drained_node_shows_as_draining_to_a_driver_until_it_has_nothing_to_do(cluster):
+def test_a_drained_node_shows_as_draining_until_it_is_idle(cluster):
     node = cluster.nodes[-1]
     code = (
         "from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On\n"

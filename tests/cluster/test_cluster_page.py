@@ -56,7 +56,7 @@ def browser(tmp_path_factory):
 
 
 def open_page(browser, url):
-    browser.get("about:blank")  # the UI's addresses differ in their fragment alone, which loads nothing anew
+    browser.get("about:blank")  # the UI's addresses differ in their fragment alone, which loads nothing
     browser.get(url + "?workflowType=machine_learning")
 
 
@@ -88,7 +88,7 @@ def screenshot(browser, name):
         browser.save_screenshot(f"{folder}/{name}.png")
 
 
-def test_the_page_of_a_run_tells_what_it_is_and_how_it_ended(browser, run_page):
+def test_the_page_of_a_run_shows_what_it_is_and_how_it_ended(browser, run_page):
     url, _ = run_page
     open_page(browser, url)
     wait_for_text(browser, "tiny", "Finished", "train.global_batch", "eval/bits_per_dim")

@@ -50,7 +50,7 @@ def kill(job):
     job.process.wait()
 
 
-def assert_goes_on(folder, uri, killed, *overrides):
+def assert_resumes(folder, uri, killed, *overrides):
     code, output = Job(folder, *overrides).wait()
     assert code == 0, output
     assert "resuming from step" in output
@@ -60,17 +60,17 @@ def assert_goes_on(folder, uri, killed, *overrides):
     assert len(finished.inputs.dataset_inputs) == 2
 
 
-def test_a_run_whose_driver_is_killed_says_so_and_goes_on_to_its_end(folder, environment):
+def test_a_run_whose_driver_is_killed_is_recorded_and_resumes(folder, environment):
     uri = f"sqlite:///{folder}/runs/mlflow.db"
     job = start(folder)
     assert (of_run(uri).info.status, len(watchers(environment))) == ("RUNNING", 1)
     kill(job)
     wait_until(lambda: of_run(uri).info.status == "KILLED")
     wait_until(lambda: "its driver died" in of_run(uri).data.tags["eiwtrain.status"])
-    assert_goes_on(folder, uri, of_run(uri))
+    assert_resumes(folder, uri, of_run(uri))
 
 
-def test_a_driver_that_is_killed_while_mlflow_is_away_has_its_run_marked_when_it_is_back(folder, environment):
+def test_a_driver_killed_while_mlflow_is_away_is_recorded_later(folder, environment):
     (folder / "server").mkdir()
     server = Server(folder / "server")
     try:

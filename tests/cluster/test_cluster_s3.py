@@ -32,7 +32,7 @@ def proxy_of_server(s3_server):
 
 @pytest.fixture
 def proxy(proxy_of_server, s3, monkeypatch):
-    """The server is to be had through the proxy alone, whose faults have all hit when the test is over."""
+    """Reach the server through the proxy alone; at the end of the test all its faults have hit."""
     proxy_of_server.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy_of_server.endpoint)
     monkeypatch.setenv("EIWTRAIN_RETRY_SECONDS", "60")
@@ -157,7 +157,7 @@ def test_a_write_that_breaks_off_leaves_the_old_bytes(proxy, url, s3, s3_server,
     assert storage.find(s3) == [("f", len(DATA))]
 
 
-def test_a_large_file_goes_in_parts_and_only_the_part_that_failed_is_sent_again(proxy, s3, tmp_path):
+def test_only_the_part_of_a_large_file_that_failed_is_sent_again(proxy, s3, tmp_path):
     data = np.random.default_rng(0).bytes(1 << 20) * 110
     (tmp_path / "large").write_bytes(data)
     proxy.answer(503, "SlowDown", matching="PUT .*partNumber=2")
@@ -346,7 +346,7 @@ def files_of(url):
     return {name: storage.read_bytes(storage.join(str(url), name)) for name, _ in storage.find(str(url))}
 
 
-def test_prep_onto_s3_killed_in_the_middle_and_run_again_gives_the_bytes_of_a_local_one(proxy, s3, images, prepared):
+def test_prep_killed_on_s3_and_run_again_gives_the_same_bytes(proxy, s3, images, prepared):
     output = f"{s3}/set"
     proxy.stall(matching=r"PUT .*-000004\.tar")
     killed = prepare(images, output)
@@ -367,13 +367,13 @@ def test_prep_onto_s3_killed_in_the_middle_and_run_again_gives_the_bytes_of_a_lo
 
 @pytest.fixture
 def uploaded(s3, prepared):
-    """That data set on the server."""
+    """The same data set on the server."""
     for name, data in files_of(prepared).items():
         storage.write_bytes(f"{s3}/set/{name}", data)
     return f"{s3}/set"
 
 
-def test_a_reader_of_s3_gives_the_pixels_of_the_local_files_whatever_breaks(proxy, uploaded, prepared, tmp_path):
+def test_a_reader_of_s3_gives_the_pixels_of_local_files(proxy, uploaded, prepared, tmp_path):
     local = ShardReader(str(prepared), load_manifest(str(prepared)), "train", tmp_path / "local")
     faults = [proxy.reset, proxy.truncate] * 2
     for i, fault in enumerate(faults):

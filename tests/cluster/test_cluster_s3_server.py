@@ -50,7 +50,7 @@ def session(tmp_path):
     }
 
 
-def test_the_server_command_says_how_to_use_it_in_whatever_shell_and_ends_on_sigterm(tmp_path, session):
+def test_the_server_command_prints_what_to_export_and_obeys_sigterm(tmp_path, session):
     command = [sys.executable, "-m", "cluster.s3", "--folder", str(tmp_path / "s3"), "--bucket", "another"]
     shell = os.environ | session
     with subprocess.Popen(command, env=shell, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""A whole training run that reads its shards from a real S3 server, which goes away meanwhile and comes back."""
+"""A whole training run that reads its shards from a real S3 server, which goes away and comes back."""
 
 import json
 import time
@@ -57,10 +57,10 @@ def metric(folder, name, key):
     return [m.value for m in client.get_metric_history(summary["mlflow_run_id"], key)]
 
 
-def test_a_run_rides_out_a_server_that_is_away_and_changes_nothing_by_it(server, on_server, tmp_path):
+def test_a_server_that_is_away_changes_nothing_in_a_run(server, on_server, tmp_path):
     job = Job(tmp_path, "data.path=s3://bucket/data", "data.loader_workers=1", name="remote")
     job.wait_for("training from step 0")
-    assert "data.cache_bytes" in job.log.read_text()  # this cache is too small on purpose, and that is told
+    assert "data.cache_bytes" in job.log.read_text()  # this cache is too small on purpose, and the run says so
     server.stop()
     time.sleep(AWAY)
     assert job.process.poll() is None, job.log.read_text()

@@ -1,4 +1,4 @@
-"""What listens, and where secrets get to, while the whole of it runs: a cluster, a job that is stopped and goes on."""
+"""What listens, and where secrets get to, while the whole of it runs: a cluster, a job that stops and resumes."""
 
 import base64
 import contextlib
@@ -32,8 +32,7 @@ SECONDS = 400
 
 
 class Witness(threading.Thread):
-    """Looks, until it is told to stop, at what every process of the machine has in its command line, and at where the
-    descendants of some listen."""
+    """Record, until it ends, every command line of the machine, and where the descendants of some processes listen."""
 
     def __init__(self, roots):
         super().__init__(daemon=True)
@@ -82,8 +81,10 @@ def family(pid):
 
 @contextlib.contextmanager
 def guarded(upstream):
-    """The URL of a server that asks for the user's password, and hands on to `upstream` what has it; and who came
-    without."""
+    """Yield the URL of a server that asks for the user's password, and the paths that were asked for without it.
+
+    Requests with the password go to `upstream`.
+    """
     wanted = "Basic " + base64.b64encode(f"{USER}:{PLANTED['mlflow']}".encode()).decode()
     turned_away = []
 
@@ -130,7 +131,7 @@ def command(env, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def day(tmp_path_factory):
-    """A user's day on a cluster whose every secret is known here: what was seen of it."""
+    """A user's day on a cluster whose secrets the test knows, and what was seen of it."""
     folder = tmp_path_factory.mktemp("day")
     write_images(folder / "images", 60)
     jobs = []
@@ -211,7 +212,7 @@ def test_no_secret_was_ever_in_a_command_line(day):
     assert witness.exposed == set()
 
 
-def test_the_password_of_mlflow_reaches_workers_by_the_environment_of_the_driver(day):
+def test_the_password_of_mlflow_reaches_workers(day):
     _, cluster, _, turned_away = day
     assert turned_away == []
     code = (
@@ -254,7 +255,7 @@ def test_no_secret_is_in_anything_that_was_written(day):
     assert leaks == []
 
 
-def test_ray_that_is_started_for_one_run_listens_on_loopback_alone_with_a_token_of_its_own(tmp_path, monkeypatch):
+def test_ray_of_a_single_run_listens_on_loopback_with_its_own_token(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(OURS)]:
         monkeypatch.delenv(name)
     write_shards(tmp_path / "data")

@@ -139,7 +139,7 @@ def state(slurm, job):
     return dict(word.split("=", 1) for word in about.split() if "=" in word)
 
 
-def test_a_job_that_is_told_to_make_room_queues_itself_again_and_goes_on_from_its_checkpoint(slurm, submit, tmp_path):
+def test_a_preempted_job_queues_itself_and_resumes(slurm, submit, tmp_path):
     job, log = submit("train.max_steps=100000")
     slurm.wait_for(lambda: log.exists() and "checkpoint at step 20:" in log.read_text(), 300, log)
     processes = slurm("ps", "-eo", "args")
@@ -159,7 +159,7 @@ def test_a_job_that_is_told_to_make_room_queues_itself_again_and_goes_on_from_it
     assert log.read_text().count("back into the queue") == 1
 
 
-def test_a_job_that_finishes_is_done_and_one_that_cannot_run_is_not_queued_again(slurm, submit, tmp_path):
+def test_a_job_that_finishes_or_cannot_run_is_not_queued_again(slurm, submit, tmp_path):
     job, log = submit("train.max_steps=5", "checkpoint.every=5")
     slurm.wait_for(lambda: state(slurm, job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), 300, log)
     assert state(slurm, job)["JobState"] == "COMPLETED", log.read_text()

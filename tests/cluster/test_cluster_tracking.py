@@ -58,7 +58,7 @@ def assert_each_step_once(server, run, steps):
         assert history == [(s, s + i / 7) for s in range(1, steps + 1)]
 
 
-def test_a_server_that_is_killed_and_comes_back_has_each_step_once_and_in_order(server, tmp_path):
+def test_a_server_that_is_killed_and_returns_has_each_step_once(server, tmp_path):
     run = tracking.begin(config_for(server.endpoint, tmp_path), {})
     said = []
     tracker = tracking.Tracker(run, warn=said.append)
@@ -141,7 +141,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_attempts_that_were_killed_had_not_logged_is_logged_by_the_next(server, tmp_path):
+def test_what_killed_attempts_had_not_logged_the_next_one_logs(server, tmp_path):
     """Two attempts run and are killed while the server is away; a third is killed while it logs; the fourth ends."""
     run = tracking.begin(config_for(server.endpoint, tmp_path), {})
     saved, journal = tmp_path / "pending.json", tmp_path / "metrics.jsonl"
