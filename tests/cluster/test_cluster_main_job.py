@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, uninterrupted):
     assert exit_code == 0, output
     assert f"damaged checkpoint passed over: {part}" in output or f"passed over: {newest.url}" in output
     assert f"training from step {before.step} to {STEPS}" in output
-    # the damaged one is gone: the steps were made again, and a new checkpoint stands in its place
+    # the damaged one is gone: its steps were trained again, and a new checkpoint stands in its place
     now = checkpoints.committed(str(folder / "runs" / "whole"))
     assert now[0].step == STEPS
     assert newest.url not in [c.url for c in now]

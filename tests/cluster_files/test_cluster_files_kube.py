@@ -352,7 +352,7 @@ def test_a_pod_that_ends_drains_its_node_and_waits(tmp_path, node):
     raylet.parent.mkdir(parents=True)
     job.parent.mkdir()
     ends = raylet if node == "worker" else job
-    (tmp_path / "ray").write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> {tmp_path}/told\n[ "$STAYS" ] || : > {ends}\n')
+    (tmp_path / "ray").write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> {tmp_path}/asked\n[ "$STAYS" ] || : > {ends}\n')
     (tmp_path / "ray").chmod(0o755)
 
     def drain(seconds, stays=""):
@@ -361,7 +361,7 @@ def test_a_pod_that_ends_drains_its_node_and_waits(tmp_path, node):
         subprocess.run(command, env=env, timeout=50, check=True)
 
     drain(100)
-    assert not (tmp_path / "told").exists()  # nothing runs
+    assert not (tmp_path / "asked").exists()  # nothing runs
     raylet.write_bytes(b"raylet\0--node_id=c0ffee\0--agent=ray --head\0" + b"--head\0" * (node == "head"))
     if node == "head":
         job.write_bytes(b"ray::JobSupervisor\0\0")
@@ -369,7 +369,7 @@ def test_a_pod_that_ends_drains_its_node_and_waits(tmp_path, node):
     drain(2, stays="yes")
     assert time.monotonic() - began > 1
     drain(100)  # ends long before, or runs out of time
-    first, second = re.findall(r"drain-node.*?remaining-seconds\|\d+", (tmp_path / "told").read_text())
+    first, second = re.findall(r"drain-node.*?remaining-seconds\|\d+", (tmp_path / "asked").read_text())
     assert "|--node-id|c0ffee|--reason|DRAIN_NODE_REASON_PREEMPTION|" in first
     assert (first.rpartition("|")[2], second.rpartition("|")[2]) == ("2", "100")
 
