@@ -79,7 +79,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Written:
     """What a run of the writer did."""
 
     manifest: Manifest
@@ -169,7 +169,7 @@ def run_plan(
     overwrite: bool = False,
     name: str | None = None,
     quiet: bool = True,
-) -> Outcome:
+) -> Written:
     """Write the data set of `plan`; resume where an earlier run stopped.
 
     Args:
@@ -225,7 +225,7 @@ def run_plan(
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
     dropped = sum(len(d.sidecar.dropped) for done in finished.values() for d in done.values())
     total = sum(plan.shards().values())
-    return Outcome(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
+    return Written(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
 
 
 def _known_sidecars(plan: Plan) -> dict[str, str]:

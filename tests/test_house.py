@@ -59,3 +59,12 @@ def test_ray_is_imported_in_one_room_alone():
     files = [*(ROOT / "eiwtrain").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")]
     rooms = {file.parent for file in files if "ray" in {package for package, _ in imports(file)}}
     assert rooms == {ROOT / "eiwtrain" / "on_ray"}
+
+
+def test_tests_import_helpers_from_helper_modules():
+    found = [
+        str(file.relative_to(ROOT))
+        for file in (ROOT / "tests").rglob("*.py")
+        if any(package.startswith("test_") for package, _ in imports(file))
+    ]
+    assert found == []

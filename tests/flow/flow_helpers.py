@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig
+from eiwtrain.flow import ConditionerConfig, ConvConditioner, EIWFlow, FlowConfig, FlowOutput
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,3 +42,38 @@ def log_abs_det_jacobian(function: Any, x: Tensor) -> Tensor:
     """log |det| of the full Jacobian of a map of one sample, (1, ...), computed a row at a time."""
     jacobian = torch.autograd.functional.jacobian(lambda v: function(v.view(x.shape)).flatten(), x.flatten())
     return torch.linalg.slogdet(jacobian)[1]
+
+
+def whole_loss(out: FlowOutput) -> Tensor:
+    """Return a loss of every output."""
+    # uneven weights, so that gradients of one sample in place of another's would show.
+    weights = torch.arange(1, len(out.log_prob) + 1, dtype=out.log_prob.dtype)
+    return ((-out.log_prob + 10 * out.penalty) * weights).mean()
+
+
+def gradients(flow: EIWFlow, x: Tensor, loss: Callable[[FlowOutput], Tensor] = whole_loss) -> Tensor:
+    """Return the gradients of the input and all parameters as one float64 vector; zero where a gradient is missing."""
+    flow.zero_grad()
+    x = x.clone().requires_grad_()
+    loss(flow(x)).backward()
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, *flow.parameters())]
+    return torch.cat([g.flatten().double() for g in grads])
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+@contextmanager
+def conditioner_calls(flow: EIWFlow) -> Iterator[Counter[str]]:
+    """Count, in the block, how often each conditioner runs, by its name."""
+    calls: Counter[str] = Counter()
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, _o, name=name: calls.update([name]))
+        for name, module in flow.named_modules()
+        if isinstance(module, ConvConditioner)
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_helpers import images, make_flow
+from flow_helpers import conditioner_calls, gradients, images, make_flow, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from test_flow_reversible import conditioner_calls, gradients, relative_error
 
 from eiwtrain.flow import EIWFlow, memory
 from eiwtrain.flow.memory import bytes_saved, free_bytes, how_many_fit

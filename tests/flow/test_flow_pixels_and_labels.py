@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flow_helpers import TINY, images, log_abs_det_jacobian, make_flow
-from test_flow_reversible import gradients, relative_error, whole_loss
+from flow_helpers import TINY, gradients, images, log_abs_det_jacobian, make_flow, relative_error, whole_loss
 from torch import Tensor
 
 import eiwtrain.flow as eiw

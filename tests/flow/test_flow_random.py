@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from flow_helpers import images, make_flow
-from test_flow_reversible import conditioner_calls, gradients, relative_error, whole_loss
+from flow_helpers import conditioner_calls, gradients, images, make_flow, relative_error, whole_loss
 from torch import Tensor
 
 from eiwtrain.flow import ConditionerConfig, EIWFlow, layers

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
-from flow_helpers import at_random_parameters, images, make_flow
+from flow_helpers import (
+    at_random_parameters,
+    conditioner_calls,
+    gradients,
+    images,
+    make_flow,
+    relative_error,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,25 +30,6 @@ from eiwtrain.flow import (
     run_chain,
 )
 from eiwtrain.flow.config import BACKPROP_MODES, SHUFFLES
-
-
-def whole_loss(out: FlowOutput) -> Tensor:
-    # Uneven weights, so that gradients of one sample in place of another's would show.
-    weights = torch.arange(1, len(out.log_prob) + 1, dtype=out.log_prob.dtype)
-    return ((-out.log_prob + 10 * out.penalty) * weights).mean()
-
-
-def gradients(flow: EIWFlow, x: Tensor, loss: Callable[[FlowOutput], Tensor] = whole_loss) -> Tensor:
-    """Return the gradients of the input and all parameters as one float64 vector; zero where a gradient is missing."""
-    flow.zero_grad()
-    x = x.clone().requires_grad_()
-    loss(flow(x)).backward()
-    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, *flow.parameters())]
-    return torch.cat([g.flatten().double() for g in grads])
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
@@ -112,19 +99,6 @@ def test_a_conditioner_shared_by_two_couplings_gets_both_gradients() -> None:
         grads.append(torch.autograd.grad(loss, list(shared.parameters())))
     for other in grads[1:]:
         torch.testing.assert_close(other, grads[0], rtol=1e-9, atol=1e-9)
-
-
-@contextmanager
-def conditioner_calls(flow: EIWFlow) -> Iterator[Counter[str]]:
-    calls: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, _o, name=name: calls.update([name]))
-        for name, module in flow.named_modules()
-        if isinstance(module, ConvConditioner)
-    ]
-    yield calls
-    for hook in hooks:
-        hook.remove()
 
 
 @pytest.mark.parametrize(("mode", "times"), [("stored", 1), ("checkpointed", 2), ("invertible", 2)])

@@ -4,23 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from storage_helpers import Clock, refusal
 
 from eiwtrain import storage
 from eiwtrain.storage import files, retry
-
-
-class Clock:
-    """Time that passes by sleeping alone."""
-
-    def __init__(self):
-        self.now, self.slept = 1000.0, []
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.slept.append(seconds)
-        self.now += seconds
 
 
 @pytest.fixture
@@ -29,15 +16,6 @@ def clock(monkeypatch):
     monkeypatch.setattr(retry, "time", clock)
     monkeypatch.delenv("EIWTRAIN_RETRY_SECONDS", raising=False)
     return clock
-
-
-def refusal(status, code, message="as the server says"):
-    """What s3fs raises when a server answers so."""
-    from botocore.exceptions import ClientError
-    from s3fs.errors import translate_boto_error
-
-    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    return translate_boto_error(ClientError(answer, "GetObject"))
 
 
 def tries(error):

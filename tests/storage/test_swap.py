@@ -6,7 +6,7 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_storage import Clock, refusal
+from storage_helpers import Clock, refusal
 
 from eiwtrain import storage
 from eiwtrain.storage import retry, swap
