@@ -20,24 +20,25 @@ _SECONDS = 500.0  # the longest that one piece of work may take
 _warm: dict[int, _Ranks] = {}
 
 
-def run_ranks(work: Callable[..., None], world_size: int, *args: Any) -> None:
+def run_ranks(work: Callable[..., None], world_size: int, *args: Any, fresh: bool = False) -> None:
     """Call `work(*args)` on every rank of a gloo group.
 
     The ranks keep no process group of `work`'s own, and are replaced after a failure.
 
     Args:
         work: a function of a module, since it is sent by name.
+        fresh: use new processes, for work that counts what its process holds or sends.
 
     Raises:
         AssertionError: a rank has failed or died; the message holds its traceback.
     """
-    ranks = _warm.pop(world_size, None) or _Ranks(world_size)
+    ranks = (None if fresh else _warm.pop(world_size, None)) or _Ranks(world_size)
     try:
         ranks.run(work, args)
     except BaseException:
         ranks.close()
         raise
-    if world_size in _KEPT:
+    if world_size in _KEPT and not fresh:
         _warm[world_size] = ranks
     else:
         ranks.close()

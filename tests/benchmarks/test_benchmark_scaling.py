@@ -284,7 +284,7 @@ def _say_traffic(zero_stage: int, accumulation: int, buckets: int, output: str) 
 def test_the_engine_sends_the_gradients_round_as_often_as_the_model_says(
     zero_stage: int, accumulation: int, buckets: int, tmp_path: Path
 ) -> None:
-    run_ranks(_say_traffic, 2, zero_stage, accumulation, buckets, str(tmp_path / "traffic.json"))
+    run_ranks(_say_traffic, 2, zero_stage, accumulation, buckets, str(tmp_path / "traffic.json"), fresh=True)
     counted = json.loads((tmp_path / "traffic.json").read_text())
     assert counted["passes"] == pytest.approx(model.passes(zero_stage, accumulation), rel=0.02)
     expected = model.calls(zero_stage, accumulation, 4, buckets) - 1  # the loop's own agreement is not the engine's

@@ -188,7 +188,7 @@ def test_a_server_that_goes_away_and_returns_is_ridden_out(s3_server, s3, caplog
             assert storage.read_bytes(f"{s3}/f") == DATA
     finally:
         helper.join()
-    said = caplog.records[0].getMessage()
+    said = next(record for record in caplog.records if record.name == "eiwtrain.storage").getMessage()
     assert said.startswith(f"{s3}/f: EndpointConnectionError: ")
     assert "Connect call failed" in said
     assert "trying again for up to 300 s" in said

@@ -169,4 +169,4 @@ def held_by_deepspeed(some: costs.Costs) -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_state_of_a_worker_is_what_deepspeed_holds_in_an_update(world_size):
-    run_ranks(held_by_deepspeed, world_size, costs.of(config()))
+    run_ranks(held_by_deepspeed, world_size, costs.of(config()), fresh=True)
