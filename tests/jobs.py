@@ -28,7 +28,7 @@ class Job:
                 start_new_session=True,
             )
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = 240) -> None:
         """Return once the job has printed `text`."""
         end = time.monotonic() + seconds
         while text not in self.log.read_text():
