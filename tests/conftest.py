@@ -39,3 +39,13 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     S3FileSystem.clear_instance_cache()  # which keeps clients with what the environment said before
     yield f"s3://{s3_server.bucket}/{tmp_path.name}"
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database to copy, as one takes a second to make."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

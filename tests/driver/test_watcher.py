@@ -66,13 +66,6 @@ class Driver:
         self.process.wait()
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def config(tmp_path, database):
     config = Config.model_validate(tiny_config(tmp_path))

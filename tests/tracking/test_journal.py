@@ -24,14 +24,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(journal, "_RETRY_SECONDS", 0.01)
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    """An empty MLflow database, which takes a second to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def run(tmp_path, database):
     config = Config.model_validate(tiny_config(tmp_path))

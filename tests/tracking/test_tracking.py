@@ -25,14 +25,6 @@ def new_config(tmp_path):
     return Config.model_validate(tiny_config(tmp_path))
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    """An empty MLflow database, which takes a second to make."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def config(new_config, database):
     folder = Path(new_config.run.storage)
