@@ -34,7 +34,7 @@ from eiwtrain import data
 from eiwtrain.config import Config, batching
 from eiwtrain.train.engine import MOST_IN_BUCKET
 from eiwtrain.train.objective import MicroBatch
-from eiwtrain.train.state import TrainState, sum_over_ranks
+from eiwtrain.train.state import TrainState, flow_config, sum_over_ranks
 
 RESOLUTION = 16
 MODELS: dict[str, tuple[dict[str, Any], int]] = {  # the model, and images of a micro-batch
@@ -229,7 +229,8 @@ class Subject:
         rows, accumulation = batching(t, dist.get_world_size())
         manifest = data.load_manifest(self.config.data.path)
         reader = data.ShardReader(self.config.data.path, manifest, "train")
-        first = data.flow_inputs(data.first_batch(reader, 64, 0), 0, _CPU)
+        self.flow = flow_config(self.config, manifest.channels)
+        first = data.flow_inputs(data.first_batch(reader, 64, 0), self.flow, _CPU)
         self.state = TrainState(self.config, manifest, _CPU, (rows, accumulation), lambda: first, lambda _: None)
         self._batches = data.train_batches(
             reader,
@@ -243,7 +244,7 @@ class Subject:
 
     def step(self) -> None:
         """Make one as `eiwtrain.train.loop` does."""
-        own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, 0, _CPU)) for b in next(self._batches)]
+        own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, self.flow, _CPU)) for b in next(self._batches)]
         self.state.advance([m.loss for m in own], 1e-4)
         sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)
 

@@ -29,6 +29,7 @@ from eiwtrain.data.noise import coins, sample_keys, uniform
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
 from eiwtrain.data.prefetch import Lookahead, Prefetcher, short_cache
 from eiwtrain.data.stream import ShardReader
+from eiwtrain.flow.config import FlowConfig
 from eiwtrain.storage import StorageError
 
 _PREFETCH = 4  # micro-batches that each loader worker makes ahead
@@ -62,9 +63,14 @@ class Batch(NamedTuple):
         """The weight of each row, float32 (n,): 1 for a sample, 0 for padding. A step sums to the global batch."""
         return (self.indices >= 0).float()
 
-    def noise(self, device: torch.device | None = None) -> torch.Tensor:
-        """Make the noise for dequantization on the device: float32 (n, C, H, W) in [0, 1)."""
-        return uniform(self.keys.to(device), tuple(self.images.shape[1:]))
+    def noise(self, device: torch.device | None = None, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Make the noise of the samples on the device: float32 (n, *shape) in [0, 1).
+
+        Args:
+            shape: of one sample's numbers, a flow's `noise_shape`; None: the image's, (C, H, W). In memory order the
+                numbers are the same for all shapes: a longer one has more of them at its end.
+        """
+        return uniform(self.keys.to(device), tuple(self.images.shape[1:]) if shape is None else shape)
 
 
 def train_batches(
@@ -143,11 +149,13 @@ def first_batch(reader: ShardReader, n: int, seed: int) -> Batch:
 
 
 def flow_inputs(
-    batch: Batch, classes: int, device: torch.device
+    batch: Batch, config: FlowConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return a batch's pixels, noise and labels on a device, for a flow with classes. Raises as `labels_for`."""
-    labels = labels_for(batch, classes)
-    return batch.images.to(device).contiguous(), batch.noise(device), labels if labels is None else labels.to(device)
+    """Return a batch's pixels, noise and labels on a device, as a flow of this config takes them. Raises as
+    `labels_for`."""
+    labels = labels_for(batch, config.classes)
+    noise = batch.noise(device, config.noise_shape)
+    return batch.images.to(device).contiguous(), noise, labels if labels is None else labels.to(device)
 
 
 def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:

@@ -247,7 +247,7 @@ def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool
     with FakeTensorMode() if fake else nullcontext():
         model = flow.EIWFlow(shape)
         pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
-        noise = torch.full(pixels.shape, 0.5)
+        noise = torch.full((images, *shape.noise_shape), 0.5)
         labels = torch.zeros(images, dtype=torch.int64) if shape.classes else None
         with started:
             kept, loss = _kept(

@@ -218,7 +218,7 @@ def _architecture(config: FlowConfig, parameters: int) -> list[str]:
 def _use(config: FlowConfig) -> str:
     channels, height, width = config.image_shape
     labels = ", labels" if config.classes else ""
-    noise = "noise = torch.rand(pixels.shape)"
+    noise = "noise = torch.rand(len(pixels), *model.config.noise_shape)"
     sample = [
         f"images = model.to_images(model.sample(16, temperature=0.8))  # uint8 (16, {channels}, {height}, {width})",
         f"{noise}  # pixels: uint8 of that shape" + (", labels: int64 (n,)" if config.classes else ""),

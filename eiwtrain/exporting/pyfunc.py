@@ -103,7 +103,7 @@ class Scorer:
                 some = pixels[start : start + _BATCH]
                 batch = torch.from_numpy(np.ascontiguousarray(some.transpose(0, 3, 1, 2))).to(device)
                 of_batch = None if labels is None else labels[start : start + _BATCH].to(device)
-                bound = self.flow.iwbo(batch, _noises(some, draws, seed, device), of_batch)
+                bound = self.flow.iwbo(batch, _noises(some, config.noise_shape, draws, seed, device), of_batch)
                 scores.append(bits_per_dim(bound, config.dims, config.n_bits).float().cpu().numpy())
         return np.concatenate(scores)
 
@@ -133,13 +133,14 @@ def _load_pyfunc(path: str) -> Scorer:
     return Scorer(load(path).to(device))
 
 
-def _noises(images: npt.NDArray[np.uint8], draws: int, seed: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield, `draws` times, uniform noise in [0, 1) for images (n, H, W, C): float32 (n, C, H, W)."""
-    n, height, width, channels = images.shape
+def _noises(
+    images: npt.NDArray[np.uint8], shape: tuple[int, ...], draws: int, seed: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield, `draws` times, uniform noise in [0, 1) for images (n, H, W, C): float32 (n, *shape)."""
     digests = [hashlib.sha256(np.ascontiguousarray(image).data) for image in images]
     generator = torch.Generator()
     for draw in range(draws):
-        noise = torch.empty(n, channels, height, width)
+        noise = torch.empty(len(images), *shape)
         for row, digest in zip(noise, digests, strict=True):
             own = digest.copy()
             own.update(f"{seed} {draw}".encode())

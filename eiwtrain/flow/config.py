@@ -132,6 +132,11 @@ class FlowConfig(FlowSettings):
         channels, height, width = self.image_shape
         return channels * height * width
 
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of the uniform noise that the flow takes beside an image: (C, H, W) for dequantization alone."""
+        return self.image_shape
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
         return {"image_shape": list(self.image_shape)} | {k: v for k, v in asdict(self).items() if k != "image_shape"}

@@ -110,7 +110,7 @@ def render(model: flow.EIWFlow, series: Series, temperature: float = 1.0, batch:
 @torch.no_grad()
 def encode(model: flow.EIWFlow, batch: data.Batch) -> tuple[Tensor, Tensor | None]:
     """Return the latents of a batch's images, (n, D), and their labels if the model has classes, on its device."""
-    images, noise, labels = data.flow_inputs(batch, model.config.classes, next(model.parameters()).device)
+    images, noise, labels = data.flow_inputs(batch, model.config, next(model.parameters()).device)
     x, _ = model.dequantize(images, noise)
     return latents.join(model.encode(x, labels)[0]), labels
 

@@ -44,8 +44,8 @@ def image_bits(model: flow.EIWFlow, draws: Sequence[data.Batch]) -> tuple[Tensor
         DataError: an image has no class, and the model has classes.
     """
     device = next(model.parameters()).device
-    images, noise, labels = data.flow_inputs(draws[0], model.config.classes, device)
-    noises = [noise, *(batch.noise(device) for batch in draws[1:])]
+    images, noise, labels = data.flow_inputs(draws[0], model.config, device)
+    noises = [noise, *(batch.noise(device, model.config.noise_shape) for batch in draws[1:])]
     log_probs = torch.stack([model.log_prob(images, u, labels) for u in noises])
     bounds = torch.stack([log_probs[0], iwbo(log_probs)])
     first, all_draws = flow.bits_per_dim(bounds, model.dims, model.config.n_bits).double().cpu()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eiwtrain import data, flow
 from eiwtrain.config import Config
+from eiwtrain.data.noise import of_pixels
 from eiwtrain.sampling import drawing, pictures, plots
 from eiwtrain.scoring import yardsticks
 from eiwtrain.scoring.scores import Score, score
@@ -81,7 +82,7 @@ class HeldOut:
     def drift(self) -> float:
         """Return the relative error of images through the flow and back."""
         images, noise, labels = self._inputs(self.config.eval.samples)
-        x = flow.dequantize(images, noise, self.config.model.n_bits)
+        x = flow.dequantize(images, of_pixels(noise, images), self.config.model.n_bits)
         return self.state.averaged.drift(x, labels)
 
     def entropy(self) -> Tensor:
@@ -123,7 +124,7 @@ class HeldOut:
         return yardsticks.bits_per_dim(images, self.config.model.n_bits)
 
     def _inputs(self, images: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        return data.flow_inputs(self._first(images), self.config.model.classes, self.device)
+        return data.flow_inputs(self._first(images), self.state.averaged.config, self.device)
 
     def _first(self, images: int) -> data.Batch:
         return data.first_batch(self.reader, images, _SEED)

@@ -49,7 +49,7 @@ from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
 from eiwtrain.train.keeper import Keeper
 from eiwtrain.train.objective import MicroBatch, learning_rate, step_seed
-from eiwtrain.train.state import TrainState, sum_over_ranks
+from eiwtrain.train.state import TrainState, flow_config, sum_over_ranks
 from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
@@ -145,6 +145,7 @@ class Worker:
         manifest = same_data(job)
         self.train_set = data.ShardReader(d.path, manifest, d.train_split, d.cache_dir, d.cache_bytes)
         eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
+        self.flow_config = flow_config(job.config, manifest.channels)
         self.state = TrainState(
             job.config,
             manifest,
@@ -381,7 +382,7 @@ class Worker:
 
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what the flow takes: pixels, noise, labels."""
-        return data.flow_inputs(batch, self.config.model.classes, self.device)
+        return data.flow_inputs(batch, self.flow_config, self.device)
 
     def note(self, text: str) -> None:
         """Have the driver print a line; from rank 0 only."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from eiwtrain import checkpoints, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
+from eiwtrain.data.noise import of_pixels
 from eiwtrain.scoring.scores import Score
 from eiwtrain.train.engine import Engine
 
@@ -55,8 +56,8 @@ class TrainState:
         Args:
             manifest: manifest of the data set.
             batching: rows of a micro-batch, micro-batches of a step.
-            first: training images, uint8 (n, C, H, W), noise and labels, the same on every rank: they initialise
-                actnorm and give a restored optimizer its first, empty step.
+            first: training images, uint8 (n, C, H, W), with the flow's noise and labels, the same on every rank: they
+                initialise actnorm and give a restored optimizer its first, empty step.
             note: prints a line for the user.
             skip_to: step to continue with, on the newest weights that were not followed by a skipped step; None: the
                 step of the newest checkpoint.
@@ -67,7 +68,7 @@ class TrainState:
         saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
         if saved is None:
             images, noise, _ = first()
-            self.flow.initialize(flow.dequantize(images, noise, self.flow.config.n_bits))
+            self.flow.initialize(flow.dequantize(images, of_pixels(noise, images), self.flow.config.n_bits))
         else:
             self.flow.load_state_dict(checkpoints.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)

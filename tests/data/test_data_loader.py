@@ -24,12 +24,15 @@ from eiwtrain.data import (
     ShardReader,
     eval_batches,
     first_batch,
+    flow_inputs,
     labels_for,
     load_manifest,
     new_faults,
     train_batches,
 )
 from eiwtrain.data.manifest import DataError, load_sidecar
+from eiwtrain.data.noise import of_pixels
+from eiwtrain.flow import FlowConfig
 
 Sample = tuple[int, int, bytes, bytes]
 
@@ -176,6 +179,20 @@ def test_each_draw_has_noise_of_its_own(data_set: Path, tmp_path: Path) -> None:
     assert torch.equal(draws[0].images, draws[1].images)
     assert not torch.equal(draws[0].noise(), draws[1].noise())
     assert torch.equal(draws[1].noise(), draws[2].noise())
+
+
+def test_a_flow_gets_noise_of_the_shape_it_takes(data_set: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    batch = first_batch(_reader(data_set, "train", tmp_path), 5, seed=0)
+    config, cpu = FlowConfig((3, 8, 8)), torch.device("cpu")
+    images, noise, _ = flow_inputs(batch, config, cpu)
+    assert torch.equal(noise, batch.noise())
+    monkeypatch.setattr(FlowConfig, "noise_shape", (300,))
+    _, more, _ = flow_inputs(batch, config, cpu)
+    assert more.shape == (5, 300)
+    assert torch.equal(of_pixels(more, images), noise)  # its first numbers are those of the pixels
+    assert torch.equal(of_pixels(noise, images), noise)
+    later = Batch(*(t[2:] for t in batch))
+    assert torch.equal(flow_inputs(later, config, cpu)[1], more[2:])
 
 
 def test_labels_are_those_of_the_sidecars(data_set: Path, tmp_path: Path) -> None:

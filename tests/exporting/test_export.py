@@ -118,7 +118,7 @@ def test_an_image_scores_the_same_at_any_place_of_any_batch(folder):
     np.testing.assert_allclose(np.concatenate([model.predict(images[i : i + 1]) for i in range(3)]), scores[:3], 1e-5)
     assert (model.predict(images, params={"seed": 1}) != scores).mean() > 0.9
     flow_, cpu = small_flow(seed=6), torch.device("cpu")
-    draws = list(pyfunc._noises(images, 4, 3, cpu))
+    draws = list(pyfunc._noises(images, (3, 8, 8), 4, 3, cpu))
     assert all(0 <= float(d.min()) < 0.01 and 0.99 < float(d.max()) < 1 for d in draws)
     assert not any(torch.equal(draws[0], d) for d in draws[1:])
     expected = flow.bits_per_dim(flow_.iwbo(pixels(70), draws), flow_.dims).detach()

@@ -20,8 +20,8 @@ CONDITIONER = flow.ConditionerConfig(hidden=8)
 class MidQuantum(data.Batch):
     """A batch whose noise is 1/2: what rounds must not lie at a quantum's edge."""
 
-    def noise(self, device=None):
-        return torch.full(self.images.shape, 0.5)
+    def noise(self, device=None, shape=None):
+        return torch.full((len(self.images), *(shape or self.images.shape[1:])), 0.5)
 
 
 def tiny_model(spread=0.02, **config):
