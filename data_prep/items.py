@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm")
+from eiwtrain.data.image_formats import image_suffixes
+
+IMAGE_SUFFIXES = image_suffixes()
 
 Loaded = bytes | Image.Image | npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
