@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eiwtrain import storage
-from eiwtrain.config import Config, Model, flatten
+from eiwtrain.config import Config, Model, Train, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ FIXED = (
     "data.shuffle_block",
     "train.global_batch",
     "train.seed",
+    "train.optimizer",  # its moments are not those of another
 )
 
 
@@ -177,8 +178,9 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     """Return why `config` cannot resume from `checkpoint` on the data set `fingerprint`, one line for each reason;
     empty when it can."""
     lines = []
-    # A field that the model did not have then acted as its default does now.
-    then = flatten({"model": Model().model_dump(mode="json")}) | flatten(checkpoint.state["config"])
+    # A field that was not there then acted as its default does now.
+    defaults = {"model": Model().model_dump(mode="json"), "train": Train().model_dump(mode="json")}
+    then = flatten(defaults) | flatten(checkpoint.state["config"])
     now = flatten(config.model_dump(mode="json"))
     for name in now:
         fixed = name not in FREE and any(name == f or name.startswith(f + ".") for f in FIXED)

@@ -43,6 +43,7 @@ class ConfigError(ValueError):
 
 
 Text = Annotated[str, Field(min_length=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -128,14 +129,19 @@ class Train(Section):
     """Optimizer steps after which the run is finished."""
     max_hours: PositiveFloat | None = None
     """Wall time of the job, hours, after which it checkpoints and stops, to resume later; null: no limit."""
+    optimizer: Literal["adamw", "adamax"] = "adamw"
+    """Optimizer: AdamW, or Adamax, whose steps are scaled by the greatest recent gradient in place of the mean
+    square."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """The optimizer's decay per step of its mean gradient and of its gradient scale."""
     lr: PositiveFloat = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the optimizer."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly from zero."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or half a cosine down to zero at `max_steps`."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Weight decay of the optimizer: decoupled in AdamW, a part of the gradient in Adamax."""
     clip: NonNegativeFloat = 50.0
     """Gradient norm (loss in bits/dim) above which gradients are scaled down; 0: never."""
     shuffle_penalty: NonNegativeFloat = 1e-3

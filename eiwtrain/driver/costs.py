@@ -92,7 +92,7 @@ class Costs:
     """Held for each image during the backward pass: what one step of the first level keeps, the most that checkpointed
     and invertible hold of recomputed activations at a time. Gradients of activations come on top."""
     checkpoint_bytes: int
-    """Bytes of all tensors of a checkpoint: weights, their average and AdamW's two moments."""
+    """Bytes of all tensors of a checkpoint: weights, their average and the optimizer's two moments."""
     train: Train
     backprop: str
     memory_budget: int | None

@@ -21,7 +21,10 @@ from eiwtrain.terminal.lines import one_line
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
 
-_TRAINING = ("global_batch", "lr", "schedule", "warmup_steps", "weight_decay", "clip", "ema", "precision", "seed")
+_TRAINING = (
+    *("global_batch", "optimizer", "betas", "lr", "schedule", "warmup_steps"),
+    *("weight_decay", "clip", "ema", "precision", "seed"),
+)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from eiwtrain import flow
 from eiwtrain.config import Train
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state per parameter, in addition to its step count
-BETAS = (0.9, 0.999)
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
 """Modules that ZeRO 3 must gather whole, as their forward uses parameters of submodules that it does not call.
@@ -33,7 +31,7 @@ They return a tensor or a flat tuple of tensors: in nested outputs DeepSpeed's h
 
 
 class Engine:
-    """`module` under DeepSpeed with AdamW, at ZeRO stage 0, 1, 2 or 3.
+    """`module` under DeepSpeed with the optimizer of the config, at ZeRO stage 0, 1, 2 or 3.
 
     Parameters, gradients, their all-reduce and the optimizer are float32. The module itself decides which arithmetic
     runs in bf16 (the flow autocasts only its conditioners), so DeepSpeed's own precision modes, which would cast the
@@ -51,7 +49,9 @@ class Engine:
             for leaf in leaves:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
-        optimizer = _AdamW(module.parameters(), lr=0.0, betas=BETAS, weight_decay=train.weight_decay)
+        optimizer = _OPTIMIZERS[train.optimizer](
+            module.parameters(), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
+        )
         numbers = sum(p.numel() for p in module.parameters())
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -80,7 +80,7 @@ class Engine:
         Returns:
             The gradient norm before clipping, and whether the step was applied; both are the same on every rank. The
             step is not applied if a contribution of any rank or the norm is not finite: then the returned norm is not
-            finite, and weights, moments and AdamW's count of its steps stay as they were, to the bit.
+            finite, and weights, moments and the optimizer's count of its steps stay as they were, to the bit.
         """
         if len(losses) != self._accumulation:
             raise ValueError(f"{len(losses)} micro-batches for {self._accumulation} accumulation steps")
@@ -97,7 +97,7 @@ class Engine:
             if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
                 gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
                 norm = float(nn.utils.get_total_norm(gradients))
-                self._adamw.passes = not math.isfinite(norm)
+                self._optimizer.passes = not math.isfinite(norm)
             self._engine.step()  # at stages 1 to 3 DeepSpeed skips a norm that is not finite, and reports inf
         if norm is None:  # DeepSpeed has none at stage 0
             norm = float(self._engine.get_global_grad_norm())
@@ -116,13 +116,13 @@ class Engine:
                 yield {name: parameter.detach() for name, parameter in group.items()}
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (`parameter.exp_avg`, tensor) and (`parameter.exp_avg_sq`, tensor) of every parameter, whole, float32.
+        """Yield (`parameter.moment`, tensor) for each of the optimizer's moments of every parameter, whole, float32.
         Collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
-            for key in MOMENTS:
-                if not self._adamw.state:  # no step has been applied
+            for key in self._optimizer.moments:
+                if not self._optimizer.state:  # no step has been applied
                     yield f"{name}.{key}", torch.zeros(_whole_shape(parameter), device=self.device)
                 elif self._stage == 0:
                     yield f"{name}.{key}", self._engine.optimizer.state[parameter][key]
@@ -141,9 +141,9 @@ class Engine:
         for hook in hooks:
             hook.remove()
         for name, parameter in self.module.named_parameters():
-            for key in MOMENTS:
+            for key in self._optimizer.moments:
                 self._load_moment(parameter, key, moments[f"{name}.{key}"].to(self.device))
-        for state in self._adamw.state.values():
+        for state in self._optimizer.state.values():
             state["step"].fill_(updates)
 
     def _load_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
@@ -160,18 +160,31 @@ class Engine:
             utils.safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), key)
 
     @property
-    def _adamw(self) -> _AdamW:
-        """The AdamW inside ZeRO's wrapper, whose state holds the count of its steps."""
+    def _optimizer(self) -> Any:
+        """The optimizer inside ZeRO's wrapper, whose state holds the count of its steps."""
         return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
 
 
-class _AdamW(torch.optim.AdamW):
-    """AdamW that skips its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
+class _Passing:
+    """Makes an optimizer skip its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
 
     passes = False
+    moments: tuple[str, ...]
+    """Its state for each parameter, in addition to the count of its steps."""
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.passes else super().step(closure)
+        return None if self.passes else super().step(closure)  # type: ignore[misc]
+
+
+class _AdamW(_Passing, torch.optim.AdamW):
+    moments = ("exp_avg", "exp_avg_sq")
+
+
+class _Adamax(_Passing, torch.optim.Adamax):
+    moments = ("exp_avg", "exp_inf")
+
+
+_OPTIMIZERS: dict[str, Any] = {"adamw": _AdamW, "adamax": _Adamax}
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

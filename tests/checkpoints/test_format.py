@@ -258,13 +258,15 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
     assert problems(None) == []
     # Other ways to the same gradients; one of them fixes drift.
     assert problems(model={"backprop": "stored", "anchor_every": 0, "trunk_dtype": "float64"}) == []
-    del saved.state["config"]["model"]["coupling"]  # as if it had been saved before there was a choice
+    # as if it had been saved before there was a choice
+    del saved.state["config"]["model"]["coupling"], saved.state["config"]["train"]["optimizer"]
     assert problems() == []
     for field, sections in {
         "model.steps": {"model": {"steps": 3}},
         "model.coupling": {"model": {"coupling": "spline"}},
         "model.conditioner.hidden": {"model": {"conditioner": {"hidden": 9}}},
         "train.seed": {"train": {"seed": 1}},
+        "train.optimizer": {"train": {"optimizer": "adamax"}},
         "train.global_batch": {"train": {"global_batch": 16}},
         "data.lanes": {"data": {"lanes": 8}},
     }.items():

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -25,10 +26,13 @@ def inputs(world_size):
     return torch.randn(STEPS, world_size, ACCUMULATION, MICRO_BATCH, 7, generator=torch.Generator().manual_seed(1))
 
 
-def plain_training(x):
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
+
+
+def plain_training(x, optimizer, **options):
     """The same steps by torch alone, in one process; parameters and gradient norms."""
     reference = model()
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=LR, weight_decay=0.0)
+    optimizer = OPTIMIZERS[optimizer](reference.parameters(), lr=LR, **options)
     norms = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -47,9 +51,15 @@ def weights(engine):
     return {name: t.clone() for group in engine.weights() for name, t in group.items()}
 
 
-def train_and_resume(stage):
+def with_every_optimizer(work, stage):
+    for optimizer in OPTIMIZERS:
+        work(stage, optimizer)
+
+
+def train_and_resume(stage, optimizer):
     x = inputs(2)
-    train = Train(zero_stage=stage, clip=CLIP)
+    options = {"betas": (0.8, 0.9), "weight_decay": 0.1}
+    train = Train(zero_stage=stage, clip=CLIP, optimizer=optimizer, **options)
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 2)
     if stage:  # no 2 GB for 58 parameters
         assert engine._engine.optimizer.reduce_bucket_size == 58
@@ -58,7 +68,7 @@ def train_and_resume(stage):
     moments = {k: v.clone() for k, v in engine.moments()}
     norms += [engine.step(losses(x, s), LR)[0] for s in range(3, STEPS)]
 
-    expected, expected_norms = plain_training(x)
+    expected, expected_norms = plain_training(x, optimizer, **options)
     for ours, theirs in zip(weights(engine).values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-5, atol=1e-6)
@@ -66,6 +76,9 @@ def train_and_resume(stage):
 
     resumed = model()
     resumed.load_state_dict(half_way)
+    elsewhere = Engine(copy.deepcopy(resumed), train.model_copy(update={"zero_stage": 3 - stage}), 2, ACCUMULATION, 2)
+    elsewhere.load_moments(moments, 3, losses(x, 0)[0])
+    assert all(torch.equal(v, moments[k]) for k, v in elsewhere.moments())
     again = Engine(resumed, train, MICRO_BATCH, ACCUMULATION, 2)
     again.load_moments(moments, 3, losses(x, 0)[0])
     assert all(torch.equal(v, moments[k]) for k, v in again.moments())
@@ -77,12 +90,12 @@ def train_and_resume(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_as_one_process_and_resume_to_the_bit(stage):
-    run_ranks(train_and_resume, 2, stage)
+    run_ranks(with_every_optimizer, 2, train_and_resume, stage)
 
 
 def at_every_stage(work):
     for stage in range(4):
-        work(stage)
+        with_every_optimizer(work, stage)
 
 
 def nan(y):
@@ -98,8 +111,8 @@ def finite_with_nan_gradients(y):
 
 
 def state_of(engine):
-    """Everything that a step changes: weights, moments, AdamW's counts."""
-    counts = {f"count {i}": s["step"].clone() for i, s in enumerate(engine._adamw.state.values())}
+    """Everything that a step changes: weights, moments, the optimizer's counts."""
+    counts = {f"count {i}": s["step"].clone() for i, s in enumerate(engine._optimizer.state.values())}
     return weights(engine) | {k: v.clone() for k, v in engine.moments()} | counts
 
 
@@ -108,10 +121,10 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def pass_over_what_is_not_finite(stage):
+def pass_over_what_is_not_finite(stage, optimizer):
     world_size = dist.get_world_size()
     x = inputs(world_size)
-    train = Train(zero_stage=stage, clip=CLIP)
+    train = Train(zero_stage=stage, clip=CLIP, optimizer=optimizer)
     undisturbed = Engine(model(), train, MICRO_BATCH, ACCUMULATION, world_size)
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, world_size)
     for step, bad in enumerate([nan, infinite_with_finite_gradients, finite_with_nan_gradients]):
@@ -127,7 +140,7 @@ def pass_over_what_is_not_finite(stage):
 
         assert engine.step(losses(x, step), LR) == undisturbed.step(losses(x, step), LR)
         assert_equal(state_of(engine), state_of(undisturbed))
-    assert {int(s["step"]) for s in engine._adamw.state.values()} == {3}
+    assert {int(s["step"]) for s in engine._optimizer.state.values()} == {3}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -135,18 +148,18 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world_size):
     run_ranks(at_every_stage, world_size, pass_over_what_is_not_finite)
 
 
-def load_before_any_update_by_a_loss_that_is_not_finite(stage):
+def load_before_any_update_by_a_loss_that_is_not_finite(stage, optimizer):
     x = inputs(1)
-    train = Train(zero_stage=stage, clip=CLIP)
+    train = Train(zero_stage=stage, clip=CLIP, optimizer=optimizer)
     fresh = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 1)
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 1)
     moments = dict(engine.moments())
     assert {k: (v.shape, float(v.abs().sum())) for k, v in moments.items()} == {
-        f"{name}.{key}": (p.shape, 0.0) for name, p in model().named_parameters() for key in engine_module.MOMENTS
+        f"{name}.{key}": (p.shape, 0.0) for name, p in model().named_parameters() for key in engine._optimizer.moments
     }
     engine.load_moments(moments, 0, lambda module: nan(module(x[0, 0, 0])))
     assert_equal(weights(engine), weights(fresh))
-    assert {int(s["step"]) for s in engine._adamw.state.values()} == {0}
+    assert {int(s["step"]) for s in engine._optimizer.state.values()} == {0}
     for s in range(2):
         assert engine.step(losses(x, s), LR) == fresh.step(losses(x, s), LR)
     assert_equal(state_of(engine), state_of(fresh))

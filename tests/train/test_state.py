@@ -14,7 +14,7 @@ from eiwtrain import checkpoints, flow
 from eiwtrain.checkpoints.writer import CheckpointWriter
 from eiwtrain.config import Config, batching
 from eiwtrain.data.manifest import Manifest
-from eiwtrain.train.engine import BETAS, Engine
+from eiwtrain.train.engine import Engine
 from eiwtrain.train.objective import MicroBatch
 from eiwtrain.train.state import TrainState, flow_config
 
@@ -71,8 +71,9 @@ def gradients_are_plain_autograds(folder, stage, backprop):
     engine = Engine(trained_looking_flow(c, backprop), c.train, rows, accumulation, dist.get_world_size())
     assert all((p.numel() == 0) == (stage == 3) for p in engine.module.parameters())  # truly sharded
     norm, _ = engine.step(losses(c, images(0)), lr=0.0)
-    # AdamW's first moment after one step is (1 - beta1) times the gradient that DeepSpeed reduced
-    got = {k.removesuffix(".exp_avg"): v / (1 - BETAS[0]) for k, v in engine.moments() if k.endswith(".exp_avg")}
+    # the first moment after one step is (1 - beta) times the gradient that DeepSpeed reduced
+    beta, _ = c.train.betas
+    got = {k.removesuffix(".exp_avg"): v / (1 - beta) for k, v in engine.moments() if k.endswith(".exp_avg")}
 
     module = trained_looking_flow(c, "stored")
     MicroBatch(torch.ones(8), c, images(0)).loss(module).backward()
