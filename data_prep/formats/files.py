@@ -5,6 +5,7 @@ Archives are listed by their headers and read by offset, remote ones too: nothin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import struct
@@ -28,7 +29,13 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the first is a member, the second the end of one without members
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of the name and of the extra field
 _UTF8 = 1 << 11  # flag of a zip's member
+_UNICODE_PATH = 0x7075  # extra field of a zip's member: its name in UTF-8
 _NOWHERE = ("", ".", "..")
+# Folders that systems keep for themselves, as those whose names begin with a dot.
+_SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+# Why a file is not among those asked for, whatever its name.
+HIDDEN, LINK, LOST, SPECIAL = "hidden", "a link", "a link to a file that is not there", "not a regular file"
+REPLACED = "a later file has its name"
 _LINKS = 8  # rounds, each of which halves the length of a chain of links
 _AFTER_END = 1 << 16  # bytes behind the end of a tar that have to be zero; tar pads to 10 KiB
 # Bytes that are read beyond a member, whose local extra field can be longer than the directory says. The directory and
@@ -37,11 +44,15 @@ _SLACK = 64
 
 
 class FoundFile(NamedTuple):
-    """A file: the parts of its name below the top, its size in bytes, and how to load it."""
+    """A file: the parts of its name below the top, its size in bytes, how to load it, and why it cannot be used.
+
+    A hidden folder is one file, whose last part is empty.
+    """
 
     parts: tuple[str, ...]
     size: int
     load: Callable[[], bytes]
+    flaw: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +95,21 @@ class ZipImage:
         return image
 
 
-def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
+def list_files(
+    url: str, suffixes: Collection[str] = IMAGE_SUFFIXES, others: list[FoundFile] | None = None
+) -> list[FoundFile]:
     """List the files under the folder, or inside the tar or zip, at `url`, sorted by name.
 
     Links are followed, except in zips. Files and folders whose names begin with a dot are left out. If an archive has
     several files of one name, the last one counts, as when it is unpacked.
 
+    A backslash separates folders in a zip, and elsewhere if most names have one. A name in a zip that is not marked as
+    UTF-8 is read as its Unicode field says, else as UTF-8 if it is that, else as code page 437, which the format names.
+
     Args:
         url: a path or any fsspec URL.
         suffixes: of the files to list, in lower case.
+        others: filled with all other files there, hidden folders as a whole, sorted by name.
 
     Raises:
         DataError: nothing is there, or it is neither a folder nor an archive that can be read by offset.
@@ -105,10 +122,10 @@ def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Fou
     except FileNotFoundError:
         raise DataError(f"source {url}: no such folder, tar or zip") from None
     if about["type"] == "directory":
-        return _in_order((_in_folder if storage.is_local(url) else _in_bucket)(url, ends))
+        return _chosen((_in_folder if storage.is_local(url) else _in_bucket)(url), ends, others)
     head = storage.read_range(url, 0, min(storage.size(url), tarfile.BLOCKSIZE))
     if head.startswith(_ZIP):
-        return _in_order(_in_zip(url, ends))
+        return _chosen(_in_zip(url, ends), ends, others)
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(f"source {url}: compressed by {name}; uncompress it: only then it can be read by offset")
@@ -117,16 +134,18 @@ def list_files(url: str, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[Fou
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.TarError:
         raise DataError(f"source {url}: a file, and neither an uncompressed tar nor a zip") from None
-    return list_tar(ByteRange(url, 0, storage.size(url)), suffixes)
+    return list_tar(ByteRange(url, 0, storage.size(url)), suffixes, others)
 
 
-def list_tar(tar: ByteRange, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
+def list_tar(
+    tar: ByteRange, suffixes: Collection[str] = IMAGE_SUFFIXES, others: list[FoundFile] | None = None
+) -> list[FoundFile]:
     """List the files of a tar, as `list_files` does; it can lie inside another file, as in another tar.
 
     Loaders are `ByteRange`s within `tar`. Of a remote tar little more than the headers is read where its members are
     large; they come one after the other, so several tars are better listed side by side, in threads.
     """
-    return _in_order(_in_tar(tar, tuple(suffixes)))
+    return _chosen(_in_tar(tar, tuple(suffixes)), tuple(suffixes), others)
 
 
 def range_of(file: FoundFile) -> ByteRange:
@@ -140,9 +159,25 @@ def range_of(file: FoundFile) -> ByteRange:
     raise DataError(f"{'/'.join(file.parts)}: inside a zip it cannot be read in place; unpack the zip")
 
 
-def _in_order(found: Iterable[FoundFile]) -> list[FoundFile]:
-    """Sort files by name; of equal names keep the last."""
-    return sorted({file.parts: file for file in found}.values(), key=itemgetter(0))
+def _chosen(found: Iterable[FoundFile], ends: tuple[str, ...], others: list[FoundFile] | None) -> list[FoundFile]:
+    """Sort files by name, return the wanted ones, and put the rest into `others`; of equal names keep the last."""
+    files = list(found)
+    if 2 * sum("\\" in file.parts[-1] for file in files) > len(files):  # unpacked from a zip of Windows, without care
+        files = [file._replace(parts=_parts("/".join(file.parts).replace("\\", "/"))) for file in files]
+    last: dict[tuple[str, ...], FoundFile] = {}
+    rest = []
+    for file in files:
+        if folder := _hidden(file.parts):
+            file = FoundFile(folder, 0, file.load, HIDDEN)
+        elif file.parts in last:
+            rest.append(last[file.parts]._replace(flaw=REPLACED))
+        last[file.parts] = file
+    wanted: list[FoundFile] = []
+    for file in last.values():
+        (wanted if not file.flaw and _wanted(file.parts, ends) else rest).append(file)
+    if others is not None:
+        others.extend(sorted(rest, key=itemgetter(0)))
+    return sorted(wanted, key=itemgetter(0))
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -151,12 +186,20 @@ def _parts(name: str) -> tuple[str, ...]:
     return (*map(sys.intern, folders), last)
 
 
+def _hidden(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the hidden file, or the outermost hidden folder that it is in, with an empty last part; () if not."""
+    for depth, part in enumerate(parts, 1):
+        if part.startswith(".") or (depth < len(parts) and part.lower() in _SYSTEM_FOLDERS):
+            return parts if depth == len(parts) else (*parts[:depth], "")
+    return ()
+
+
 def _wanted(parts: tuple[str, ...], ends: tuple[str, ...]) -> bool:
-    return parts[-1].lower().endswith(ends) and not any(p.startswith(".") for p in parts)
+    return parts[-1].lower().endswith(ends) and not _hidden(parts)
 
 
 def _in_folder(
-    folder: str, ends: tuple[str, ...], parts: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
+    folder: str, parts: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[FoundFile]:
     """Yield the files of a local folder and those below it; `above` are the folders above, where a link may lead."""
     try:
@@ -165,33 +208,41 @@ def _in_folder(
         if here in above:
             return
         with os.scandir(folder) as listing:
-            found = [f for f in listing if not f.name.startswith(".")]
+            found = list(listing)
         for f in found:
+            name = (*parts, f.name)
             if f.is_symlink() and not Path(f.path).exists():
-                continue
-            if f.is_dir():
-                yield from _in_folder(f.path, ends, (*parts, f.name), above | {here})
-            elif _wanted((f.name,), ends) and f.is_file():
-                yield FoundFile((*parts, f.name), f.stat().st_size, ByteRange(f.path))
+                yield FoundFile(name, 0, ByteRange(f.path), LOST)
+            elif f.is_dir():
+                if _hidden((*name, "")):
+                    yield FoundFile((*name, ""), 0, ByteRange(f.path), HIDDEN)
+                else:
+                    yield from _in_folder(f.path, name, above | {here})
+            elif f.is_file():
+                yield FoundFile(name, f.stat().st_size, ByteRange(f.path))
+            else:
+                yield FoundFile(name, 0, ByteRange(f.path), SPECIAL)
     except OSError as e:
         raise DataError(f"source {e.filename} cannot be read: {e.strerror}") from None
 
 
-def _in_bucket(url: str, ends: tuple[str, ...]) -> Iterator[FoundFile]:
+def _in_bucket(url: str) -> Iterator[FoundFile]:
     for name, size in storage.find(url):
-        if _wanted(parts := _parts(name), ends):
-            yield FoundFile(parts, size, ByteRange(storage.join(url, name)))
+        if not name.endswith("/"):  # a folder's own mark
+            yield FoundFile(_parts(name), size, ByteRange(storage.join(url, name)))
 
 
 def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     links = {}
     for member in tar_members(tar):
         header = member.header
-        if header.isreg() and _wanted(member.parts, ends):
+        if header.isreg():
             yield FoundFile(member.parts, header.size, member.data)
         elif (header.issym() or header.islnk()) and _wanted(member.parts, ends):
             folder = posixpath.dirname(header.name) if header.issym() else ""
             links[member.parts] = _parts(posixpath.normpath(posixpath.join(folder, header.linkname)))
+        elif not header.isdir():
+            yield FoundFile(member.parts, 0, member.data, LINK if header.issym() or header.islnk() else SPECIAL)
     if not links:
         return
     for _ in range(_LINKS):
@@ -199,8 +250,8 @@ def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     targets = set(links.values())
     found = {m.parts: m.data for m in tar_members(tar) if m.header.isreg() and m.parts in targets}
     for parts, target in links.items():
-        if data := found.get(target):
-            yield FoundFile(parts, data.size, data)
+        data = found.get(target)
+        yield FoundFile(parts, 0, tar.within(0, 0), LOST) if data is None else FoundFile(parts, data.size, data)
 
 
 class TarMember(NamedTuple):
@@ -257,16 +308,39 @@ def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
         raise DataError(f"source {url}: a broken zip: {e}") from None
     for m in members:
-        parts = _parts(m.filename)
-        if m.filename.endswith("/") or not _wanted(parts, ends):
+        name, encoded = _zip_name(m)
+        if name.endswith(("/", "\\")):
             continue
+        parts = _parts(name.replace("\\", "/"))  # the format allows no backslashes, but some programs write them
+        flaw = ""
         if m.flag_bits & 1 or m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            what = "encrypted" if m.flag_bits & 1 else "compressed by a method other than deflate"
-            raise DataError(f"source {url}: '{m.filename}' is {what}; unzip it and give the folder")
-        name = m.orig_filename.encode("utf-8" if m.flag_bits & _UTF8 else "cp437")
-        ahead = _LOCAL_HEADER.size + len(name) + len(m.extra)
+            flaw = "encrypted" if m.flag_bits & 1 else "compressed by a method other than deflate"
+            if _wanted(parts, ends):
+                raise DataError(f"source {url}: '{name}' is {flaw}; unzip it and give the folder")
+        ahead = _LOCAL_HEADER.size + encoded + len(m.extra)
         if not 0 <= m.header_offset <= end - ahead - m.compress_size - _SLACK:
-            raise DataError(f"source {url}: a broken zip: '{m.filename}' is said to lie outside it")
+            raise DataError(f"source {url}: a broken zip: '{name}' is said to lie outside it")
         deflated = m.compress_type == zipfile.ZIP_DEFLATED
         load = ZipImage(url, m.header_offset, ahead, m.compress_size, m.file_size, m.CRC, deflated)
-        yield FoundFile(parts, m.file_size, load)
+        yield FoundFile(parts, m.file_size, load, flaw)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> tuple[str, int]:
+    """Return the name of a zip's member, and its length in bytes there."""
+    utf8 = bool(member.flag_bits & _UTF8)
+    encoded = member.orig_filename.encode("utf-8" if utf8 else "cp437")
+    name = member.orig_filename
+    if not utf8:
+        with contextlib.suppress(UnicodeDecodeError):
+            name = (_unicode_path(member.extra, encoded) or encoded).decode()
+    return name.partition("\0")[0], len(encoded)
+
+
+def _unicode_path(extra: bytes, encoded: bytes) -> bytes:
+    """Return the name in UTF-8 that a member's extra field holds; b"" if there is none, or it is of another name."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH and field[1:5] == struct.pack("<I", zlib.crc32(encoded)):
+            return field[5:]
+    return b""

@@ -29,12 +29,12 @@ def folder(path: str) -> Source:
     if not entries:
         raise DataError(f"source {path}: it holds no images ({' '.join(IMAGE_SUFFIXES)})")
     by_split = _split(entries)
-    classes = sorted({parts[0] for members in by_split.values() for parts, _, _ in members if len(parts) > 1})
+    classes = sorted({parts[0] for members in by_split.values() for parts, *_ in members if len(parts) > 1})
     number = {name: i for i, name in enumerate(classes)}
     splits = {
         split: [
             Item(number[parts[0]] if len(parts) > 1 else -1, "/".join(parts), size, load)
-            for parts, size, load in members
+            for parts, size, load, _ in members
         ]
         for split, members in by_split.items()
     }
@@ -43,7 +43,7 @@ def folder(path: str) -> Source:
 
 def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
     """Return the files of each split, without the folder of the split in their names."""
-    tops = {parts[0] if len(parts) > 1 else "" for parts, _, _ in entries}
+    tops = {parts[0] if len(parts) > 1 else "" for parts, *_ in entries}
     kinds = {top: top.lower() for top in tops}
     trains = [top for top in tops if kinds[top] in TRAIN_FOLDERS]
     evals = sorted(top for top in tops if kinds[top] in EVAL_FOLDERS)
@@ -54,11 +54,11 @@ def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
             f"{', '.join(repr(s or '.') for s in strays[:3])}; move them away, or the test images would be trained on"
         )
     if len(tops) == 1 and not strays:
-        return {"train": [FoundFile(parts[1:], size, load) for parts, size, load in entries]}
+        return {"train": [FoundFile(parts[1:], size, load) for parts, size, load, _ in entries]}
     if len(trains) == 1 and not strays:
         names = {trains[0]: "train"} | ({evals[0]: "test"} if len(evals) == 1 else {top: top for top in evals})
         splits: dict[str, list[FoundFile]] = {name: [] for name in names.values()}
-        for parts, size, load in entries:
+        for parts, size, load, _ in entries:
             splits[names[parts[0]]].append(FoundFile(parts[1:], size, load))
         return splits
     return {"train": list(entries)}
@@ -66,8 +66,8 @@ def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
 
 def _without_common_top(entries: list[FoundFile]) -> list[FoundFile]:
     """Remove a folder that all files are in, as tars often have, unless it is a split or the only class."""
-    while len({parts[0] for parts, _, _ in entries}) == 1 and min(len(parts) for parts, _, _ in entries) > 2:
+    while len({parts[0] for parts, *_ in entries}) == 1 and min(len(parts) for parts, *_ in entries) > 2:
         if entries[0][0][0].lower() in TRAIN_FOLDERS + EVAL_FOLDERS:
             break
-        entries = [FoundFile(parts[1:], size, load) for parts, size, load in entries]
+        entries = [FoundFile(parts[1:], size, load) for parts, size, load, _ in entries]
     return entries

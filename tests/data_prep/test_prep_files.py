@@ -5,13 +5,16 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import pickle
 import re
+import struct
 import tarfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from containers import tar_of, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.formats.files import FoundFile, list_files, list_tar
+from data_prep.formats.files import HIDDEN, LINK, LOST, REPLACED, SPECIAL, FoundFile, list_files, list_tar
 from data_prep.formats.ranges import ByteRange
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
@@ -230,6 +233,83 @@ def test_names_in_a_zip_that_does_not_say_how_they_are_encoded(tmp_path: Path) -
     name = b"a" * 40
     (tmp_path / "x.zip").write_bytes(zip_of({name.decode() + ".png": b"1"}).replace(name, b"\xb0" * 40))
     assert contents(list_files(str(tmp_path / "x.zip"))) == {"\u2591" * 40 + ".png": b"1"}  # as code page 437
+
+
+def _with_name(encoded: bytes, extra: bytes = b"") -> bytes:
+    """Make a zip of one file whose name is these bytes, without a mark of their encoding."""
+    info = zipfile.ZipInfo("n" * len(encoded))
+    info.extra = extra
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(info, b"1")
+    return buffer.getvalue().replace(b"n" * len(encoded), encoded)
+
+
+def test_names_in_a_zip_that_are_utf_8_without_being_marked_are_read_as_such(tmp_path: Path) -> None:
+    name = "caf\u00e9/写真.png"
+    (tmp_path / "x.zip").write_bytes(_with_name(name.encode()))
+    assert names(list_files(str(tmp_path / "x.zip"))) == [name]
+
+
+def test_the_unicode_field_of_a_zip_counts_if_it_is_of_that_name(tmp_path: Path) -> None:
+    encoded, name = "写真.png".encode("shift_jis"), "写真.png"
+    for crc, expected in [(zlib.crc32(encoded), name), (0, encoded.decode("cp437"))]:
+        field = b"\1" + struct.pack("<I", crc) + name.encode()
+        (tmp_path / "x.zip").write_bytes(_with_name(encoded, struct.pack("<HH", 0x7075, len(field)) + field))
+        assert names(list_files(str(tmp_path / "x.zip"))) == [expected]
+
+
+BACKSLASHED = {"train\\cat\\1.png": b"1", ".\\train\\dog\\2.png": b"2", "notes.txt": b"n"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_with_backslashes_are_in_folders(tmp_path: Path, kind: str) -> None:
+    url = put(str(tmp_path / "x"), kind, BACKSLASHED)
+    assert contents(list_files(url)) == {"train/cat/1.png": b"1", "train/dog/2.png": b"2"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_rare_backslash_outside_a_zip_is_part_of_a_name(tmp_path: Path, kind: str) -> None:
+    url = put(str(tmp_path / "x"), kind, {"AC\\DC.png": b"1", "a/2.png": b"2", "a/3.png": b"3"})
+    assert names(list_files(url)) == ["AC\\DC.png", "a/2.png", "a/3.png"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_files_are_listed_as_such_and_hidden_folders_as_one(tmp_path: Path, kind: str) -> None:
+    hidden = {"__MACOSX/a/._1.png": b"", "__MACOSX/._2.png": b"", ".git/x.png": b"", "a/.DS_Store": b""}
+    url = put(str(tmp_path / "x"), kind, {"a/1.png": b"1", "a/1.txt": b"text", "b.tar": b"b", **hidden})
+    others: list[FoundFile] = []
+    assert names(list_files(url, others=others)) == ["a/1.png"]
+    assert {"/".join(f.parts): f.flaw for f in others} == {
+        ".git/": HIDDEN,
+        "__MACOSX/": HIDDEN,
+        "a/.DS_Store": HIDDEN,
+        "a/1.txt": "",
+        "b.tar": "",
+    }
+    assert [f.load() for f in others if not f.flaw] == [b"text", b"b"]
+
+
+def test_links_to_nothing_pipes_and_replaced_files_are_listed_with_their_flaw(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "folder" / "pipe.png")
+    links = {"1.png": (tarfile.SYMTYPE, "nowhere"), "cats": (tarfile.SYMTYPE, "folder")}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in (("./2.png", b"old"), ("2.png", b"new")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, (info.type, info.linkname) in links.items():
+            info.name, info.size = name, 0
+            tar.addfile(info)
+    for path, expected in {
+        "folder": {"1.png": LOST, "pipe.png": SPECIAL},
+        "x.tar": {"1.png": LOST, "cats": LINK, "2.png": REPLACED},
+    }.items():
+        others: list[FoundFile] = []
+        assert len(list_files(str(tmp_path / path), others=others)) == (path == "x.tar")
+        assert {"/".join(f.parts): f.flaw for f in others} == expected
 
 
 def test_a_zip_beyond_four_gigabytes(tmp_path: Path) -> None:
