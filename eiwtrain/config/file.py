@@ -145,6 +145,11 @@ def _impossible(c: Config) -> list[str]:
             f"train.micro_batch: {c.train.micro_batch} is above train.global_batch = {c.train.global_batch}; "
             f"use at most {c.train.global_batch}"
         )
+    if c.train.finetune_steps >= c.train.max_steps:
+        problems.append(
+            f"train.finetune_steps: {c.train.finetune_steps} leaves none of train.max_steps = {c.train.max_steps} "
+            f"before it; use at most {c.train.max_steps - 1}, or 0 for no fine-tuning"
+        )
     if c.max_workers < c.workers.min:
         problems.append(
             f"workers.max: {c.workers.max} is below workers.min = {c.workers.min}; raise it or leave it out"

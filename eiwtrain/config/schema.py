@@ -138,8 +138,16 @@ class Train(Section):
     """Peak learning rate of the optimizer."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises linearly from zero."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or half a cosine down to zero at `max_steps`."""
+    schedule: Literal["constant", "cosine", "exponential"] = "cosine"
+    """Learning rate between warm-up and fine-tuning: constant, half a cosine down to zero, or less by a factor after
+    each epoch."""
+    lr_decay: PositiveFloat = Field(default=0.995, le=1)
+    """exponential: the factor on the learning rate after each epoch, that is as many samples as there are training
+    images."""
+    finetune_steps: NonNegativeInt = 0
+    """Last of the `max_steps` that fine-tune at a small constant learning rate; 0: none."""
+    finetune_lr: PositiveFloat = 2e-5
+    """Learning rate of these steps. DenseFlow has 2e-5."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of the optimizer: decoupled in AdamW, a part of the gradient in Adamax."""
     clip: NonNegativeFloat = 50.0

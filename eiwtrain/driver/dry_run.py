@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eiwtrain.config import Config, ConfigError, batching, micro_batches
+from eiwtrain.config import Config, ConfigError, Train, batching, micro_batches
 from eiwtrain.driver import preflight
 from eiwtrain.terminal.console import Console
 
@@ -41,11 +41,12 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
     t, most, least = config.train, config.max_workers, config.workers.min
     images = t.max_steps * t.global_batch
     held = ", ".join(f"{what} {_gb(n)}" for what, n in found.state(most).items() if n)
-    seen = f"; {images / manifest.splits[config.data.train_split].samples:,.1f} epochs" if manifest else ""
+    epoch = manifest.splits[config.data.train_split].samples if manifest else None
+    seen = f"; {images / epoch:,.1f} epochs" if epoch else ""
     said = [
         f"model     {found.parameters:,} parameters, {_gb(4 * found.parameters)} in float32",
         f"steps     {t.max_steps:,} of {t.global_batch:,} images: {images:,} images{seen}",
-        f"rate      {_rate(config)}",
+        f"rate      {_rate(config.train, epoch)}",
         *_by_mode(config, found),
         f"state     {_gb(found.state_bytes(most))} a worker at {most}: {held}",
         f"network   {_gb(found.gradient_bytes)} of gradients are summed over the workers in a step",
@@ -59,13 +60,24 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
     return [*said, *_by_gpu(found, sorted({most, least}, reverse=True))]
 
 
-def _rate(config: Config) -> str:
-    """Return how the learning rate changes over the run."""
-    t = config.train
-    if t.warmup_steps > t.max_steps:
-        return f"rises over {t.warmup_steps:,} steps (train.warmup_steps), so train.lr = {t.lr:g} is not reached"
+def _rate(t: Train, epoch: int | None) -> str:
+    """Return how the learning rate changes over the run.
+
+    Args:
+        epoch: number of training images, if it is known.
+    """
+    last = t.max_steps - t.finetune_steps
+    tuned = f"; {t.finetune_lr:g} in the last {t.finetune_steps:,} steps" if t.finetune_steps else ""
+    if t.warmup_steps > last:
+        return f"rises over {t.warmup_steps:,} steps (train.warmup_steps), so train.lr = {t.lr:g} is not reached{tuned}"
     rises = f"rises to {t.lr:g} in {t.warmup_steps:,} steps, then " if t.warmup_steps else f"{t.lr:g}, "
-    return rises + ("falls to 0 by half a cosine" if t.schedule == "cosine" else "stays")
+    course = {"cosine": "falls to 0 by half a cosine", "constant": "stays"}
+    if t.schedule == "exponential":
+        from eiwtrain.train.objective import learning_rate  # imports torch
+
+        end = f", to {learning_rate(last - 1, t, epoch):.2g}" if epoch else ""
+        course["exponential"] = f"times {t.lr_decay:g} after each epoch{end}"
+    return rises + course[t.schedule] + tuned
 
 
 def _by_mode(config: Config, found: Costs) -> list[str]:

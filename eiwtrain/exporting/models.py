@@ -160,11 +160,17 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
         "eval_images": score.get("images"),
         "eval_split": config["data"]["eval_split"],
         "train_split": config["data"]["train_split"],
-        "training": {name: train[name] for name in _TRAINING if name in train},
+        "training": {name: train[name] for name in (*_TRAINING, *_schedule(train)) if name in train},
         "workers": state.get("world_size"),
         "wall_seconds": state.get("clock", {}).get("wall"),
         "eiwtrain": __version__,
     }
+
+
+def _schedule(train: dict[str, Any]) -> list[str]:
+    """Return the names of further fields that this training has used."""
+    decay = ["lr_decay"] if train.get("schedule") == "exponential" else []
+    return decay + (["finetune_steps", "finetune_lr"] if train.get("finetune_steps") else [])
 
 
 def _exported(url: str) -> LoadedModel:

@@ -224,7 +224,7 @@ class Worker:
         failpoints.reach("worker.step")
         torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
         micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
-        lr = learning_rate(state.step, self.config.train)
+        lr = learning_rate(state.step, self.config.train, len(self.train_set))
         norm, applied = state.advance([m.loss for m in micro_batches], lr)
 
         indices = [i for b in own for i in b.indices[b.indices >= 0].tolist()]

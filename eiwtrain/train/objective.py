@@ -47,14 +47,22 @@ class MicroBatch:
         return (bits + t.shuffle_penalty * penalty) / t.global_batch
 
 
-def learning_rate(step: int, train: Train) -> float:
-    """Return the rate of optimizer step `step` (the first is 0): linear warm-up, then constant or half a cosine down to
-    zero."""
+def learning_rate(step: int, train: Train, images: int) -> float:
+    """Return the rate of optimizer step `step` (the first is 0): linear warm-up, the schedule, fine-tuning.
+
+    Args:
+        images: number of training images: the length of an epoch.
+    """
+    last = train.max_steps - train.finetune_steps
+    if train.finetune_steps and step >= last:
+        return train.finetune_lr
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
-    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    if train.schedule == "exponential":  # by whole epochs, counted from step 0, as DenseFlow does
+        return train.lr * train.lr_decay ** (step * train.global_batch // images)
+    done = (step - train.warmup_steps) / max(1, last - train.warmup_steps)
     return train.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 

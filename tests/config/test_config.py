@@ -99,6 +99,8 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("model.conditioner.dropout=1", ["model.conditioner.dropout", "less than 1"]),
         ("train.optimizer=adam", ["train.optimizer", "'adamw' or 'adamax'"]),
         ("train.betas=[0.9,1]", ["train.betas", "less than 1"]),
+        ("train.lr_decay=1.1", ["train.lr_decay", "less than or equal to 1"]),
+        ("train.finetune_steps=12", ["train.finetune_steps", "train.max_steps = 12", "at most 11"]),
         ("train.compile=1.5", ["train.compile"]),
         ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
         ("run.name=a/b", ["run.name"]),

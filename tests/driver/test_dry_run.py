@@ -127,11 +127,17 @@ def test_no_speed_is_assumed_for_fp32(path):
         (100, 10, "constant", "rises to 0.001 in 10 steps, then stays"),
         (100, 0, "constant", "0.001, stays"),
         (100, 101, "cosine", "rises over 101 steps (train.warmup_steps), so train.lr = 0.001 is not reached"),
+        (100, 10, "exponential", "rises to 0.001 in 10 steps, then times 0.5 after each epoch, to 0.00025"),
     ],
 )
 def test_the_plan_says_how_the_learning_rate_changes(path, steps, warmup, schedule, rate):
     given = [f"train.max_steps={steps}", f"train.warmup_steps={warmup}", f"train.schedule={schedule}", "train.lr=1e-3"]
-    assert dry_run._rate(load_config(path, given)) == rate
+    t = load_config(path, [*given, "train.lr_decay=0.5"]).train
+    assert dry_run._rate(t, 300) == rate
+    if schedule == "exponential":
+        assert dry_run._rate(t, None) == rate.removesuffix(", to 0.00025")
+    tuned = t.model_copy(update={"max_steps": steps + 7, "finetune_steps": 7})
+    assert dry_run._rate(tuned, 300) == f"{rate}; 2e-05 in the last 7 steps"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

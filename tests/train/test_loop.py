@@ -29,17 +29,43 @@ def test_batching_spares_less_than_one_row_a_micro_batch(global_batch, micro_bat
 
 def test_learning_rate_warms_up_and_comes_down():
     train = Train(lr=2.0, warmup_steps=4, max_steps=14)
-    assert [learning_rate(s, train) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert learning_rate(4, train) == 2.0
-    assert learning_rate(9, train) == pytest.approx(1.0)
-    assert learning_rate(14, train) == pytest.approx(0.0)
-    rates = [learning_rate(s, train) for s in range(4, 15)]
+    assert [learning_rate(s, train, 99) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(4, train, 99) == 2.0
+    assert learning_rate(9, train, 99) == pytest.approx(1.0)
+    assert learning_rate(14, train, 99) == pytest.approx(0.0)
+    rates = [learning_rate(s, train, 99) for s in range(4, 15)]
     assert rates == sorted(rates, reverse=True)
 
 
 def test_a_constant_schedule_is_constant_and_no_warm_up_is_none():
     train = Train(lr=2.0, warmup_steps=0, schedule="constant")
-    assert {learning_rate(s, train) for s in (0, 1, 999, 5000)} == {2.0}
+    assert {learning_rate(s, train, 99) for s in (0, 1, 999, 5000)} == {2.0}
+
+
+def test_an_exponential_schedule_falls_after_each_epoch():
+    train = Train(lr=2.0, warmup_steps=2, max_steps=14, schedule="exponential", lr_decay=0.5, global_batch=10)
+    rates = [learning_rate(s, train, 40) for s in range(14)]
+    assert rates == [1.0, 2.0, 2.0, 2.0, *[1.0] * 4, *[0.5] * 4, 0.25, 0.25]
+    # 25 images are two and a half steps: the third one begins in epoch 0, the fourth in epoch 1
+    assert [learning_rate(s, train, 25) for s in range(6)] == [1.0, 2.0, 2.0, 1.0, 1.0, 0.5]
+
+
+def test_the_rate_of_a_published_recipe_is_as_published():
+    """CIFAR-10 in DenseFlow: 50,000 images in batches of 64, 400 epochs at 0.9975 each, then 20 at 2e-5."""
+    steps, tuned = 420 * 50_000 // 64, 20 * 50_000 // 64
+    recipe = {"lr": 1e-3, "warmup_steps": 5000, "schedule": "exponential", "lr_decay": 0.9975, "global_batch": 64}
+    train = Train(**recipe, max_steps=steps, finetune_steps=tuned)
+    assert learning_rate(4999, train, 50_000) == 1e-3
+    assert learning_rate(steps - tuned - 1, train, 50_000) == pytest.approx(1e-3 * 0.9975**399)
+    assert {learning_rate(s, train, 50_000) for s in (steps - tuned, steps - 1)} == {2e-5}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "exponential"])
+def test_the_last_steps_fine_tune_after_any_schedule(schedule):
+    train = Train(lr=2.0, warmup_steps=2, max_steps=14, schedule=schedule, finetune_steps=4, finetune_lr=0.125)
+    shorter = Train(lr=2.0, warmup_steps=2, max_steps=10, schedule=schedule)
+    rates = [learning_rate(s, train, 99) for s in range(14)]
+    assert rates == [learning_rate(s, shorter, 99) for s in range(10)] + [0.125] * 4
 
 
 def test_the_model_config_reaches_the_flow():
