@@ -13,6 +13,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -227,9 +228,15 @@ def _in_folder(
 
 
 def _in_bucket(url: str) -> Iterator[FoundFile]:
-    for name, size in storage.find(url):
+    """Yield the files below a URL. Keys that differ by empty folders alone, such as `c/0.jpg` and `c//0.jpg`, are
+    several files: all but the first keep slashes before their name."""
+    same: Counter[tuple[str, ...]] = Counter()
+    for name, size in sorted(storage.find(url), key=lambda found: len(found[0])):
         if not name.endswith("/"):  # a folder's own mark
-            yield FoundFile(_parts(name), size, ByteRange(storage.join(url, name)))
+            parts = _parts(name)
+            slashes = "/" * same[parts]
+            same[parts] += 1
+            yield FoundFile((*parts[:-1], slashes + parts[-1]), size, ByteRange(f"{url}/{name}"))
 
 
 def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:

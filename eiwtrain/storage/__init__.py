@@ -1,18 +1,11 @@
 """Files at any fsspec URL, tried again when a failure may pass; one writer a run (`lease`, on `swap`)."""
 
 from eiwtrain.storage.files import (
-    abandon_uploads,
-    absolute,
-    anchored,
     check_file_writable,
     check_writable,
-    delete,
     exists,
-    filesystem,
     find,
     get_file,
-    is_local,
-    join,
     listdir,
     put_file,
     read_bytes,
@@ -23,7 +16,9 @@ from eiwtrain.storage.files import (
     write_bytes,
     write_pieces,
 )
+from eiwtrain.storage.removal import abandon_uploads, delete
 from eiwtrain.storage.retry import StorageError, count_faults, faults, impatient, retrying, waited
+from eiwtrain.storage.urls import absolute, anchored, filesystem, is_local, join
 
 __all__ = [
     "StorageError",

@@ -1,13 +1,11 @@
 """Bytes at any fsspec URL: read, publish atomically, retry what is transient, checksum.
 
-Not for formats: `eiwtrain.data.manifest` and `eiwtrain.checkpoints` know what the bytes mean. A URL without a scheme is
-a local path.
+Not for formats: `eiwtrain.data.manifest` and `eiwtrain.checkpoints` know what the bytes mean. URLs: see `urls`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import shutil
@@ -17,79 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import fsspec.asyn
-
+from eiwtrain.storage.removal import delete
 from eiwtrain.storage.retry import StorageError, retrying
+from eiwtrain.storage.urls import absolute, filesystem, is_local, is_s3, join
 from eiwtrain.terminal.lines import one_line
-from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 _LARGE = 100 << 20  # bytes from which s3fs uploads in parts
 _PART_TRIES = 5  # tries of each such part by the client: one that fails must not cost the others
-
-os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # else a child waits forever for its parent's thread
-
-
-def is_local(url: str) -> bool:
-    """Return whether `url` is a path of this machine's file system."""
-    return "://" not in url or url.startswith("file://")
-
-
-def absolute(url: str) -> str:
-    """Return a local path made absolute; any other URL as it is, without a trailing slash."""
-    if is_local(url):
-        return str(Path(url.removeprefix("file://")).expanduser().absolute())
-    return url.rstrip("/")
-
-
-def anchored(url: str) -> str:
-    """Return a local path made absolute, as workers have working directories of their own; any other URL as it is.
-
-    A submitted job's working directory is a copy that is deleted with the job, so relative paths are in `~/eiwtrain`.
-    """
-    if not is_local(url):
-        return url
-    job = "working_dir_files" in Path.cwd().parts  # where Ray unpacks a job's working directory
-    return str((Path.home() / "eiwtrain" if job else Path.cwd()) / Path(url.removeprefix("file://")).expanduser())
-
-
-def join(url: str, *parts: str) -> str:
-    """Return `url/part/part`, with single slashes."""
-    return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
-
-
-def filesystem(url: str, tries: int = 1) -> tuple[Any, str]:
-    """Return the fsspec file system of `url` and the path inside it. Listings are not cached, as others write too.
-
-    Call it for each use: in a forked process fsspec refuses a file system made before the fork.
-
-    Args:
-        url: a path or any fsspec URL.
-        tries: tries of each request by an S3 client itself. One by default, as `retrying` does the rest: on its own
-            s3fs takes 25 requests and 40 s to give up on a 503, and minutes on a silent server.
-
-    Raises:
-        StorageError: the scheme is unknown or its package is not installed, or the URL holds a password.
-    """
-    if is_local(url):
-        return fsspec.filesystem("file"), absolute(url)  # fsspec must not interpret its name, as it does "::"
-    if holds_secret(url):
-        raise StorageError(f"{redact(url)}: {REFUSAL}")
-    s3 = _is_s3(url)
-    options: dict[str, Any] = {}
-    if s3:
-        config = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        retries = {"mode": "standard", "total_max_attempts": tries}
-        options = {"use_listings_cache": False, "config_kwargs": {"retries": retries} | config}
-    try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
-    except (ValueError, ImportError) as e:
-        raise StorageError(f"{url}: {e}") from None
-    if s3:
-        fs.retries = 1
-    else:
-        fs.invalidate_cache()
-    return fs, path
 
 
 def exists(url: str) -> bool:
@@ -212,7 +144,7 @@ def write_pieces(url: str, pieces: Callable[[], Iterable[bytes | memoryview]]) -
         data = _Joined(list(pieces()))
         in_parts = len(data) >= _LARGE
         fs, path = filesystem(url, _PART_TRIES if in_parts else 1)
-        fs.pipe_file(path, data if in_parts and _is_s3(url) else data[:])
+        fs.pipe_file(path, data if in_parts and is_s3(url) else data[:])
 
     _put(url, put)
 
@@ -243,34 +175,6 @@ def get_file(url: str, local: str | os.PathLike[str]) -> None:
     _replace(Path(local), lambda temp: retrying(url, lambda: get(temp)))
 
 
-def delete(url: str) -> None:
-    """Delete the file, or the folder with all in it; nothing needs to be there."""
-    fs, path = filesystem(url)
-    with contextlib.suppress(FileNotFoundError):
-        retrying(url, lambda: fs.rm(path, recursive=True))
-
-
-def abandon_uploads(url: str) -> None:
-    """Abort the multipart uploads below the folder `url` that were never completed, such as those of killed processes:
-    S3 keeps their parts, and no listing shows them. Other stores have no such uploads.
-
-    Raises:
-        StorageError: the store cannot list them or does not allow it.
-    """
-    if not _is_s3(url):
-        return
-    fs, path = filesystem(url)
-    bucket, prefix, _ = fs.split_path(path)
-    asked = {"Bucket": bucket, "Prefix": prefix.rstrip("/") + "/"}
-    while True:
-        answer = retrying(url, functools.partial(fs.call_s3, "list_multipart_uploads", **asked))
-        for upload in answer.get("Uploads", []):
-            retrying(url, functools.partial(_abort_upload, fs, bucket, upload))
-        if not answer.get("IsTruncated"):
-            return
-        asked |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
-
-
 def check_writable(url: str) -> None:
     """Write, read back and delete a small file under `url`; a local folder that was not there is deleted again.
 
@@ -278,7 +182,10 @@ def check_writable(url: str) -> None:
         StorageError: one of the three failed, with the cause in one line.
     """
     folder = Path(filesystem(url)[1])
-    made = [p for p in (folder, *folder.parents) if is_local(url) and not p.exists()]
+    try:
+        made = [p for p in (folder, *folder.parents) if is_local(url) and not p.exists()]
+    except (OSError, ValueError) as e:  # a name that is too long, or that no file can have
+        raise StorageError(f"{url}: {type(e).__name__}: {e}") from None
     probe = join(url, f".probe-{uuid.uuid4().hex}")
     try:
         write_bytes(probe, b"eiwtrain")
@@ -345,15 +252,6 @@ def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         f.writelines(pieces)
 
 
-def _is_s3(url: str) -> bool:
-    return url.startswith(("s3://", "s3a://"))
-
-
-def _abort_upload(fs: Any, bucket: str, upload: dict[str, str]) -> None:
-    with contextlib.suppress(FileNotFoundError):  # `retrying` would take it for a passing fault of the server
-        fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-
-
 def _check_length(came: int, expected: int) -> None:
     if came != expected:
         raise ConnectionError(f"{came} bytes came where there should be {expected}")
@@ -384,7 +282,7 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a sibling temporary file, flush it to disk and rename it onto `target`."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a zero byte
         raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
     temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -271,6 +271,18 @@ def test_a_missing_key_is_a_missing_file(s3):
         storage.read_range(f"{s3}/f", 0, 5)
 
 
+def test_a_key_is_no_pattern_and_no_chain(s3):
+    keys = ["a::b/f", "v1/f", "v2/f", "v[12]/f"]
+    for key in keys:
+        storage.write_bytes(f"{s3}/{key}", key.encode())
+    assert [name for name, _ in storage.find(s3)] == keys
+    assert [storage.read_bytes(f"{s3}/{key}").decode() for key in keys] == keys
+    storage.delete(f"{s3}/v[12]/f")
+    assert [name for name, _ in storage.find(s3)] == keys[:3]
+    storage.delete(s3)
+    assert storage.find(s3) == []
+
+
 def test_what_others_write_is_seen_at_once(s3):
     def other(code):
         subprocess.run([sys.executable, "-c", f"from eiwtrain import storage; {code}"], check=True)

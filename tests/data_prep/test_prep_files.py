@@ -427,3 +427,19 @@ def test_damage_anywhere_is_an_error_of_the_source_or_nothing(data: st.DataObjec
     fsspec.filesystem("memory").pipe_file("/damaged/x", bytes(damaged))
     with storage.impatient(), contextlib.suppress(DataError, StorageError):
         contents(list_files("memory://damaged/x"))
+
+
+def test_keys_that_differ_by_slashes_or_hold_colons_are_all_listed_and_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["/0.jpg", "/c/0.jpg", "0.jpg", "c//0.jpg", "c/0.jpg", "c/a::b.jpg", "c/[0-1].jpg", "c/"]
+    fs = storage.filesystem("s3://b/data")[0]
+    there = {f"b/data/{key}": key.encode() for key in keys}
+    listing = {name: {"size": len(data), "type": "file"} for name, data in there.items()}
+    monkeypatch.setattr(fs, "info", lambda path: {"type": "directory"})
+    monkeypatch.setattr(fs, "find", lambda path, detail: listing)
+    monkeypatch.setattr(fs, "size", lambda path: len(there[path]))
+    monkeypatch.setattr(fs, "cat_file", lambda path: there[path])
+    found = list_files("s3://b/data")
+    assert sorted(f.load() for f in found) == sorted(key.encode() for key in keys if key.endswith("jpg"))
+    assert len({f.parts for f in found}) == len(found)
+    assert {f.parts[0] for f in found if len(f.parts) > 1} == {"c"}
+    assert {f.load() for f in found if "/".join(f.parts) == "c/0.jpg"} == {b"c/0.jpg"}

@@ -159,6 +159,60 @@ def test_a_local_name_means_nothing_to_fsspec(tmp_path):
     assert storage.read_bytes(str(tmp_path / "a::b")) == b"1"
 
 
+def test_what_follows_a_scheme_is_a_path_and_no_chain(monkeypatch):
+    path = storage.filesystem("s3://bucket/a::b/zip::c.jpg")[1]
+    assert path == "bucket/a::b/zip::c.jpg"
+    for chained in ("simplecache::memory://x", "zip://a.txt::memory://x.zip", "reference://x::http://127.0.0.1:9/"):
+        with pytest.raises(storage.StorageError, match=r"^\S+://.*: "):
+            storage.read_bytes(chained)
+    assert not storage.is_local("s3://b/x")
+    assert storage.is_local("/data/a://b")
+    assert storage.is_local("./a://b")
+
+
+PATTERNS = ("v[12]", "v*", "v?", "**", "{v1,v2}", "v[!1]", "~", "v%31", "v#1")
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_name_is_no_pattern(root, tmp_path, name):
+    others = ["v1", "v2", "v", "w/v1", *(p for p in PATTERNS if p != name)]
+    for folder in (*others, name):
+        storage.write_bytes(storage.join(root, folder, "f"), folder.encode())
+    url = storage.join(root, name)
+    storage.get_file(storage.join(url, "f"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == storage.read_bytes(storage.join(url, "f")) == name.encode()
+    assert storage.read_range(storage.join(url, "f"), 0, 1) == name[:1].encode()
+    assert storage.find(url) == [("f", len(name))]
+    assert storage.listdir(url) == ["f"]
+    assert storage.size(storage.join(url, "f")) == len(name)
+    storage.put_file(tmp_path / "copy", storage.join(url, "sub", "g"))
+    storage.delete(url)
+    assert not storage.exists(url)
+    assert [f for f, _ in storage.find(root)] == sorted(f"{other}/f" for other in others)
+
+
+def test_a_file_is_deleted_by_its_exact_name(root):
+    for name in ("v1/model.safetensors", "v2/model.safetensors", "v[12]/model.safetensors"):
+        storage.write_bytes(storage.join(root, name), b"1")
+    storage.delete(storage.join(root, "v[12]", "model.safetensors"))
+    assert [f for f, _ in storage.find(root)] == ["v1/model.safetensors", "v2/model.safetensors"]
+
+
+def test_a_link_to_a_folder_is_deleted_and_the_folder_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "f").write_bytes(b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    storage.delete(str(tmp_path / "link"))
+    assert storage.find(str(tmp_path)) == [("real/f", 1)]
+
+
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path):
+    for name in ("x" * 300, "a\0b", "~nobody-of-this-name\0"):
+        with pytest.raises(storage.StorageError):
+            storage.check_writable(str(tmp_path / name))
+    assert storage.absolute("~nobody-of-this-name/x").endswith("/~nobody-of-this-name/x")
+
+
 def test_what_a_store_has_cached_is_not_trusted(root):
     fs, _ = storage.filesystem(root)
     invalidated = []
