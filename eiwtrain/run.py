@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
                     return dry_run.look(config, manifest, console)
                 preflight.check_storage(config)
             manifest = manifest or main_job.prepare(config, console)
-            newest = preflight.find_checkpoint(config, manifest)
+            preflight.find_checkpoint(config, manifest)  # so that a mistake is named before the lease is waited for
             command = main_job.resume_command(argv)
-            outcome, tracked = main_job.train_under_lease(config, manifest, newest, began, command, console, stop)
+            outcome, tracked = main_job.train_under_lease(config, began, command, console, stop)
             return _report(outcome, config, tracked, command, console, stop)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -78,7 +78,7 @@ class Attempt:
         name = f"{config.run.name}-{int(began)}-{number}"
         self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)
         self._nodes: list[str] = []
-        self._looked_at = self._room_since = 0.0
+        self._looked_at = self._room_since = self._asked_at = 0.0
         self._asked: DriverRequest | None = None
         self._heard = False
         """Whether a worker has heard of it."""
@@ -97,25 +97,32 @@ class Attempt:
             return Crashed(cause_of(e))
 
     def _follow(self, console: Console, stop: Stop) -> Outcome:
-        asked_at = 0.0
         while True:
             ended = not self._fit.is_alive()  # before the mail is read: nothing comes after it
             if (outcome := self._read(console, stop)) is not None:
                 return self._ended(outcome, console, stop)
             if stop.number and not stop.training:
                 raise Interrupted(stop.number)
+            if stop.number and not self._nodes:
+                return Again(stop.reason)  # the workers are still starting: they have nothing to save
             if lost := self._lease.lost:
                 return Lost(lost)
             if ended:
                 return Crashed(self._fit.cause)
             if (request := self._request(stop)) is not None:
                 self._driver_end.ask(request)
-                self._asked, self._heard, asked_at = request, False, time.monotonic()
+                self._asked, self._heard, self._asked_at = request, False, time.monotonic()
                 if request.kind == "again":
                     console.note(f"{request.reason}: a checkpoint first, then on the workers that there is room for")
-            if stop.number and not self._heard and time.monotonic() - asked_at > _HEAR_SECONDS:
+            if self._unheard():
                 return Crashed("no worker heard of the stop")  # they died, or have not started
             time.sleep(_POLL_SECONDS)
+
+    def _unheard(self) -> bool:
+        """Whether the workers were asked to stop, and none has noticed in the time that a living one needs."""
+        if self._asked is None or self._asked.kind != "stop" or self._heard:
+            return False
+        return time.monotonic() - self._asked_at > _HEAR_SECONDS
 
     def _read(self, console: Console, stop: Stop) -> Outcome | None:
         """Read the mail: print, take note; return how the workers ended, if they have said so."""

@@ -147,6 +147,7 @@ def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, cons
         if session.own_node_drains():  # and so would be killed while it waits
             return 0
         node_request.renew()
+        session.free_places()  # no attempt runs now: a job must never wait for what it holds itself
         found = session.room(config)
         settled = time.monotonic() - began > _SETTLE_SECONDS
         if found == config.max_workers or (found >= config.workers.min and settled):

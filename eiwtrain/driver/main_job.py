@@ -55,31 +55,23 @@ def prepare(config: Config, console: Console) -> Manifest:
 
 
 def train_under_lease(
-    config: Config,
-    manifest: Manifest,
-    newest: Checkpoint | None,
-    began: float,
-    command: str,
-    console: Console,
-    stop: Stop,
+    config: Config, began: float, command: str, console: Console, stop: Stop
 ) -> tuple[Outcome, TrackedRun]:
     """Train under the run's lease, and say in MLflow how that ended; return it, and where MLflow has the run.
 
     Args:
-        newest: checkpoint that the run resumes from, as far as is known without the lease.
         began: Unix time at which this program started.
         command: resumes this run.
 
     Raises:
-        ConfigError: somebody else trains this run, or storage or MLflow cannot be used, before training began.
+        ConfigError: somebody else trains this run, it cannot resume with this config and data set, or storage or MLflow
+            cannot be used, before training began.
         Interrupted: a stop signal came before training began.
         StorageError: storage failed after training began.
     """
     from eiwtrain import tracking
     from eiwtrain.tracking import provenance
 
-    about = provenance.description(config, manifest, command, _parameters(config, manifest.channels))
-    tags = provenance.tags(config, command) | {provenance.NOTE_TAG: about}
     tracked: TrackedRun | None = None
     watcher: Watcher | None = None
     status: Status = "FAILED"
@@ -88,6 +80,9 @@ def train_under_lease(
     outcome: Outcome | None = None
     try:
         lease = Lease.acquire(config.root, config.run.name, console.note)
+        manifest, newest = _what_is_there(config)
+        about = provenance.description(config, manifest, command, _parameters(config, manifest.channels))
+        tags = provenance.tags(config, command) | {provenance.NOTE_TAG: about}
         with stop.held():  # a run that was begun must be ended
             tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
             watcher = Watcher(tracked, config.root, lease.owner)
@@ -111,7 +106,20 @@ def train_under_lease(
             if isinstance(outcome, Lost) or tracking.end(tracked, status, detail):  # lost: the run is another's now
                 watcher.dismiss()
         if lease is not None:
-            lease.release(_LEASE_OUTCOMES[status])
+            lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped")  # refused, it has not failed
+
+
+def _what_is_there(config: Config) -> tuple[Manifest, Checkpoint | None]:
+    """Return the data set, and the checkpoint that the run resumes from, both checked against the config. Call it under
+    the lease: until a job has that, others may change what earlier checks have found.
+
+    Raises:
+        ConfigError: they do not fit the config or each other, or the data set has gone.
+    """
+    manifest = preflight.find_data(config)
+    if manifest is None:
+        raise ConfigError(f"data.path: the data set at {config.data.path} has gone; the same command writes it again")
+    return manifest, preflight.find_checkpoint(config, manifest)
 
 
 def _in_mlflow(outcome: Outcome) -> tuple[Status, str]:

@@ -177,6 +177,23 @@ def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SE
     return min(found, config.max_workers)
 
 
+def free_places() -> None:
+    """Give back every place that this job's attempts hold in the cluster, and end the workers in it. Call it while no
+    attempt runs.
+
+    Ray does so when workers return or die, but not when they fail while they start, nor when Ray Train's own process
+    dies: then a place is held until the job ends.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()  # with which the ids of all that belongs to the job end
+    for name, about in placement_group_table().items():
+        if name.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
 def _answering(nodes: Collection[str], patience: float) -> list[str]:
     """Return those nodes that start a task: Ray does not know yet of one that died a moment ago."""
     import ray

@@ -49,7 +49,7 @@ from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
 from eiwtrain.train.keeper import Keeper
 from eiwtrain.train.objective import MicroBatch, learning_rate, step_seed
-from eiwtrain.train.state import TrainState, flow_config, sum_over_ranks
+from eiwtrain.train.state import OtherRun, TrainState, flow_config, sum_over_ranks
 from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
@@ -100,7 +100,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
         outcome = worker.run()
     except LeaseLost as e:
         driver.finish(Lost(str(e)))
-    except (Fatal, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
+    except (Fatal, OtherRun, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
         # not raised: the workers would be started again, to fail in the same way. The driver stops the other ranks.
         driver.finish(Failed(str(e)))
     except torch.OutOfMemoryError as e:

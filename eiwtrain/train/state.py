@@ -38,6 +38,10 @@ def outline(config: Config, channels: int) -> flow.EIWFlow:
         return flow.EIWFlow(flow_config(config, channels))
 
 
+class OtherRun(RuntimeError):
+    """The newest checkpoint belongs to a run of another config or data set; the message is for the user."""
+
+
 class TrainState:
     """State of training on one rank."""
 
@@ -61,11 +65,17 @@ class TrainState:
             note: prints a line for the user.
             skip_to: step to continue with, on the newest weights that were not followed by a skipped step; None: the
                 step of the newest checkpoint.
+
+        Raises:
+            OtherRun: as it says; on every rank. A job before this one, which was cut off, may have committed that
+                checkpoint after the driver had compared what was there.
         """
         self.config, self.manifest, self.device = config, manifest, device
         torch.manual_seed(config.train.seed)
         self.flow = flow.EIWFlow(flow_config(config, manifest.channels)).to(device)
         saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
+        if saved is not None and (problems := checkpoints.differences(saved, config, manifest.fingerprint)):
+            raise OtherRun(problems[0])
         if saved is None:
             images, noise, _ = first()
             self.flow.initialize(flow.dequantize(images, of_pixels(noise, images), self.flow.config.n_bits))

@@ -252,12 +252,13 @@ def test_a_dry_run_prints_what_would_be_and_starts_nothing(folder, capsys):
     assert not (folder / "runs" / "dry").exists()
 
 
-def test_a_stop_while_ray_starts_leaves_nothing_running(folder):
-    job = Job(folder, name="early")
-    job.wait_for("starting 2 workers")
+def test_failed_starts_give_back_places_and_a_stop_then_ends(folder):
+    job = Job(folder, name="early", environment=os.environ | {"GLOO_SOCKET_IFNAME": "eth9"})  # there is no such
+    wait_until(lambda: job.process.poll() is not None or job.log.read_text().count("starting 2 workers") == 2, 180)
     job.process.send_signal(signal.SIGTERM)
     exit_code, output = job.wait(60)
     assert exit_code == 143, output
+    assert output.count("Unable to find address for: eth9") == 1
     assert "stopped by SIGTERM before training began" in output
     assert "Traceback" not in output
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")

@@ -1,9 +1,14 @@
-"""What an attempt asks the cluster for while it runs."""
+"""What an attempt asks the cluster and its workers for while it runs, and how a stop ends it."""
 
+import signal
 from types import SimpleNamespace
 
+import pytest
+
+from eiwtrain.driver import attempt as attempts
 from eiwtrain.driver.attempt import Attempt
 from eiwtrain.on_ray import session
+from eiwtrain.on_ray.messages import Again, Crashed, Stopped, Training
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
 
@@ -16,3 +21,70 @@ def test_an_attempt_renews_the_jobs_request_for_nodes(monkeypatch):
     attempt._node_request = SimpleNamespace(renew=lambda: renewed.append(True))
     assert attempt._request(Stop(Console())) is None
     assert renewed == [True]
+
+
+class Workers:
+    """Workers that train, as the driver sees them: what they say, and what they are asked for."""
+
+    def __init__(self, *said, answer=None):
+        self.said, self.answer, self.asked = list(said), answer, []
+
+    def is_alive(self):
+        return True
+
+    def join(self, timeout):
+        pass
+
+    def take(self):
+        said, self.said = self.said, []
+        return said
+
+    def ask(self, request):
+        self.asked.append(request)
+        if self.answer is not None:
+            self.said.append(self.answer)
+
+
+def attempt_of(workers):
+    attempt = Attempt.__new__(Attempt)
+    attempt._fit = attempt._driver_end = workers
+    attempt._lease, attempt._node_request = SimpleNamespace(lost=None), SimpleNamespace(renew=lambda: None)
+    attempt._looked_at, attempt._asked_at, attempt._nodes = float("-inf"), 0.0, []
+    attempt._asked, attempt._heard = None, False
+    return attempt
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """A stop that comes while the driver looks at the cluster; a run that has been up for longer than anything."""
+    stop = Stop(Console())
+
+    def drains():
+        stop.number = signal.SIGTERM
+        return False
+
+    monkeypatch.setattr(session, "own_node_drains", drains)
+    monkeypatch.setattr(session, "draining", set)
+    monkeypatch.setattr(session, "room", lambda *args, **options: 0)
+    return stop
+
+
+def test_a_stop_during_a_look_at_the_cluster_reaches_the_workers(stop):
+    answer = Stopped("", 7, "x")
+    workers = Workers(Training(0, 9, ["node"]), answer=answer)
+    attempt = attempt_of(workers)
+    attempt._workers, attempt._config = 1, SimpleNamespace(max_workers=1)
+    assert attempt.follow(Console(), stop) == Stopped("SIGTERM", 7, "x")
+    assert [request.kind for request in workers.asked] == ["stop"]
+
+
+def test_workers_that_never_hear_of_a_stop_have_crashed(stop, monkeypatch):
+    monkeypatch.setattr(attempts, "_HEAR_SECONDS", 0.1)
+    attempt = attempt_of(Workers(Training(0, 9, ["node"])))
+    attempt._workers, attempt._config = 1, SimpleNamespace(max_workers=1)
+    assert attempt.follow(Console(), stop) == Crashed("no worker heard of the stop")
+
+
+def test_a_stop_while_later_workers_start_is_no_failure(stop):
+    stop.training = True
+    assert attempt_of(Workers()).follow(Console(), stop) == Again("SIGTERM")

@@ -15,6 +15,7 @@ from eiwtrain.terminal.signals import Stop
 def test_a_waiting_job_whose_own_node_drains_stops(tmp_path, monkeypatch):
     config = Config.model_validate(tiny_config(tmp_path))
     monkeypatch.setattr(session, "room", lambda config: 0)
+    monkeypatch.setattr(session, "free_places", lambda: None)
     drains = iter([False, True])
     monkeypatch.setattr(session, "own_node_drains", lambda: next(drains))
     renewed = []

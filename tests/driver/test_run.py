@@ -1,6 +1,7 @@
 """The driver's decisions, without Ray: `tests/cluster` has the whole."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,17 +9,21 @@ import pytest
 import yaml
 from helpers import tiny_config, write_shards
 from mlflow import MlflowClient
+from small_run import commit
 
 from eiwtrain import run, tracking
 from eiwtrain.data import load_manifest
 from eiwtrain.driver import launch, main_job
 from eiwtrain.driver.main_job import resume_command
 from eiwtrain.on_ray.messages import Failed, Lost, Stopped
+from eiwtrain.storage import lease
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path, database):
     write_shards(tmp_path / "data")
+    (tmp_path / "runs").mkdir()
+    shutil.copy(database, tmp_path / "runs")
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_config(tmp_path)))
     return file
@@ -31,6 +36,10 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def fingerprint(path: Path) -> str:
+    return load_manifest(f"{path.parent}/data").fingerprint
 
 
 def status(path: Path) -> str:
@@ -149,3 +158,59 @@ def test_a_start_says_which_runs_nobody_trains(path, monkeypatch, capsys):
     run.main([str(path), "run.name=other"])  # its lease says that it was stopped
     run.main([str(path)])
     assert "MLflow had 'other' as RUNNING, and nobody trains it: now KILLED" in capsys.readouterr().out
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Do something between the first checks of a job and the moment at which it gets the lease."""
+
+    def do(act):
+        real = lease.Lease.acquire
+
+        def late(root, *args):
+            monkeypatch.setattr(lease.Lease, "acquire", real)
+            act(root)
+            return real(root, *args)
+
+        monkeypatch.setattr(lease.Lease, "acquire", late)
+
+    return do
+
+
+def test_what_the_holder_before_left_is_what_a_run_resumes_from(path, monkeypatch, meanwhile):
+    resumed = []
+    data = fingerprint(path)
+    meanwhile(lambda root: commit(root, 5, None, data_fingerprint=data))
+    monkeypatch.setattr(launch, "run_attempts", lambda config, data, newest, *rest: resumed.append(newest) or STOPPED)
+    assert run.main([str(path)]) == 75
+    assert [checkpoint.step for checkpoint in resumed] == [5]
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [("train.seed=7", "train.seed: 7 here"), ("train.max_steps=12", "data.path: the data set at")],
+)
+def test_a_run_that_became_another_meanwhile_is_refused(path, monkeypatch, meanwhile, capsys, override, field):
+    meanwhile(lambda root: commit(root, 5, None))  # of other images
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: pytest.fail("it trained"))
+    assert run.main([str(path), override]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {field}")
+    assert lease.look(f"{path.parent}/runs/tiny")[1].outcome == "stopped"  # which is no failure
+    assert not MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db").search_experiments(
+        filter_string="name != 'Default'"
+    )
+
+
+def test_data_replaced_meanwhile_is_what_the_workers_must_find(path, monkeypatch, meanwhile):
+    found = []
+    before = fingerprint(path)
+
+    def replace(root):
+        for folder in ("data", "data-images"):
+            shutil.rmtree(path.parent / folder)
+        write_shards(path.parent / "data", n=40)
+
+    meanwhile(replace)
+    monkeypatch.setattr(launch, "run_attempts", lambda config, data, *rest: found.append(data) or STOPPED)
+    assert run.main([str(path)]) == 75
+    assert found == [fingerprint(path)] != [before]
