@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.environments import versions
 from benchmarks.images import Entry, entries
+from eiwtrain.data.image_formats import image_formats
 
 PEERS = ("webdataset", "LitData", "MosaicML")
 PACKAGES = {"webdataset": "webdataset", "LitData": "litdata", "MosaicML": "mosaicml-streaming"}
@@ -112,7 +113,7 @@ def epochs(
 
 def square(path: str, resolution: int) -> Image.Image:
     """Read an image file as `data_prep` does, with Pillow alone: upright, RGB, the central square resized."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=image_formats()) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     if image.size != (resolution, resolution):
         side = min(image.size)

@@ -163,7 +163,11 @@ def read_ours(folder: Path, encoding: str) -> Found:
             key, _, kind = name.partition(".")
             if kind == encoding:
                 about = json.loads(members[f"{key}.json"])
-                pixels = np.asarray(Image.open(io.BytesIO(data))) if kind == "png" else np.load(io.BytesIO(data))
+                pixels = (
+                    np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
+                    if kind == "png"
+                    else np.load(io.BytesIO(data))
+                )
                 found[key_of(about["source"])] = [about["label"], digest(pixels)]
     return found
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from data_prep.inspect import contact_sheet, describe, size_estimate
@@ -132,6 +133,16 @@ def _common_options() -> argparse.ArgumentParser:
         help="resize the shorter side to this, then cut --resolution (default: cut, then resize)",
     )
     pixels.add_argument(
+        "--background",
+        default="white",
+        help="colour that is seen through transparent pixels, by name or as #rrggbb (default: %(default)s)",
+    )
+    pixels.add_argument(
+        "--accept-damaged",
+        action="store_true",
+        help="use JPEGs of which the decoder says that they are damaged (default: they are left out)",
+    )
+    pixels.add_argument(
         "--encoding",
         choices=ENCODINGS,
         default="png",
@@ -162,6 +173,7 @@ def _common_options() -> argparse.ArgumentParser:
 def _write(args: argparse.Namespace) -> None:
     start = time.monotonic()
     preprocess = Preprocess(args.resolution, args.resample, args.encoding, args.crop, args.short_side, args.crop_seed)
+    preprocess = replace(preprocess, background=args.background, accept_damaged=args.accept_damaged)
     of_source = {
         "imagenet": lambda: {"val_labels": args.val_labels},
         "lsun": lambda: {"categories": tuple(args.category)},

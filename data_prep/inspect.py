@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.pixels import Pixels, Undecodable, encode, fit
+from data_prep.decode import DAMAGED, TRANSPARENT, Pixels, Undecodable, load
+from data_prep.pixels import encode, fit
 from data_prep.shard_check import read_image
 from data_prep.writer import Plan
 from eiwtrain import storage
@@ -111,7 +112,7 @@ def size_estimate(plan: Plan, images: int = 64) -> Size:
     for split, number in tried:
         item = plan.source.splits[split][number]
         try:
-            pixels = fit(item.load(), item.source, plan.preprocess)
+            pixels = fit(load(item), item.source, plan.preprocess)
         except Undecodable:
             continue
         image = len(encode(pixels, plan.preprocess.encoding))
@@ -140,6 +141,14 @@ def _describe_split(manifest: Manifest, split: Split, where: str) -> list[str]:
     lines.append(f"    {len(rejects):,} rejects, {duplicates:,} duplicates{of_them}")
     lines += [f"    rejects: {reason}" for reason in _most_frequent(rejects)]
     lines += [f"    dropped: {reason}" for reason in _most_frequent(dropped)]
+    background = manifest.preprocessing["params"].get("background", "")
+    kinds = {
+        TRANSPARENT: f"with transparent pixels, shown on {background}",
+        DAMAGED: "damaged, and used as they are",
+    }
+    for kind, what in kinds.items():
+        if count := sum(sidecar.changed.get(kind, 0) for sidecar in sidecars):
+            lines.append(f"    {count:,} {what}")
     if unread:
         lines.append(f"    {len(unread)} sidecars cannot be read, the first: {unread[0]}")
     return lines

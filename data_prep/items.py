@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from eiwtrain.data.image_formats import image_suffixes
+from eiwtrain.data.image_formats import image_formats, image_suffixes
 
 IMAGE_SUFFIXES = image_suffixes()
 
@@ -134,7 +134,7 @@ class Patch:
 @lru_cache(maxsize=8)
 def photograph(path: str, halve: bool) -> Image.Image:
     """Load a photograph as RGB, halved with a box filter if `halve` (an odd last row or column is left out)."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=image_formats()) as image:
         rgb = image.convert("RGB")
     if not halve:
         return rgb

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import tarfile
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.decode import TooLarge, Undecodable, load
 from data_prep.items import Item, Loaded
-from data_prep.pixels import Preprocess, Undecodable, digest, encode, fit
+from data_prep.pixels import Preprocess, digest, encode, fit_image
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     DataError,
@@ -116,11 +117,12 @@ def _write_tar(task: ShardTask, path: Path) -> Sidecar:
     rows: list[tuple[str, int, int, int, str]] = []
     rejects: list[dict[str, str]] = []
     dropped: list[dict[str, str]] = []
+    changed: Counter[str] = Counter()
     with open(path, "wb") as tar:
         for number, item, loaded in _load(task):
             key = item_key(number)
             try:
-                pixels = fit(loaded, item.source, task.preprocess)
+                pixels, changes = fit_image(loaded, item.source, task.preprocess)
             except Undecodable as e:
                 rejects.append({"key": key, "source": item.source, "reason": str(e)})
                 continue
@@ -128,6 +130,7 @@ def _write_tar(task: ShardTask, path: Path) -> Sidecar:
             if task.drop is not None and key in task.drop:
                 dropped.append({"key": key, "source": item.source, "digest": same, "reason": task.drop[key]})
                 continue
+            changed.update(changes)
             image = encode(pixels, encoding)
             rows.append((key, item.label, tar.tell() + _BLOCK, len(image), same))
             about = json.dumps({"label": item.label, "source": item.source}, sort_keys=True).encode()
@@ -135,21 +138,22 @@ def _write_tar(task: ShardTask, path: Path) -> Sidecar:
         tar.write(bytes(-(tar.tell() + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
     keys, labels, offsets, sizes, digests = zip(*rows, strict=True) if rows else ((), (), (), (), ())
     shard = Shard(task.name, len(keys), path.stat().st_size, storage.sha256_file(path))
-    return Sidecar(shard, task.plan, tuple(rejects), keys, labels, offsets, sizes, digests, tuple(dropped))
+    index = (keys, labels, offsets, sizes, digests)
+    return Sidecar(shard, task.plan, tuple(rejects), *index, tuple(dropped), dict(sorted(changed.items())))
 
 
-def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded]]:
+def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded | TooLarge]]:
     """Yield every item with what it loads, in order; items of a remote source are loaded ahead."""
     if not task.remote:
         for number, item in task.numbered:
-            yield number, item, item.load()
+            yield number, item, load(item)
         return
     pool = ThreadPoolExecutor(_LOADING)
-    coming: deque[Future[Loaded]] = deque()
+    coming: deque[Future[Loaded | TooLarge]] = deque()
     try:
         for ahead, (number, item) in enumerate(task.numbered):
             while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):
-                coming.append(pool.submit(task.numbered[ahead + len(coming)][1].load))
+                coming.append(pool.submit(load, task.numbered[ahead + len(coming)][1]))
             yield number, item, coming.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage

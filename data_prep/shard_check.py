@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.pixels import Pixels, digest
+from data_prep.decode import Pixels
+from data_prep.pixels import digest
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
@@ -123,11 +124,15 @@ def read_image(data: bytes, encoding: str, resolution: int) -> Pixels:
             pixels = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
         else:
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                mode, pixels = image.mode, np.asarray(image)
+                mode, size = image.mode, image.size
+                fits = size == (resolution, resolution)
+                pixels = np.asarray(image) if fits else np.empty((0, 0, 3), np.uint8)  # not decoded: it may be huge
     except UnidentifiedImageError:
         raise ValueError("is no PNG") from None
     except Exception as e:  # both decoders raise errors of many types
         raise ValueError(f"cannot be decoded ({type(e).__name__}: {one_line(e)})") from None
+    if encoding == "png" and not fits:
+        raise ValueError(f"is {size[0]}x{size[1]} pixels, not {resolution}x{resolution}")
     if encoding == "png" and mode != "RGB":
         raise ValueError(f"has mode {mode}, not RGB")
     if pixels.shape != (resolution, resolution, 3) or pixels.dtype != np.uint8:

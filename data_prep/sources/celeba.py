@@ -11,6 +11,7 @@ from PIL import Image
 from data_prep.formats.files import FoundFile, list_files
 from data_prep.items import Item, Source
 from eiwtrain import storage
+from eiwtrain.data.image_formats import image_formats
 from eiwtrain.data.manifest import DataError
 
 CROPS = {"realnvp": (15, 40, 163, 188), "center": (15, 35, 163, 183)}
@@ -116,7 +117,7 @@ def _check_aligned(path: str, images: dict[str, FoundFile]) -> None:
     """Check the size of the first image: of the photographs that the faces come from, the crop would cut anything."""
     name = min(images)
     try:
-        with Image.open(io.BytesIO(images[name].load())) as image:
+        with Image.open(io.BytesIO(images[name].load()), formats=image_formats()) as image:
             size = image.size
     except OSError:  # not an image: a reject
         return

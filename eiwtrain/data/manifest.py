@@ -126,6 +126,7 @@ class Sidecar:
         keys, labels, offsets, sizes, digests: one entry an image: WebDataset key, class index, first byte and length of
             the image inside the tar, digest of its pixels.
         dropped: {"key", "source", "digest", "reason"} of each image that was left out as a duplicate.
+        changed: how many images were changed beyond cropping and resizing, by what it was ("transparent", "damaged").
     """
 
     shard: Shard
@@ -137,6 +138,7 @@ class Sidecar:
     sizes: tuple[int, ...] = ()
     digests: tuple[str, ...] = ()
     dropped: tuple[dict[str, str], ...] = ()
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -278,6 +280,7 @@ def sidecar_to_json(sidecar: Sidecar) -> bytes:
         "plan": sidecar.plan,
         "rejects": sidecar.rejects,
         "dropped": sidecar.dropped,
+        **({"changed": sidecar.changed} if sidecar.changed else {}),
         "index": _columns(sidecar),
     }
     return (json.dumps(content, separators=(",", ":")) + "\n").encode()
@@ -292,6 +295,7 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
     top = _Fields(_parse(text, where), where)
     _check_format(top, SIDECAR_FORMAT)
     index = top.mapping("index")
+    changed = top.mapping("changed") if "changed" in top.values else _Fields({}, where)
     sidecar = Sidecar(
         shard=_shard(top),
         plan=top.text("plan"),
@@ -302,6 +306,7 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
         sizes=tuple(index.listed("size", int)),
         digests=tuple(index.listed("digest", str)),
         dropped=_texts(top.mappings("dropped"), "key", "source", "reason", "digest"),
+        changed={what: changed.integer(what) for what in changed.values},
     )
     for name, column in _columns(sidecar).items():
         if len(column) != sidecar.shard.samples:

@@ -107,7 +107,7 @@ def test_a_complete_data_set_is_left_alone_shown_and_verified(
     assert main(["show", "set"]) == 0
     shown = capsys.readouterr().out
     manifest = load_manifest("set")
-    for part in (manifest.fingerprint, "center-crop-resize v2", f"train: {manifest.splits['train'].samples} images"):
+    for part in (manifest.fingerprint, "center-crop-resize v3", f"train: {manifest.splits['train'].samples} images"):
         assert part in shown
     with Image.open("contact-sheet.png") as sheet:
         assert sheet.width > 16 * 8
