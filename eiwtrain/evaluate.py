@@ -55,7 +55,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     result = evaluation.evaluate(found, readers, request)
     if args.json is not None:
-        text = json.dumps(evaluation.without_nan(result), indent=1, allow_nan=False)
+        text = json.dumps(storage.without_nan(result), indent=1, allow_nan=False)
         storage.write_bytes(args.json, f"{text}\n".encode())
     print("\n".join(_lines(result)))
     return 0

@@ -11,16 +11,21 @@ Not for what the tensors mean (`eiwtrain.train.state`), nor for writing (`eiwtra
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eiwtrain import storage
 from eiwtrain.config import Config, Model, Train, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 FORMAT = "eiwtrain-checkpoint/2"
 MANIFEST = "manifest.json"
@@ -41,6 +46,8 @@ FIXED = (
     "train.seed",
     "train.optimizer",  # its moments are not those of another
 )
+
+_log = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -103,13 +110,18 @@ def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
             continue
         url = storage.join(folder(root), name)
         try:
-            found.append(_whole(_parse(url, storage.read_bytes(storage.join(url, MANIFEST))), there))
+            found.append(_whole(_read_manifest(url), there))
         except (FileNotFoundError, NotADirectoryError):  # deleted since it was listed
             continue
         except DamagedCheckpoint as e:
             unreadable.append(Unreadable(url, int(match[1]), str(e)))
-    found.sort(key=lambda c: (c.step, c.state.get("saved_at", 0)), reverse=True)
+    found.sort(key=age, reverse=True)
     return found, sorted(unreadable, key=lambda u: u.step, reverse=True)
+
+
+def age(c: Checkpoint) -> tuple[int, float]:
+    """Return a key that sorts checkpoints by step, and those of one step by when they were saved."""
+    return c.step, c.state.get("saved_at", 0)
 
 
 def committed(root: str) -> list[Checkpoint]:
@@ -126,7 +138,7 @@ def at(url: str) -> Checkpoint | None:
     if not FOLDER.search(url.rstrip("/")):
         return None
     try:
-        return _parse(url.rstrip("/"), storage.read_bytes(storage.join(url, MANIFEST)))
+        return _read_manifest(url.rstrip("/"))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -137,15 +149,15 @@ def newest(root: str) -> Checkpoint | None:
 
 
 def render(new: Checkpoint) -> bytes:
-    """Return the content of a checkpoint's manifest."""
+    """Return the content of a checkpoint's manifest, with null in its state for each number that is not finite."""
     content = {
         "format": FORMAT,
         "step": new.step,
         "samples_seen": new.samples_seen,
         "parts": [vars(p) for p in new.parts],
-        "state": new.state,
+        "state": storage.without_nan(new.state),
     }
-    return json.dumps(content | {"sha256": _digest(content)}, indent=1).encode()
+    return json.dumps(content | {"sha256": _digest(content)}, indent=1, allow_nan=False).encode()
 
 
 def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -158,14 +170,7 @@ def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for part in checkpoint.parts:
-        url = storage.join(checkpoint.url, part.name)
-        try:
-            data = storage.read_bytes(url)
-        except FileNotFoundError:
-            raise DamagedCheckpoint(f"{url} is missing") from None
-        if len(data) != part.bytes or storage.sha256_bytes(data) != part.sha256:
-            raise DamagedCheckpoint(f"{url}: {len(data)} bytes that are not the {part.bytes} bytes written")
-        tensors.update(from_bytes(data))
+        tensors.update(from_bytes(_twice(partial(_read_part, storage.join(checkpoint.url, part.name), part))))
     return tensors
 
 
@@ -195,6 +200,31 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
             f"(fingerprint {fingerprint[:12]}, was {checkpoint.state['data_fingerprint'][:12]}); use another run.name"
         )
     return lines
+
+
+def _twice(read: Callable[[], T]) -> T:
+    """Return `read()`; if that fails, the read may have been at fault and not what is stored, so read once more."""
+    try:
+        return read()
+    except DamagedCheckpoint as e:
+        found = read()
+        storage.count_faults(1)
+        _log.warning("%s at a first read, and whole at a second", e)
+        return found
+
+
+def _read_part(url: str, part: Part) -> bytes:
+    try:
+        data = storage.read_bytes(url)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{url} is missing") from None
+    if len(data) != part.bytes or storage.sha256_bytes(data) != part.sha256:
+        raise DamagedCheckpoint(f"{url}: {len(data)} bytes that are not the {part.bytes} bytes written")
+    return data
+
+
+def _read_manifest(url: str) -> Checkpoint:
+    return _twice(lambda: _parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
 
 
 def _parse(url: str, data: bytes) -> Checkpoint:

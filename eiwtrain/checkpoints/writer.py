@@ -153,7 +153,7 @@ class CheckpointWriter:
         seconds = time.perf_counter() - began
         if saved is not None and self._rank == 0:
             try:
-                checkpoints.sweep(self._root, *self._keep, guard=self._guard)
+                checkpoints.sweep(self._root, *self._keep, guard=self._guard, known=saved)
             except Exception as e:
                 failure = e
         self._result = SaveResult(saved, failure, stall, seconds, saved.bytes if saved else 0)
@@ -284,14 +284,15 @@ def _check_parts(new: Checkpoint) -> None:
             raise storage.StorageError(f"rank {rank}: {part}")
     there = dict(storage.find(new.url))
     for part in new.parts:
-        if part.name not in there:
+        url = storage.join(new.url, part.name)
+        try:
+            size = there[part.name] if part.name in there else storage.size(url)  # a listing may be late
+        except FileNotFoundError:
             raise storage.StorageError(
-                f"{new.url}/{part.name}: another worker wrote it and it is not here; several nodes need shared storage"
-            )
-        if there[part.name] != part.bytes:
-            raise storage.StorageError(
-                f"{new.url}/{part.name}: {there[part.name]} bytes where {part.bytes} were written"
-            )
+                f"{url}: another worker wrote it and it is not here; several nodes need shared storage"
+            ) from None
+        if size != part.bytes:
+            raise storage.StorageError(f"{url}: {size} bytes where {part.bytes} were written")
 
 
 def _write_manifest(new: Checkpoint, guard: Callable[[], None]) -> None:
@@ -313,6 +314,18 @@ def _write_manifest(new: Checkpoint, guard: Callable[[], None]) -> None:
         if refused:  # storage may have wrapped it
             raise refused[0] from None
         raise
+    _look(storage.join(new.url, checkpoints.MANIFEST), data)
+
+
+def _look(url: str, data: bytes) -> None:
+    """Raise StorageError unless `data` can be read at `url`: a store may lose what it has said it took."""
+    try:
+        found = storage.read_bytes(url)
+        found = found if found == data else storage.read_bytes(url)  # the first read may have been at fault
+    except FileNotFoundError:
+        raise storage.StorageError(f"{url}: it was written, and is not there") from None
+    if found != data:
+        raise storage.StorageError(f"{url}: {len(found)} bytes that are not the {len(data)} bytes written")
 
 
 def _portable(e: Exception) -> Exception:

@@ -5,7 +5,6 @@ Not for what is printed, nor for training: the loop calls `eiwtrain.scoring.scor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,15 +92,6 @@ def evaluate(found: LoadedModel, readers: Sequence[data.ShardReader], request: R
     if network is not None:
         result["fidelity"] = _fidelity(network, found, readers[0], len(tables[0]), request)
     return result
-
-
-def without_nan(value: Any) -> Any:
-    """Return JSON data with null where a number is not finite."""
-    if isinstance(value, dict):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _set(reader: data.ShardReader, table: ScoreTable) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from eiwtrain.storage.files import (
     sha256_bytes,
     sha256_file,
     size,
+    without_nan,
     write_bytes,
     write_pieces,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "sha256_file",
     "size",
     "waited",
+    "without_nan",
     "write_bytes",
     "write_pieces",
 ]

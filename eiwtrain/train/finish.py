@@ -96,6 +96,11 @@ def finish(
     if not may_continue("the summary"):
         return None
     guard.check()
-    storage.write_bytes(storage.join(root, "summary.json"), json.dumps(asdict(summary), indent=1).encode())
+    storage.write_bytes(storage.join(root, "summary.json"), content_of(summary))
     tracker.tags({"exported_model": model})
     return summary
+
+
+def content_of(summary: Summary) -> bytes:
+    """Return the content of `summary.json`, with null for numbers that are not finite."""
+    return json.dumps(storage.without_nan(asdict(summary)), indent=1, allow_nan=False).encode()

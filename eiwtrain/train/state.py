@@ -7,6 +7,7 @@ how they are stored). Every rank holds one; methods that are collective say so.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -99,7 +100,7 @@ class TrainState:
             self.step, self.updates = saved.step, saved.state["updates"]
             self.skipped, self.skipped_in_row = saved.state["skipped"], saved.state["skipped_in_row"]
             self.rollbacks = saved.state["rollbacks"]
-            self.score = Score(**saved.state["score"]) if saved.state["score"] else None
+            self.score = _score_of(saved)
             self.averaged.load_state_dict(checkpoints.section(tensors, "ema"))
             batch = [t if t is None else t[: batching[0]] for t in first()]
             self.engine.load_moments(
@@ -160,6 +161,14 @@ class TrainState:
         yield from ((f"weights/{name}", t) for name, t in self.flow.state_dict().items() if name not in parameters)
         yield from ((f"ema/{name}", t) for name, t in self.averaged.state_dict().items())
         yield from ((f"moments/{name}", t) for name, t in self.engine.moments())
+
+
+def _score_of(saved: checkpoints.Checkpoint) -> Score | None:
+    """Return the score in a checkpoint, whose manifest has null for numbers that are not finite."""
+    if not (score := saved.state["score"]):
+        return None
+    bits, error = (math.nan if score[name] is None else score[name] for name in ("bits_per_dim", "standard_error"))
+    return Score(bits, error, score["images"])
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

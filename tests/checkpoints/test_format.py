@@ -149,6 +149,55 @@ def test_a_damaged_part_is_named(tmp_path, damage):
         checkpoints.load(saved)
 
 
+def test_one_bad_read_condemns_nothing(tmp_path, monkeypatch):
+    saved = save(str(tmp_path), 3)
+    read, seen, before = storage.read_bytes, set(), storage.faults()
+
+    def bad_at_first(url):
+        if url in seen:
+            return read(url)
+        seen.add(url)
+        data = bytearray(read(url))
+        data[len(data) // 2] ^= 1
+        return bytes(data)
+
+    monkeypatch.setattr(storage, "read_bytes", bad_at_first)
+    (found,), unreadable = checkpoints.survey(str(tmp_path))
+    assert (found, unreadable) == (saved, [])
+    assert all(torch.equal(checkpoints.load(found)[k], v) for k, v in tensors(3).items())
+    assert storage.faults() == before + 2  # the manifest and a part
+    seen.clear()
+    assert checkpoints.at(saved.url) == saved
+
+
+def test_a_manifest_is_json_though_numbers_are_not_finite(tmp_path):
+    nan = float("nan")
+    score = {"bits_per_dim": float("inf"), "standard_error": nan, "images": 1}
+    save(str(tmp_path), 3, score=score, eval_bits_per_dim=nan)
+    (found,) = checkpoints.committed(str(tmp_path))
+    text = Path(found.url, "manifest.json").read_text()
+    json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert found.state["score"] == {"bits_per_dim": None, "standard_error": None, "images": 1}
+    assert checkpoints.best([found]) is None
+
+
+@pytest.mark.parametrize("changed", ["images", "split", "data"])
+def test_the_best_is_the_best_of_one_kind_of_evaluation(tmp_path, changed):
+    def scored(step, bits, kind):
+        config = {"data": {"eval_split": "val" if changed == "split" and kind else "test"}}
+        score = {"images": 8 if changed == "images" and kind else 2048}
+        fingerprint = "g" if changed == "data" and kind else "f"
+        saved = {"eval_bits_per_dim": bits, "score": score, "config": config, "data_fingerprint": fingerprint}
+        return checkpoints.Checkpoint(str(step), step, 0, (), saved)
+
+    one, other = 0, 1
+    saves = [(500, None, one), (400, 3.2, one), (300, 3.1, one), (200, 2.0, other), (100, 1.0, other)]
+    found = [scored(*s) for s in saves]
+    assert checkpoints.best(found).step == 300
+    assert checkpoints.best(found[3:]).step == 100
+    assert checkpoints.kept(found, 1, 0) == {"500", "300", "100"}
+
+
 def test_the_newest_come_first_and_sweep_keeps_them_and_the_best(tmp_path):
     root = str(tmp_path)
     for step, bits in ((1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, None)):

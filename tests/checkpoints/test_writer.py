@@ -270,6 +270,57 @@ def late_manifest(monkeypatch, meanwhile):
     monkeypatch.setattr(storage, "write_pieces", late)
 
 
+def test_a_listing_that_is_late_deletes_no_committed_checkpoint(tmp_path, monkeypatch):
+    root = str(tmp_path)
+    s = make(root, keep_last=1)
+    begin(s, 1)
+    assert s.wait().error is None
+    late = storage.find(checkpoints.folder(root))
+    find, listdir = storage.find, storage.listdir
+    monkeypatch.setattr(storage, "find", lambda url: late if url == checkpoints.folder(root) else find(url))
+    begin(s, 2)
+    result = s.wait()
+    assert (result.error, result.checkpoint.step) == (None, 2)
+    monkeypatch.undo()
+    assert steps(root) == [2]
+    for some in ([], [(name, size) for name, size in find(checkpoints.folder(root)) if "manifest" not in name]):
+        monkeypatch.setattr(storage, "find", lambda url, some=some: some)
+        checkpoints.clean(root)
+        checkpoints.sweep(root, 1)
+        monkeypatch.undo()
+        assert steps(root) == [2]
+    monkeypatch.setattr(storage, "find", lambda url: [])
+    monkeypatch.setattr(storage, "listdir", lambda url: [] if url == checkpoints.folder(root) else listdir(url))
+    begin(s, 3)
+    assert s.wait().error is None
+    monkeypatch.undo()
+    assert steps(root)[0] == 3
+
+
+@pytest.mark.parametrize("lost", ["nothing", "half", "other"])
+def test_a_manifest_that_storage_lost_is_no_checkpoint(tmp_path, monkeypatch, lost):
+    write = storage.write_pieces
+
+    def losing(url, pieces):
+        if not url.endswith(checkpoints.MANIFEST):
+            write(url, pieces)
+        elif lost != "nothing":
+            data = b"".join(pieces())
+            write(url, lambda: [data[:-9] if lost == "half" else data.replace(b'"step": 1', b'"step": 2')])
+
+    s = make(tmp_path)
+    monkeypatch.setattr(storage, "write_pieces", losing)
+    begin(s, 1)
+    result = s.wait()
+    assert (result.checkpoint, type(result.exception)) == (None, storage.StorageError)
+    assert checkpoints.MANIFEST in result.error
+    assert files(tmp_path) == []
+    monkeypatch.undo()
+    begin(s, 2)
+    assert s.wait().error is None
+    assert steps(tmp_path) == [2]
+
+
 def killed_by_hand(new):
     raise KeyboardInterrupt
 
