@@ -6,7 +6,7 @@
 
 All give shuffled batches of uint8 images and their classes, from the same images and inside a DataLoader:
 
-- `eiwtrain stream`: `train_batches`, with flips and the exact order.
+- `eiwtrain stream`: `train_batches`, with flips and in the exact order.
 - `eiwtrain with noise`: also the noise, which the process that takes the batches makes on its device, here the CPU.
 - `eiwtrain reader`: `ShardReader` alone, the pixels in that order.
 - a peer: with its own codec, as its users read, and with PNGs of our encoder decoded by imagecodecs (`data_peers`).
@@ -303,7 +303,7 @@ def _our_epochs(loader: str, url: str, cache: str, batch: int, workers: int) -> 
     steps = len(reader) // batch
     if loader != OURS[2]:
         stream = data.train_batches(
-            reader, seed=0, start_step=0, global_batch=batch, micro_batch=batch, workers=workers, flip=True
+            reader, seed=0, start_step=0, global_batch=batch, micro_batch=batch, workers=workers, augment="flip"
         )
 
         def start() -> Iterable[Any]:
@@ -334,7 +334,7 @@ def _our_epochs(loader: str, url: str, cache: str, batch: int, workers: int) -> 
 
 
 class _Batches:
-    """A dataset for torch whose item i is step i of the stream without noise and flips."""
+    """A dataset for torch whose item i is step i of the stream without noise and augmentation."""
 
     def __init__(self, reader: Any, batch: int) -> None:
         from eiwtrain.data import SampleOrder

@@ -39,7 +39,7 @@ FIXED = (
     "model",
     "data.resolution",
     "data.train_split",
-    "data.flip",
+    "data.augment",
     "data.lanes",
     "data.shuffle_block",
     "train.global_batch",
@@ -186,6 +186,8 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     # A field that was not there then acted as its default does now.
     defaults = {"model": Model().model_dump(mode="json"), "train": Train().model_dump(mode="json")}
     then = flatten(defaults) | flatten(checkpoint.state["config"])
+    if "data.flip" in then:  # the field before there was more to choose
+        then["data.augment"] = "flip" if then["data.flip"] else "none"
     now = flatten(config.model_dump(mode="json"))
     for name in now:
         fixed = name not in FREE and any(name == f or name.startswith(f + ".") for f in FIXED)

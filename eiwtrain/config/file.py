@@ -21,6 +21,8 @@ from eiwtrain.storage import anchored, is_local
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
+_RENAMED = {"data.flip": "data.augment"}  # where names are too unlike to be guessed
+
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `section.field=value` overrides and validate.
@@ -111,6 +113,7 @@ def _explain(error: dict[str, Any]) -> str:
             location[-1], [n.rsplit(".", 1)[-1] for n in known], 1, 0.6
         )
         full = next((n for n in [*known, *sections] if near and (n == near[0] or n.endswith("." + near[0]))), None)
+        full = _RENAMED.get(name, full)
         hint = f"did you mean {full}?" if full else "`--fields` lists all"
         return f"{name}: no such field; {hint}"
     meaning = next((known[n][1] for n in (name, ".".join(location[:-1])) if n in known), "")

@@ -82,8 +82,9 @@ class Data(Section):
     """Name of the split to train on."""
     eval_split: Text = "test"
     """Name of the held-out split."""
-    flip: bool = True
-    """Mirror each training image left-right with probability 1/2."""
+    augment: Literal["none", "flip", "eta"] = "flip"
+    """How training images vary from epoch to epoch: none; flip, mirrored left-right with probability 1/2; eta,
+    DenseFlow's, also shifted by up to 4 %."""
     lanes: PositiveInt = 64
     """Slices of an epoch that are read side by side; part of the sample order, so fixed for a run."""
     shuffle_block: PositiveInt = 1024
@@ -168,7 +169,7 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also gradients, 3 also weights."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of initial weights, sample order, dequantisation noise and flips."""
+    """Seed of initial weights, sample order, dequantisation noise and augmentation."""
     log_every_seconds: PositiveFloat = 5.0
     """Time between two training lines, seconds."""
 

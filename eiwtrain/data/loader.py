@@ -1,4 +1,4 @@
-"""Make batches: the images of a rank's share of a step, with the noise and the flips that belong to each sample.
+"""Make batches: the images of a rank's share of a step, with the noise and the augmentation that belong to each sample.
 
 A sample's pixels and noise depend on (seed, epoch, sample index) alone: not on rank, world size or workers.
 Not for the order of samples (`order`) or for reading shards (`stream`).
@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from eiwtrain import storage
 from eiwtrain.config import micro_batches
+from eiwtrain.data.augment import vary
 from eiwtrain.data.manifest import DataError
-from eiwtrain.data.noise import coins, sample_keys, uniform
+from eiwtrain.data.noise import sample_keys, uniform
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
 from eiwtrain.data.prefetch import Lookahead, Prefetcher, short_cache
 from eiwtrain.data.stream import ShardReader
@@ -83,7 +84,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    flip: bool = False,
+    augment: str = "none",
     lanes: int = DEFAULT_LANES,
     block: int = DEFAULT_BLOCK,
     warn: Callable[[str], None] | None = None,
@@ -95,10 +96,10 @@ def train_batches(
 
     Args:
         reader: the split to train on.
-        seed: of the order, the noise and the flips.
+        seed: of the order, the noise and the augmentation.
         start_step: the position is `start_step * global_batch` samples.
         workers: number of processes that read and decode ahead; 0 does it in this one. They ignore SIGINT and SIGTERM.
-        flip: mirror half of the samples, another half each epoch.
+        augment: how images vary, anew each epoch: none, flip or eta (`data.augment`).
         lanes, block: see `SampleOrder`; other values give another order.
         warn: called with a line when the cache of remote shards is too small to work.
 
@@ -114,7 +115,7 @@ def train_batches(
     ahead = Lookahead(reader, order, global_batch, rank, world_size)
     if warn is not None and (short := short_cache(ahead, start_step)):
         warn(short)
-    shares = _TrainShares(reader, ahead, seed, global_batch, micro_batch, rank, world_size, flip)
+    shares = _TrainShares(reader, ahead, seed, global_batch, micro_batch, rank, world_size, augment)
     count = micro_batches(global_batch, micro_batch, world_size)
     return _steps(_load(shares, _Numbers(start_step * count), workers), count)
 
@@ -183,9 +184,9 @@ class _TrainShares(Dataset[Any]):
         micro_batch: int,
         rank: int,
         world_size: int,
-        flip: bool,
+        augment: str,
     ) -> None:
-        self.reader, self.ahead, self.order, self.seed, self.flip = reader, ahead, ahead.order, seed, flip
+        self.reader, self.ahead, self.order, self.seed, self.augment = reader, ahead, ahead.order, seed, augment
         self.global_batch, self.micro_batch, self.rank, self.world_size = (
             global_batch,
             micro_batch,
@@ -200,7 +201,7 @@ class _TrainShares(Dataset[Any]):
         own = share[micro * self.micro_batch : (micro + 1) * self.micro_batch]
         spare = share[:1] if len(share) else self.order.batch_positions(step, self.global_batch)[:1]
         epochs, indices = self.order.at(own if len(own) else spare)
-        return _caught(self.reader, indices, epochs, len(own), self.micro_batch, self.seed, _TRAIN, self.flip)
+        return _caught(self.reader, indices, epochs, len(own), self.micro_batch, self.seed, _TRAIN, self.augment)
 
 
 class _EvalShares(Dataset[Any]):
@@ -220,7 +221,7 @@ class _EvalShares(Dataset[Any]):
         (first, last), _ = self.reader.place(np.array([indices[0], self.total - 1]))
         self.prefetcher.want(range(first, min(first + _EVAL_SHARDS, last) + 1))
         return _caught(
-            self.reader, indices, np.full_like(indices, self.draw), len(own), self.micro_batch, self.seed, _EVAL, False
+            self.reader, indices, np.full_like(indices, self.draw), len(own), self.micro_batch, self.seed, _EVAL, "none"
         )
 
 
@@ -240,7 +241,7 @@ def _make_batch(
     rows: int,
     seed: int,
     stream: int,
-    flip: bool,
+    augment: str,
 ) -> _Made:
     """Read the samples and pad them up to `rows` with copies of the first one; the first `real` rows count."""
     channels, height, width = reader.image_shape
@@ -252,9 +253,7 @@ def _make_batch(
     keys = sample_keys(seed, stream, epochs, indices)
     words[0, :n], words[1, :n] = keys.view(np.int64), indices
     words[2, :n] = reader.read_into(pixels[:n], indices)
-    if flip:
-        turned = np.flatnonzero(coins(keys))
-        pixels[turned] = pixels[turned, :, ::-1]
+    vary(pixels[:n], keys, augment)
     for padded in (pixels, words.T):
         padded[n:] = padded[0]
     words[1, real:] = -1

@@ -38,6 +38,11 @@ def coins(keys: Keys) -> npt.NDArray[np.bool_]:
     return (_mix(keys + np.uint64(_COIN)) >> np.uint64(63)).astype(bool)
 
 
+def fractions(keys: Keys, number: int) -> npt.NDArray[np.float64]:
+    """Return a number in [0, 1) for each sample, (n,), independent of its coin, its noise and its other numbers."""
+    return (_mix(keys + np.uint64((number + 2) * _COIN % _WORD)) >> np.uint64(11)) * 2.0**-53
+
+
 def uniform(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Return numbers in [0, 1), multiples of 2^-24, for each sample: float32 (n, *shape), on the device of the keys.
 

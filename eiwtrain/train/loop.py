@@ -374,7 +374,7 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
             workers=c.data.loader_workers,
-            flip=c.data.flip,
+            augment=c.data.augment,
             lanes=c.data.lanes,
             block=c.data.shuffle_block,
             warn=self.note,

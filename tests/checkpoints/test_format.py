@@ -314,6 +314,7 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
         "model.steps": {"model": {"steps": 3}},
         "model.coupling": {"model": {"coupling": "spline"}},
         "model.conditioner.hidden": {"model": {"conditioner": {"hidden": 9}}},
+        "data.augment": {"data": {"augment": "eta"}},
         "train.seed": {"train": {"seed": 1}},
         "train.optimizer": {"train": {"optimizer": "adamax"}},
         "train.global_batch": {"train": {"global_batch": 16}},
@@ -323,6 +324,11 @@ def test_only_what_shapes_weights_or_order_is_fixed(tmp_path):
         assert line.startswith(field + ":")
     (line,) = problems("0" * 64)
     assert line.startswith("data.path:")
+    del saved.state["config"]["data"]["augment"]
+    for flip, augment in ((True, "flip"), (False, "none")):  # as an older version named the choice
+        saved.state["config"]["data"]["flip"] = flip
+        assert problems(data={"augment": augment}) == []
+        assert problems(data={"augment": "eta"}) != []
 
 
 def save_on_two_ranks(root):

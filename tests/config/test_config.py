@@ -49,7 +49,7 @@ def test_every_shipped_config_is_valid(config, monkeypatch):
 def test_overrides_reach_every_field(path):
     plain = load_config(path)
     values = {"run.name": "other", "model.conditioner.hidden": 5, "train.lr": 0.5, "eval.temperatures": [0.1, 0.2]}
-    values |= {"data.prepare": "photos", "train.precision": "fp32", "data.flip": False, "train.max_hours": 2.0}
+    values |= {"data.prepare": "photos", "train.precision": "fp32", "data.augment": "eta", "train.max_hours": 2.0}
     changed = load_config(
         path, [f"{k}={yaml.safe_dump(v, default_flow_style=True).split(chr(10))[0]}" for k, v in values.items()]
     )
@@ -69,6 +69,7 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
     ("override", "words"),
     [
         ("train.lrr=1", ["train.lrr", "did you mean train.lr?"]),
+        ("data.flip=true", ["data.flip", "did you mean data.augment?"]),
         ("trian.lr=1", ["trian", "did you mean train?"]),
         ("lr=1", ["did you mean train.lr?"]),
         ("model.conditioner.hiden=1", ["did you mean model.conditioner.hidden?"]),

@@ -82,7 +82,7 @@ def test_a_step_is_the_same_at_any_world_size_without_its_padding(
     data_set: Path, tmp_path: Path, global_batch: int, micro_batch: int, world: int
 ) -> None:
     reader = _reader(data_set, "train", tmp_path)
-    options = {"global_batch": global_batch, "micro_batch": micro_batch, "flip": True}
+    options = {"global_batch": global_batch, "micro_batch": micro_batch, "augment": "eta"}
     alone = _train(reader, 3, **options)
     ranks = [_train(reader, 3, rank=r, world_size=world, **options) for r in range(world)]
     for step in range(3):
@@ -97,9 +97,9 @@ def test_a_step_is_the_same_at_any_world_size_without_its_padding(
 
 def test_a_resumed_stream_continues_the_same(data_set: Path, tmp_path: Path) -> None:
     reader = _reader(data_set, "train", tmp_path)
-    whole = _train(reader, 14, flip=True)
+    whole = _train(reader, 14, augment="eta")
     for start in (1, 4, 9):  # steps 4 and 8 straddle two epochs: 50 samples, 12 a step
-        assert _equal(whole[start:], _train(reader, 14 - start, start_step=start, flip=True))
+        assert _equal(whole[start:], _train(reader, 14 - start, start_step=start, augment="eta"))
 
 
 def test_each_epoch_has_each_sample_once_with_new_noise(data_set: Path, tmp_path: Path) -> None:
@@ -112,14 +112,14 @@ def test_each_epoch_has_each_sample_once_with_new_noise(data_set: Path, tmp_path
 
 def test_workers_change_nothing(data_set: Path, tmp_path: Path) -> None:
     reader = _reader(data_set, "train", tmp_path)
-    options = {"flip": True, "rank": 1, "world_size": 2}
+    options = {"augment": "eta", "rank": 1, "world_size": 2}
     state = torch.get_rng_state()
     assert _equal(_train(reader, 9, **options), _train(reader, 9, workers=2, **options))
     assert torch.equal(state, torch.get_rng_state())  # starting them does not use the global generator
 
 
 def test_noise_is_uniform_and_flips_are_half(data_set: Path, tmp_path: Path, image_of: Any) -> None:
-    steps = _train(_reader(data_set, "train", tmp_path), 100, global_batch=10, micro_batch=10, flip=True)
+    steps = _train(_reader(data_set, "train", tmp_path), 100, global_batch=10, micro_batch=10, augment="flip")
     noise = torch.cat([b.noise() for s in steps for b in s])
     assert float(noise.min()) >= 0
     assert float(noise.max()) < 1
