@@ -281,6 +281,7 @@ def test_a_file_that_is_absent_or_a_folder_or_not_to_be_read_is_one_line(path, t
 
 def test_every_field_has_a_meaning():
     text = describe_fields()
+    assert "eval.temperatures = [0.7, 1.0]\n" in text
     lines = text.splitlines()
     assert len(lines) > 60
     assert all(meaning.strip() for meaning in lines[1::2])
