@@ -298,7 +298,8 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> list[tuple[str, str
         if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
             rows += leaf_fields(kind, f"{prefix}{name}.")
             continue
-        default = "(required)" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True).split("\n")[0]
+        as_yaml = "" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True)
+        default = as_yaml.split("\n")[0] or "(required)"
         choices = [arg for part in (kind, *get_args(kind)) for arg in get_args(part)]  # of a Literal, or one or None
         if words := [str(c) for c in choices if isinstance(c, str | int)]:
             default += f"  # {' | '.join(words)}"
