@@ -25,9 +25,11 @@ from data_prep.splits import RULES
 from data_prep.verify import verify
 from data_prep.writer import Plan, find_other, make_plan, run_plan
 from eiwtrain import storage
+from eiwtrain.data.left_out import left_out_table
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
 from eiwtrain.on_ray import session
 from eiwtrain.storage import anchored
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.signals import exit_on_signals
 
 T = TypeVar("T")
@@ -184,9 +186,9 @@ def _write(args: argparse.Namespace) -> None:
         raise DataError("--drop-duplicates looks at all splits; leave --only out")
     path = anchored(args.source) if "source" in args else None
     source = read_source(args.command, args.resolution, path, split=args.split, only=args.only, **of_source)
-    for note in source.notes:
-        print(f"data_prep: {note}", file=sys.stderr)
     plan = make_plan(source, anchored(args.output), preprocess, args.shard_size, args.drop_duplicates)
+    for note in plan.notes:
+        print(f"data_prep: {one_line(note, None)}", file=sys.stderr)
     if args.dry_run:
         _dry_run(plan)
         return
@@ -223,6 +225,10 @@ def _dry_run(plan: Plan) -> None:
         print(f"  {split}: {len(plan.orders[split]):,} images in {shards} shards")
     if plan.source.protocol:
         print(f"  {plan.source.protocol}")
+    for line in left_out_table(plan.source.left_out):
+        print(f"  {line}")
+    if plan.flawed[0]:
+        print(f"  {plan.flawed[0]:,} of the images cannot be decoded; the first: {plan.flawed[1]}")
     size = size_estimate(plan)
     print(f"  about {size.bytes / 1e6:,.1f} MB, from encoding {size.images} of them")
     if other is not None:

@@ -48,10 +48,10 @@ class Undecodable(ValueError):
     """Not an image that can be used: of more than 8 bits a channel, damaged, or too large; the message is one line."""
 
 
-class TooLarge(NamedTuple):
-    """A file that is not read, as it is too large for an image; its size in bytes."""
+class NotRead(NamedTuple):
+    """A file that is not read, as it is known to be no image that can be used, and why."""
 
-    size: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,16 @@ class Decoded:
     changed: tuple[str, ...] = ()
 
 
-def load(item: Item) -> Loaded | TooLarge:
-    """Load an item, unless its file is too large for an image. Raises as the item's loader."""
-    return TooLarge(item.size) if item.size > _MOST_BYTES else item.load()
+def load(item: Item) -> Loaded | NotRead:
+    """Load an item, unless it is known to be no image, or too large for one. Raises as the item's loader."""
+    if item.flaw:
+        return NotRead(item.flaw)
+    if item.size > _MOST_BYTES:
+        return NotRead(f"a file of {item.size:,} bytes; an image has at most {_MOST_BYTES:,}")
+    return item.load()
 
 
-def decode(loaded: Loaded | TooLarge, background: tuple[int, ...], accept_damaged: bool) -> Decoded:
+def decode(loaded: Loaded | NotRead, background: tuple[int, ...], accept_damaged: bool) -> Decoded:
     """Decode what an item has loaded.
 
     Args:
@@ -77,8 +81,8 @@ def decode(loaded: Loaded | TooLarge, background: tuple[int, ...], accept_damage
     Raises:
         Undecodable: it is not an image that can be used.
     """
-    if isinstance(loaded, TooLarge):
-        raise Undecodable(f"a file of {loaded.size:,} bytes; an image has at most {_MOST_BYTES:,}")
+    if isinstance(loaded, NotRead):
+        raise Undecodable(loaded.reason)
     if isinstance(loaded, np.ndarray):
         return Decoded(loaded)
     try:

@@ -22,6 +22,7 @@ from data_prep.pixels import encode, fit
 from data_prep.shard_check import read_image
 from data_prep.writer import Plan
 from eiwtrain import storage
+from eiwtrain.data.left_out import left_out_table
 from eiwtrain.data.manifest import DataError, Manifest, Sidecar, Split, load_sidecar
 
 _READERS = 16  # sidecars that are read side by side
@@ -58,6 +59,7 @@ def describe(manifest: Manifest, where: str) -> str:
     lines.append(f"  classes: {len(manifest.classes)}" + (f" ({names})" if names else ""))
     for split in manifest.splits.values():
         lines += _describe_split(manifest, split, where)
+    lines += [f"  {line}" for line in left_out_table(manifest.left_out)]
     made = manifest.preprocessing
     lines.append(f"  preprocessing: {made['name']} v{made['version']} {json.dumps(made['params'], sort_keys=True)}")
     lines.append(f"  fingerprint: {manifest.fingerprint}")

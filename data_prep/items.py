@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from eiwtrain.data.image_formats import image_formats, image_suffixes
+from eiwtrain.data.left_out import LeftOut
 
 IMAGE_SUFFIXES = image_suffixes()
 
@@ -46,12 +47,14 @@ class Item:
         size: bytes of its encoded form. Names and sizes show whether the source has changed (if all items have one
             size, the plan also reads some of them).
         load: loads it.
+        flaw: why it is a reject without being loaded; "" for an image that is tried.
     """
 
     label: int
     source: str
     size: int
     load: Loader
+    flaw: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Source:
         remote: whether loading crosses a network; if so, workers load ahead.
         params: what else the source does, for the manifest's preprocessing.
         notes: what the user should know of these images, a line each: printed, and not stored.
+        left_out: files that are no images of the source, for the manifest.
     """
 
     name: str
@@ -78,6 +82,7 @@ class Source:
     remote: bool = False
     params: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 class LazyItems(Sequence[Item]):

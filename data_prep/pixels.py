@@ -15,7 +15,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image, ImageColor
 
-from data_prep.decode import Pixels, TooLarge, Undecodable, decode
+from data_prep.decode import NotRead, Pixels, Undecodable, decode
 from data_prep.items import Box, Loaded
 from eiwtrain.data.manifest import ENCODINGS, DataError
 
@@ -100,7 +100,7 @@ class Fitted(NamedTuple):
     changed: tuple[str, ...]
 
 
-def fit(loaded: Loaded | TooLarge, name: str, preprocess: Preprocess) -> Pixels:
+def fit(loaded: Loaded | NotRead, name: str, preprocess: Preprocess) -> Pixels:
     """Return what an item has loaded as uint8 (resolution, resolution, 3); its name chooses a random crop.
 
     Raises:
@@ -109,7 +109,7 @@ def fit(loaded: Loaded | TooLarge, name: str, preprocess: Preprocess) -> Pixels:
     return fit_image(loaded, name, preprocess).pixels
 
 
-def fit_image(loaded: Loaded | TooLarge, name: str, preprocess: Preprocess) -> Fitted:
+def fit_image(loaded: Loaded | NotRead, name: str, preprocess: Preprocess) -> Fitted:
     """Do as `fit`, and say what was changed in the image."""
     fits = (preprocess.resolution, preprocess.resolution) if preprocess.short_side is None else None
     decoded = decode(loaded, preprocess.colour(), preprocess.accept_damaged)

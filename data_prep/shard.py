@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.decode import TooLarge, Undecodable, load
+from data_prep.decode import NotRead, Undecodable, load
 from data_prep.items import Item, Loaded
 from data_prep.pixels import Preprocess, digest, encode, fit_image
 from eiwtrain import storage
@@ -142,14 +142,14 @@ def _write_tar(task: ShardTask, path: Path) -> Sidecar:
     return Sidecar(shard, task.plan, tuple(rejects), *index, tuple(dropped), dict(sorted(changed.items())))
 
 
-def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded | TooLarge]]:
+def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded | NotRead]]:
     """Yield every item with what it loads, in order; items of a remote source are loaded ahead."""
     if not task.remote:
         for number, item in task.numbered:
             yield number, item, load(item)
         return
     pool = ThreadPoolExecutor(_LOADING)
-    coming: deque[Future[Loaded | TooLarge]] = deque()
+    coming: deque[Future[Loaded | NotRead]] = deque()
     try:
         for ahead, (number, item) in enumerate(task.numbered):
             while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):

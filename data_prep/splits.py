@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from eiwtrain.data.manifest import DataError
 
 TRAIN, TEST = "train", "test"
 AUTO_SHARE = 0.1  # held out of a source without a split for evaluation
+_NAMED = 3  # classes in a note
 RULES = "auto, own, hash:SHARE, last:N or all"
 
 
@@ -47,6 +48,38 @@ def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> 
     if empty := [name for name, items in kept.items() if not items]:
         raise DataError(f"split '{empty[0]}' would have no images")
     return replace(source, splits=kept)
+
+
+def notes_on_labels(labels: Mapping[str, Mapping[int, int]], classes: Sequence[str]) -> list[str]:
+    """Return what is unusual about the labels of a data set, a line each.
+
+    Args:
+        labels: by split, how many images have each label, -1 for none.
+        classes: names of the labels.
+    """
+    if not classes:
+        return []
+    notes = []
+    labelled = {split: {label for label in counts if label >= 0} for split, counts in labels.items()}
+    for split, counts in labels.items():
+        bare, total = counts.get(-1, 0), sum(counts.values())
+        if bare == total:
+            notes.append(f"split '{split}' has no labels")
+        elif bare:
+            notes.append(f"{bare:,} of {total:,} images of split '{split}' have no label, the others have")
+    known = {split: found for split, found in labelled.items() if found}
+    for split, found in known.items():
+        others = set().union(*(other for name, other in known.items() if name != split))
+        if len(known) > 1 and (alone := sorted(found - others)):
+            names = ", ".join(repr(classes[label]) for label in alone[:_NAMED]) + (", ..." if alone[_NAMED:] else "")
+            which = "a class has" if len(alone) == 1 else f"{len(alone):,} of {len(classes):,} classes have"
+            notes.append(f"{which} images in split '{split}' alone: {names}")
+    by_case: dict[str, str] = {}
+    for name in classes:
+        if (other := by_case.setdefault(name.casefold(), name)) != name:
+            notes.append(f"'{other}' and '{name}' are two classes, whose names differ by case only")
+            break
+    return notes
 
 
 def _choose(items: Sequence[Item], numbers: Sequence[int] | npt.NDArray[np.int64]) -> LazyItems:

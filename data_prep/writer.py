@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from data_prep.parallel import check_workers, run_tasks
 from data_prep.pixels import Preprocess
 from data_prep.progress import Progress
 from data_prep.shard import ShardDone, ShardTask, item_key, run_task
-from data_prep.splits import TRAIN
+from data_prep.splits import TRAIN, notes_on_labels
 from eiwtrain import storage
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
@@ -49,6 +50,8 @@ class Plan:
     preprocessing: dict[str, Any]
     digest: str
     orders: dict[str, list[int]]  # per split, item numbers in the order in which they fill the shards
+    notes: tuple[str, ...] = ()  # what the user should know of these images, the source's notes first
+    flawed: tuple[int, str] = (0, "")  # how many items are known to be rejects, and the first of them
 
     @property
     def total(self) -> int:
@@ -117,6 +120,8 @@ def make_plan(
     if drop_duplicates:
         preprocessing["params"]["drop_duplicates"] = True
     orders = {}
+    labels: dict[str, Counter[int]] = {}
+    flawed: list[str] = []
     digest = hashlib.sha256(
         canonical_json({"preprocessing": preprocessing, "shard_size": shard_size, "classes": source.classes})
     )
@@ -125,16 +130,31 @@ def make_plan(
             raise DataError(f"split '{split}' would have more than {_MOST_SHARDS:,} shards; use a larger --shard-size")
         digest.update(canonical_json([split, len(items)]))
         sizes = set()
+        labels[split] = Counter()
         for item in items:
-            digest.update(canonical_json([item.label, item.source, item.size]))
+            digest.update(canonical_json([item.label, item.source, item.size, *([item.flaw] if item.flaw else [])]))
             sizes.add(item.size)
+            labels[split][item.label] += 1
+            if item.flaw:
+                flawed.append(f"{item.source} ({item.flaw})")
         if len(sizes) == 1:  # rows of batches, say: names and sizes do not show whether the source has changed
             for number in range(0, len(items), -(-len(items) // _PROBED)):
-                digest.update(_bytes_of(items[number].load()))
+                digest.update(b"" if items[number].flaw else _bytes_of(items[number].load()))
         orders[split] = list(range(len(items)))
         random.Random(_SHUFFLE_SEED).shuffle(orders[split])
     where = storage.absolute(output)
-    return Plan(source, where, preprocess, shard_size, drop_duplicates, preprocessing, digest.hexdigest(), orders)
+    return Plan(
+        source,
+        where,
+        preprocess,
+        shard_size,
+        drop_duplicates,
+        preprocessing,
+        digest.hexdigest(),
+        orders,
+        notes=(*source.notes, *notes_on_labels(labels, source.classes)),
+        flawed=(len(flawed), flawed[0] if flawed else ""),
+    )
 
 
 def _bytes_of(loaded: Loaded) -> bytes:
@@ -187,6 +207,7 @@ def run_plan(
     check_workers(workers)
     if not 0 <= max_rejects <= 1:
         raise DataError(f"max rejects is a share from 0 to 1, not {max_rejects}")
+    _check_rejects(plan, max_rejects, *plan.flawed)
     other = find_other(plan)
     if other is not None and not overwrite:
         raise DataError(f"{plan.output} holds {other}; choose another output or pass --overwrite")
@@ -206,11 +227,9 @@ def run_plan(
                 written.add(task.name)
             finished[task.split][task.name] = done
             progress.update(len(task.numbered), done.skipped)
-            if len(rejects) > max_rejects * plan.total:
-                raise DataError(
-                    f"{len(rejects)} of {plan.total} images cannot be decoded, more than --max-rejects {max_rejects:g} "
-                    f"allows; the first: {rejects[0]['source']} ({rejects[0]['reason']})"
-                )
+            if rejects:
+                first = f"{rejects[0]['source']} ({rejects[0]['reason']})"
+                _check_rejects(plan, max_rejects, len(rejects), first)
 
     with Progress(plan.total, quiet=quiet) as progress:
         write(plan.tasks(_known_sidecars(plan)))
@@ -226,6 +245,14 @@ def run_plan(
     dropped = sum(len(d.sidecar.dropped) for done in finished.values() for d in done.values())
     total = sum(plan.shards().values())
     return Written(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)
+
+
+def _check_rejects(plan: Plan, allowed: float, rejects: int, first: str) -> None:
+    if rejects > allowed * plan.total:
+        raise DataError(
+            f"{rejects} of {plan.total} images cannot be decoded, more than --max-rejects {allowed:g} allows; "
+            f"the first: {first}"
+        )
 
 
 def _known_sidecars(plan: Plan) -> dict[str, str]:
@@ -266,6 +293,7 @@ def _make_manifest(
         classes=plan.source.classes,
         plan=plan.digest,
         duplicates={split: sum(d.split == split for d in duplicates) for split in splits},
+        left_out=plan.source.left_out,
     )
 
 

@@ -2,72 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep.formats.files import FoundFile, list_files
-from data_prep.items import IMAGE_SUFFIXES, Item, Source
+from data_prep.formats.files import LOST, FoundFile, list_files
+from data_prep.formats.ranges import ByteRange
+from data_prep.items import Item, Source
+from data_prep.layout import Layout, Place, find_layout
+from data_prep.sources.webdataset import label_of
+from data_prep.text import decode_text
 from eiwtrain import storage
+from eiwtrain.data.image_formats import image_suffixes, is_image_name, other_suffixes, unreadable
+from eiwtrain.data.left_out import LeftOut, count_left_out, suffix_of
 from eiwtrain.data.manifest import DataError
 
-TRAIN_FOLDERS = ("train", "training")
-EVAL_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: name, class and box of each image, separated by tabs
+ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4")
+_LONGEST = 1 << 20  # bytes of a file of a label; longer ones are not looked into
 
 
 def folder(path: str) -> Source:
     """List the images under the folder or inside the tar or zip at `path`, any URL, in the order of their names.
 
-    - Top-level folders `train` and one of `test`, `val`, ... are the splits, called `train` and `test` (several
-      folders for evaluation keep their names). Otherwise all images are in `train`, also if only one of these folders
-      is there.
-    - The next folder is the class; deeper folders have no meaning. Images in no folder have label -1.
+    Splits and classes are found by `data_prep.layout.find_layout`. Images in no class folder have label -1. A split
+    without class folders gets the classes of Tiny ImageNet's `val_annotations.txt`, if that is in it. Names that are
+    equal in Unicode's form NFC are one class.
+
+    Images of formats that cannot be decoded here, and links to images that are not there, are rejects. All other files
+    are counted.
 
     Raises:
-        DataError: the path is absent, cannot be read, or holds no images.
+        DataError: the path is absent, cannot be read, or holds no images; its splits are not clear; or its labels are
+            in files that this source does not read.
         StorageError: it cannot be reached.
     """
-    entries = _without_common_top(list_files(path))
-    if not entries:
-        raise DataError(f"source {path}: it holds no images ({' '.join(IMAGE_SUFFIXES)})")
-    by_split = _split(entries)
-    classes = sorted({parts[0] for members in by_split.values() for parts, *_ in members if len(parts) > 1})
-    number = {name: i for i, name in enumerate(classes)}
-    splits = {
-        split: [
-            Item(number[parts[0]] if len(parts) > 1 else -1, "/".join(parts), size, load)
-            for parts, size, load, _ in members
+    others: list[FoundFile] = []
+    found = list_files(path, (*image_suffixes(), *other_suffixes()), others)
+    lost = [file for file in others if file.flaw == LOST and is_image_name(file.parts[-1])]
+    images = sorted(found + lost, key=lambda file: file.parts) if lost else found
+    rest = [file for file in others if file.flaw != LOST or not is_image_name(file.parts[-1])]
+    if not images:
+        raise DataError(f"source {path}: it holds no images{_instead(path, rest)}")
+    layout = find_layout(path, [file.parts for file in images])
+    places = _annotated(path, layout, images, rest)
+    _check_samples(path, images, places, rest)
+    classes = sorted({_plain(place.label) for place in places if place and place.label})
+    number = {name: label for label, name in enumerate(classes)}
+    splits: dict[str, list[Item]] = {}
+    for file, place in zip(images, places, strict=True):
+        if place is not None:
+            label = number[_plain(place.label)] if place.label else -1
+            flaw = file.flaw or unreadable(file.parts[-1])
+            splits.setdefault(place.split, []).append(Item(label, place.name, file.size, file.load, flaw))
+    order = sorted(splits, key=lambda split: (split != "train", split))
+    return Source(
+        "folder",
+        {split: splits[split] for split in order},
+        tuple(classes),
+        remote=not storage.is_local(path),
+        notes=(*layout.notes, *_notes(places, rest)),
+        left_out=_left_out(images, places, rest),
+    )
+
+
+def reason_of(file: FoundFile) -> str:
+    """Return why a file that is no image is left out of a data set."""
+    return file.flaw or ("an archive in the source" if suffix_of(file.parts[-1]) in ARCHIVES else "not an image")
+
+
+def _left_out(
+    images: Sequence[FoundFile], places: Sequence[Place | None], rest: Iterable[FoundFile]
+) -> tuple[LeftOut, ...]:
+    outside = (file for file, place in zip(images, places, strict=True) if place is None)
+    return count_left_out(
+        [
+            *(("/".join(file.parts), "outside the splits") for file in outside),
+            *(("/".join(file.parts), reason_of(file)) for file in rest),
         ]
-        for split, members in by_split.items()
-    }
-    return Source("folder", splits, tuple(classes), remote=not storage.is_local(path))
+    )
 
 
-def _split(entries: Sequence[FoundFile]) -> dict[str, list[FoundFile]]:
-    """Return the files of each split, without the folder of the split in their names."""
-    tops = {parts[0] if len(parts) > 1 else "" for parts, *_ in entries}
-    kinds = {top: top.lower() for top in tops}
-    trains = [top for top in tops if kinds[top] in TRAIN_FOLDERS]
-    evals = sorted(top for top in tops if kinds[top] in EVAL_FOLDERS)
-    strays = sorted(tops - set(trains) - set(evals))
-    if trains and evals and strays:
-        raise DataError(
-            f"'{trains[0]}' and '{evals[0]}' look like splits, but there are also images in "
-            f"{', '.join(repr(s or '.') for s in strays[:3])}; move them away, or the test images would be trained on"
-        )
-    if len(tops) == 1 and not strays:
-        return {"train": [FoundFile(parts[1:], size, load) for parts, size, load, _ in entries]}
-    if len(trains) == 1 and not strays:
-        names = {trains[0]: "train"} | ({evals[0]: "test"} if len(evals) == 1 else {top: top for top in evals})
-        splits: dict[str, list[FoundFile]] = {name: [] for name in names.values()}
-        for parts, size, load, _ in entries:
-            splits[names[parts[0]]].append(FoundFile(parts[1:], size, load))
-        return splits
-    return {"train": list(entries)}
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
-def _without_common_top(entries: list[FoundFile]) -> list[FoundFile]:
-    """Remove a folder that all files are in, as tars often have, unless it is a split or the only class."""
-    while len({parts[0] for parts, *_ in entries}) == 1 and min(len(parts) for parts, *_ in entries) > 2:
-        if entries[0][0][0].lower() in TRAIN_FOLDERS + EVAL_FOLDERS:
+def _notes(places: Iterable[Place | None], rest: Sequence[FoundFile]) -> Iterable[str]:
+    forms: dict[str, str] = {}
+    for place in places:
+        if place and forms.setdefault(_plain(place.label), place.label) != place.label:
+            yield f"folders called '{_plain(place.label)}' in two forms of Unicode are one class"
             break
-        entries = [FoundFile(parts[1:], size, load) for parts, size, load, _ in entries]
-    return entries
+    if archives := sorted("/".join(file.parts) for file in rest if suffix_of(file.parts[-1]) in ARCHIVES):
+        yield f"{len(archives):,} archives are in the source, and are not looked into; the first: {archives[0]}"
+
+
+def _annotated(path: str, layout: Layout, images: Sequence[FoundFile], rest: Iterable[FoundFile]) -> list[Place | None]:
+    """Return the places with the classes of splits that have them in a file of annotations."""
+    places = list(layout.places)
+    for file in rest:
+        split = layout.splits.get(file.parts[:-1]) if file.parts[-1] == ANNOTATIONS and not file.flaw else None
+        mine = [n for n, place in enumerate(places) if place is not None and place.split == split]
+        if split is None or any((place := places[n]) is not None and place.label for n in mine):
+            continue
+        classes = _classes_in("/".join(file.parts), file.load())
+        for n in mine:
+            place = places[n]
+            assert place is not None
+            places[n] = place._replace(label=classes.get(images[n].parts[-1], ""))
+    return places
+
+
+def _classes_in(name: str, content: bytes) -> Mapping[str, str]:
+    classes = {}
+    for line, text in enumerate(decode_text(content, name).splitlines(), 1):
+        if text.strip():
+            image, _, about = text.partition("\t")
+            if not (label := about.partition("\t")[0].strip()):
+                raise DataError(f"{name}, line {line}: '{text:.60}' is not a name and a class, separated by a tab")
+            classes[image] = label
+    return classes
+
+
+def _check_samples(
+    path: str, images: Sequence[FoundFile], places: Sequence[Place | None], rest: Iterable[FoundFile]
+) -> None:
+    """Check that the images are no samples of a WebDataset, whose labels this source would lose."""
+    keys = {(*file.parts[:-1], file.parts[-1].partition(".")[0]) for file in images}
+    bare = all(place is None or not place.label for place in places)
+    for file in rest:
+        stem, _, kind = file.parts[-1].partition(".")
+        if file.flaw or kind not in ("cls", "json") or (*file.parts[:-1], stem) not in keys or file.size > _LONGEST:
+            continue
+        if kind == "cls" or (bare and label_of(kind, file.load())):
+            where = f"--source {path}" if _in_tar(images) else "with a tar of these files (tar --sort=name -cf ...)"
+            raise DataError(
+                f"source {path}: {'/'.join(file.parts)} holds the class of the image beside it, as in WebDataset tars; "
+                f"use python -m data_prep webdataset {where}"
+            )
+        if kind == "json" and bare:
+            return  # one shows what all are
+
+
+def _in_tar(images: Sequence[FoundFile]) -> bool:
+    load = images[0].load
+    return isinstance(load, ByteRange) and load.size >= 0  # in a folder files are read whole, and a zip is no range
+
+
+def _instead(path: str, rest: Sequence[FoundFile]) -> str:
+    """Return what the source holds instead of images, and which command reads that."""
+    names = Counter(file.parts[-1] for file in rest if not file.flaw)
+    first = {name: storage.join(path, "/".join(f.parts)) for f in reversed(rest) for name in (f.parts[-1],)}
+    kinds = Counter(suffix_of(name) for name in names.elements())
+    what = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in kinds.most_common(5))
+    hint = f", only files of other kinds ({what})" if what else ""
+    archives = sorted(name for name in names if suffix_of(name) in ARCHIVES)
+    if zips := [name for name in archives if name.startswith("img_align_celeba")]:
+        return f"{hint}; use python -m data_prep celeba --source {first[zips[0]]}"
+    for marks, source in ((("data.mdb",), "lsun"), (("data_batch_1", "data_batch_1.bin"), "cifar10")):
+        if any(mark in names for mark in marks):
+            return f"{hint}; use python -m data_prep {source} --source {path}"
+    if archives and kinds[".tar"] == names.total():
+        return (
+            f"{hint}; if they are WebDataset tars, use python -m data_prep webdataset --source {path}, else give one "
+            f"of them: --source {first[archives[0]]}"
+        )
+    if archives:
+        return f"{hint}; give an archive itself: --source {first[archives[0]]}"
+    if kinds[".dvc"]:
+        return f"{hint}; fetch the images first: dvc pull"
+    return hint

@@ -19,7 +19,7 @@ from braceexpand import braceexpand
 from data_prep.formats.files import list_files, tar_members
 from data_prep.formats.ranges import ByteRange
 from data_prep.items import Item, Source
-from data_prep.sources.folder import EVAL_FOLDERS, TRAIN_FOLDERS
+from data_prep.split_names import split_in
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
@@ -154,12 +154,12 @@ def _sample(tar: _Tar, key: str, members: dict[str, Any], kinds: Sequence[str]) 
     images = [kind for kind in IMAGES if kind in members]
     if len(images) > 1:
         raise DataError(f"source {tar.url}: sample {key} has two images, .{images[0]} and .{images[1]}; remove one")
-    label = next(filter(None, (_label(kind, members[kind]) for kind in kinds if kind in members)), "")
+    label = next(filter(None, (label_of(kind, members[kind]) for kind in kinds if kind in members)), "")
     return _Sample(tar.name, key, members[images[0]] if images else None, label)
 
 
-def _label(kind: str, data: bytes) -> str:
-    """Return the class in a member, as text; "" where it holds none."""
+def label_of(kind: str, data: bytes) -> str:
+    """Return the class in a member of a sample, as text; "" where it holds none."""
     value: object = data.decode("utf-8", "replace")
     if kind == "json":
         try:
@@ -187,9 +187,8 @@ def _by_split(path: str, tars: Sequence[_Tar]) -> dict[str, list[_Tar]]:
     """Return the tars of each split, by the words of their names."""
     found: dict[str, list[_Tar]] = {}
     for tar in tars:
-        words = re.split(r"[^a-z]+", tar.name.lower())
-        word = next((word for word in words if word in TRAIN_FOLDERS + EVAL_FOLDERS), "")
-        found.setdefault("train" if word in TRAIN_FOLDERS else word, []).append(tar)
+        kind, word = split_in(tar.name) or ("", "")
+        found.setdefault("train" if kind == "train" else word, []).append(tar)
     evals = sorted(found.keys() - {"train", ""})
     if len(found) == 1 or not evals:
         return {"train": list(tars)}

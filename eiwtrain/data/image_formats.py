@@ -43,6 +43,11 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(sorted(suffix for suffix, name in known if _WITH.get(name, name) in formats))
 
 
+def other_suffixes() -> tuple[str, ...]:
+    """Return the suffixes, in lower case, of images that cannot be decoded here."""
+    return tuple(sorted(_OTHERS.difference(image_suffixes())))
+
+
 def is_image_name(name: str) -> bool:
     """Return whether a file's name is that of an image, of a format that can be decoded here or of another one."""
     return _suffix(name) in _OTHERS or _suffix(name) in image_suffixes()

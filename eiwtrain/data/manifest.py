@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eiwtrain import storage
+from eiwtrain.data.left_out import LeftOut
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "eiwtrain-data-2"
@@ -69,6 +70,7 @@ class Manifest:
         plan: SHA-256 of the task of `data_prep`; shows whether an unfinished data set belongs to the same task.
         duplicates: by split, how many of its images have exactly the pixels of an earlier one, in any split; the
             splits for evaluation come first.
+        left_out: files of the source that are not in the data set; not part of the fingerprint.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Manifest:
     classes: tuple[str, ...] = ()
     plan: str = ""
     duplicates: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def encoding(self) -> str:
@@ -210,6 +213,7 @@ def manifest_to_json(manifest: Manifest) -> bytes:
         "fingerprint": manifest.fingerprint,
         "plan": manifest.plan,
         "duplicates": manifest.duplicates,
+        "left_out": [vars(kind) for kind in manifest.left_out],
     }
     return (json.dumps(content, indent=1) + "\n").encode()
 
@@ -244,6 +248,10 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         classes=tuple(top.listed("classes", str)),
         plan=top.text("plan"),
         duplicates={name: top.mapping("duplicates").integer(name) for name in top.mapping("duplicates").values},
+        left_out=tuple(
+            LeftOut(kind.text("suffix"), kind.text("reason"), kind.integer("files"), kind.text("first"))
+            for kind in (top.mappings("left_out") if "left_out" in top.values else ())  # earlier versions had none
+        ),
     )
     if manifest.encoding not in ENCODINGS:
         raise DataError(f"{where}: images are stored as '{manifest.encoding}', this version reads {ENCODINGS}")

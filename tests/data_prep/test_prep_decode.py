@@ -18,7 +18,7 @@ from containers import write_files
 from PIL import EpsImagePlugin, Image
 
 from data_prep.__main__ import main
-from data_prep.decode import DAMAGED, TRANSPARENT, Decoded, TooLarge, Undecodable, decode, load
+from data_prep.decode import DAMAGED, TRANSPARENT, Decoded, NotRead, Undecodable, decode, load
 from data_prep.items import Item
 from data_prep.pixels import Preprocess, fit
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
@@ -278,7 +278,7 @@ def test_a_file_too_large_for_an_image_is_a_reject_and_is_not_read() -> None:
         raise AssertionError("it was read")
 
     loaded = load(Item(0, "a.png", 1 << 40, read))
-    assert isinstance(loaded, TooLarge)
+    assert isinstance(loaded, NotRead)
     with pytest.raises(Undecodable, match="a file of 1,099,511,627,776 bytes"):
         fit(loaded, "a.png", Preprocess(8))
 
