@@ -9,19 +9,18 @@ import contextlib
 import os
 import posixpath
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.formats.ranges import ByteRange, RangeReader
+from data_prep.formats.ranges import ByteRange, RangeReader, check_members
+from data_prep.formats.tars import parts_of, tar_members
 from data_prep.items import IMAGE_SUFFIXES
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
@@ -29,16 +28,16 @@ from eiwtrain.data.manifest import DataError
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the first is a member, the second the end of one without members
 _LOCAL_HEADER = struct.Struct("<4s22x2H")  # signature, lengths of the name and of the extra field
+_ALWAYS_UNPACKED = 1 << 30  # bytes that the images of a zip may have together
+_MOST_TIMES = 100  # its size that those of a larger zip may have: drawings in formats without compression
 _UTF8 = 1 << 11  # flag of a zip's member
 _UNICODE_PATH = 0x7075  # extra field of a zip's member: its name in UTF-8
-_NOWHERE = ("", ".", "..")
 # Folders that systems keep for themselves, as those whose names begin with a dot.
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 # Why a file is not among those asked for, whatever its name.
 HIDDEN, LINK, LOST, SPECIAL = "hidden", "a link", "a link to a file that is not there", "not a regular file"
 REPLACED = "a later file has its name"
 _LINKS = 8  # rounds, each of which halves the length of a chain of links
-_AFTER_END = 1 << 16  # bytes behind the end of a tar that have to be zero; tar pads to 10 KiB
 # Bytes that are read beyond a member, whose local extra field can be longer than the directory says. The directory and
 # its end record follow every member, so this many bytes are always there.
 _SLACK = 64
@@ -164,7 +163,7 @@ def _chosen(found: Iterable[FoundFile], ends: tuple[str, ...], others: list[Foun
     """Sort files by name, return the wanted ones, and put the rest into `others`; of equal names keep the last."""
     files = list(found)
     if 2 * sum("\\" in file.parts[-1] for file in files) > len(files):  # unpacked from a zip of Windows, without care
-        files = [file._replace(parts=_parts("/".join(file.parts).replace("\\", "/"))) for file in files]
+        files = [file._replace(parts=parts_of("/".join(file.parts).replace("\\", "/"))) for file in files]
     last: dict[tuple[str, ...], FoundFile] = {}
     rest = []
     for file in files:
@@ -179,12 +178,6 @@ def _chosen(found: Iterable[FoundFile], ends: tuple[str, ...], others: list[Foun
     if others is not None:
         others.extend(sorted(rest, key=itemgetter(0)))
     return sorted(wanted, key=itemgetter(0))
-
-
-def _parts(name: str) -> tuple[str, ...]:
-    """Split a name in an archive or a bucket; folders, which many names share, are kept once in memory."""
-    *folders, last = [p for p in name.split("/") if p not in _NOWHERE] or [""]
-    return (*map(sys.intern, folders), last)
 
 
 def _hidden(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -233,7 +226,7 @@ def _in_bucket(url: str) -> Iterator[FoundFile]:
     same: Counter[tuple[str, ...]] = Counter()
     for name, size in sorted(storage.find(url), key=lambda found: len(found[0])):
         if not name.endswith("/"):  # a folder's own mark
-            parts = _parts(name)
+            parts = parts_of(name)
             slashes = "/" * same[parts]
             same[parts] += 1
             yield FoundFile((*parts[:-1], slashes + parts[-1]), size, ByteRange(f"{url}/{name}"))
@@ -247,7 +240,7 @@ def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:
             yield FoundFile(member.parts, header.size, member.data)
         elif (header.issym() or header.islnk()) and _wanted(member.parts, ends):
             folder = posixpath.dirname(header.name) if header.issym() else ""
-            links[member.parts] = _parts(posixpath.normpath(posixpath.join(folder, header.linkname)))
+            links[member.parts] = parts_of(posixpath.normpath(posixpath.join(folder, header.linkname)))
         elif not header.isdir():
             yield FoundFile(member.parts, 0, member.data, LINK if header.issym() or header.islnk() else SPECIAL)
     if not links:
@@ -261,64 +254,22 @@ def _in_tar(tar: ByteRange, ends: tuple[str, ...]) -> Iterator[FoundFile]:
         yield FoundFile(parts, 0, tar.within(0, 0), LOST) if data is None else FoundFile(parts, data.size, data)
 
 
-class TarMember(NamedTuple):
-    """A member of a tar: the parts of its name, its header, where its data lie, and a way to read them while the tar
-    is listed, before the next member is taken, from what was read ahead.
-    """
-
-    parts: tuple[str, ...]
-    header: tarfile.TarInfo
-    data: ByteRange
-    read: Callable[[], bytes]
-
-
-def tar_members(tar: ByteRange) -> Iterator[TarMember]:
-    """Yield the members of a tar in its own order.
-
-    Raises:
-        DataError: it is broken, or holds a sparse file.
-        StorageError: it cannot be reached.
-    """
-    reader = RangeReader(tar)
-    try:
-        with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
-            # an empty tar is not asked for a second member: Python 3.10 would look before its beginning
-            while (archive.firstmember or archive.offset) and (member := archive.next()):  # type: ignore[attr-defined]
-                archive.members.clear()  # type: ignore[attr-defined]  # or it keeps them all
-                if member.issparse():
-                    raise DataError(
-                        f"source {tar.url()}: '{member.name}' is packed as a sparse file; pack it without --sparse"
-                    )
-                data = tar.within(member.offset_data, member.size)
-                yield TarMember(_parts(member.name), member, data, partial(_read_member, reader, member))
-            end = archive.offset
-    except DataError:
-        raise
-    except (tarfile.TarError, ValueError) as e:
-        raise DataError(f"source {tar.url()}: a broken tar: {e}") from None
-    reader.seek(end)
-    if reader.read(_AFTER_END).strip(b"\0"):
-        at = tar.offset + end
-        raise DataError(f"source {tar.url()}: a broken tar, or several put together: what is at byte {at}?")
-
-
-def _read_member(reader: RangeReader, member: tarfile.TarInfo) -> bytes:
-    reader.seek(member.offset_data)
-    return reader.read(member.size)
-
-
 def _in_zip(url: str, ends: tuple[str, ...]) -> Iterator[FoundFile]:
     try:
         end = storage.size(url)
-        with zipfile.ZipFile(RangeReader(ByteRange(url, 0, end))) as archive:
+        whole = ByteRange(url, 0, end)
+        with zipfile.ZipFile(RangeReader(whole)) as archive:
             members = archive.infolist()
+        check_members(whole, members, times=_MOST_TIMES, always=_ALWAYS_UNPACKED)
+    except DataError:
+        raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
         raise DataError(f"source {url}: a broken zip: {e}") from None
     for m in members:
         name, encoded = _zip_name(m)
         if name.endswith(("/", "\\")):
             continue
-        parts = _parts(name.replace("\\", "/"))  # the format allows no backslashes, but some programs write them
+        parts = parts_of(name.replace("\\", "/"))  # the format allows no backslashes, but some programs write them
         flaw = ""
         if m.flag_bits & 1 or m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             flaw = "encrypted" if m.flag_bits & 1 else "compressed by a method other than deflate"

@@ -28,6 +28,7 @@ _NUMBER = struct.Struct("<Q")
 _BRANCH, _LEAF = 0x01, 0x02  # of a page
 _TYPES = 0x2F  # bits of a page's flags that say what it is
 _BIG = 0x01  # of a node: the number of the page where the value begins stands in place of the value
+_MOST_LEVELS = 32  # of a tree, LMDB's own limit
 _READING = 32  # pages read side by side: on a network nearly all of the time is waiting
 _BATCH = 4096  # pages held at once
 
@@ -67,13 +68,24 @@ def list_values(file: ByteRange) -> Values:
     values = Values()
     if table.entries == 0:
         return values
+    if table.depth > _MOST_LEVELS:
+        raise _damaged(file, f"a tree of {table.depth:,} levels")
     numbers = [table.root]
+    seen = {table.root}
     for _ in range(table.depth - 1):
-        numbers = [number for page in _pages(file, table, numbers, _BRANCH) for number in page.children()]
-        if len(numbers) > table.pages:
-            raise _damaged(file, "its tree has more pages than it says")
+        below: list[int] = []
+        for page in _pages(file, table, numbers, _BRANCH):
+            for number in page.children():
+                if number in seen:
+                    raise _damaged(file, f"page {number:,} is in its tree twice")
+                seen.add(number)
+                below.append(number)
+        numbers = below
+    taken = 0
     for page in _pages(file, table, numbers, _LEAF):
-        page.append_to(values)
+        taken += page.append_to(values)
+        if taken > file.size or len(values) > table.entries:
+            raise _damaged(file, "its values overlap, or are more than it says")
     if len(values) != table.entries:
         raise _damaged(file, f"{len(values):,} entries, not {table.entries:,} as it says")
     return values
@@ -122,9 +134,9 @@ class _Page(NamedTuple):
         """Return the numbers of the pages below a branch page, in the order of the keys."""
         return [low | high << 16 | top << 32 for _, low, high, top, _ in self._nodes()]
 
-    def append_to(self, values: Values) -> None:
-        """Add the keys and places of a leaf page's values."""
-        page_size = len(self.data)
+    def append_to(self, values: Values) -> int:
+        """Add the keys and places of a leaf page's values; return the bytes of these values."""
+        page_size, taken = len(self.data), 0
         for at, low, high, flags, key_size in self._nodes():
             end, size = at + _NODE.size + key_size, low | high << 16
             if flags == _BIG and end + _NUMBER.size <= page_size:
@@ -141,12 +153,19 @@ class _Page(NamedTuple):
             values.ends.append(len(values.keys))
             values.starts.append(self.file.offset + start)
             values.sizes.append(size)
+            taken += size
+        return taken
 
     def _nodes(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield the offset and the fields of each node."""
+        """Yield the offset and the fields of each node; they lie in the page side by side, so that none is longer."""
+        room = len(self.data)
         try:
             for at in struct.unpack_from(f"<{self.nodes}H", self.data, _HEADER.size):
-                yield at, *_NODE.unpack_from(self.data, at)
+                node = _NODE.unpack_from(self.data, at)
+                room -= _NODE.size + node[3]
+                if room < 0:
+                    raise _damaged(self.file, f"page {self.number:,}: its nodes overlap")
+                yield at, *node
         except struct.error:
             raise _damaged(self.file, f"page {self.number:,}") from None
 

@@ -10,15 +10,15 @@ import gzip
 import hashlib
 import io
 import os
-import shutil
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from eiwtrain.data.cache import file_lock, private_folder
 from eiwtrain.data.manifest import DataError
 
 GZIP, PICKLE = "\0gzip", "\0pickle"  # no names of members
+ALWAYS_UNPACKED = 1 << 28  # bytes that anything may unpack to
+_MOST_TIMES = 20  # its size to which a larger one may unpack: photographs hardly shrink
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # lzma takes gigabytes of memory if a file asks for it
 _AT_ONCE = 1 << 22  # bytes a read of a file that is read from end to end
 _AHEAD = (1 << 12, 1 << 16, 1 << 22)  # bytes read ahead: at least, at first, at most
 _DENSE, _SPARSE = 8, 5  # reads from one block; a member of a tar takes two
@@ -114,9 +117,12 @@ def unpacked(packed: PackedFile) -> Path:
         with file_lock(path.with_suffix(".lock")):
             if not path.exists():
                 part = path.with_suffix(".part")
-                with open(part, "wb") as out:
-                    _unpack(packed, out)
-                part.replace(path)
+                try:
+                    with open(part, "wb") as out:
+                        _unpack(packed, out)
+                    part.replace(path)
+                finally:
+                    part.unlink(missing_ok=True)  # what a failure leaves fills the disk
     except OSError as e:
         cause = e.strerror or e
         raise storage.StorageError(f"{packed.name()} cannot be unpacked to {folder}: {cause}") from None
@@ -136,12 +142,45 @@ def _unpack(packed: PackedFile, out: BinaryIO) -> None:
     elif packed.member == GZIP:
         try:
             with inside.open() as file, gzip.GzipFile(fileobj=file) as content:
-                shutil.copyfileobj(content, out, _AT_ONCE)
+                _copy(content, out, inside)
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise DataError(f"{inside.name()}: the gzip file is damaged ({e})") from None
     else:
         with opened_zip(inside) as archive, archive.open(packed.member) as content:
-            shutil.copyfileobj(content, out, _AT_ONCE)
+            _copy(cast(BinaryIO, content), out, inside)
+
+
+def _copy(content: BinaryIO | gzip.GzipFile, out: BinaryIO, packed: ByteRange) -> None:
+    """Write the unpacked content of `packed`, as far as it may be long."""
+    written = 0
+    while block := content.read(_AT_ONCE):
+        written += len(block)
+        check_unpacked(packed, written)
+        out.write(block)
+
+
+def check_unpacked(packed: ByteRange, size: int, times: int = _MOST_TIMES, always: int = ALWAYS_UNPACKED) -> None:
+    """Check that `packed` may unpack to `size` bytes: to `always` bytes, or to so many times its own size.
+
+    Raises:
+        DataError: it may not.
+    """
+    if size > max(always, times * packed.size):
+        raise DataError(
+            f"{packed.name()}: its {packed.size:,} bytes unpack to {size:,} or more, over {times} times as many; "
+            "not unpacked: images do not shrink like that"
+        )
+
+
+def check_members(packed: ByteRange, members: Sequence[zipfile.ZipInfo], **bounds: int) -> None:
+    """Check the members of a zip before any is read: that they share no bytes, and do not unpack to far too many.
+
+    Raises:
+        DataError: they do.
+    """
+    if sum(info.compress_size for info in members) > packed.size:
+        raise DataError(f"{packed.name()}: its members overlap, so that it unpacks to more than it holds; not unpacked")
+    check_unpacked(packed, sum(info.file_size for info in members), **bounds)
 
 
 @contextmanager
@@ -149,8 +188,14 @@ def opened_zip(file: ByteRange) -> Iterator[zipfile.ZipFile]:
     """Open a zip; damage is a DataError, also where it is found while the zip is read."""
     try:
         with file.open() as content, zipfile.ZipFile(content) as archive:
+            check_members(file, archive.infolist())
+            for info in archive.infolist():
+                if info.flag_bits & 1 or info.compress_type not in _METHODS:
+                    raise DataError(f"{file.name()}: '{info.filename}' is encrypted, or not compressed by deflate")
             yield archive
-    except (zipfile.BadZipFile, EOFError, zlib.error) as e:
+    except DataError:
+        raise
+    except (zipfile.BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError, struct.error) as e:
         raise DataError(f"{file.name()}: not a zip, or damaged ({e})") from None
 
 

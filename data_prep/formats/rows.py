@@ -8,7 +8,6 @@ Not for what batches mean: that is in `data_prep.sources.cifar10` and `downsampl
 
 from __future__ import annotations
 
-import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from data_prep.formats.ranges import GZIP, PICKLE, ByteRange, PackedFile, opened
 from data_prep.formats.unpickle import StoredArray, load_batch
 from data_prep.items import Item, LazyItems, join_items
 from eiwtrain.data.manifest import DataError
+from eiwtrain.storage import StorageError
 from eiwtrain.terminal.lines import one_line
 
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name
@@ -129,20 +129,27 @@ def npz_batch(file: ByteRange, name: str) -> RowBatch:
     """
     members = zip_members(file)
     data, labels = (_known(members, f"{key}.npy", file) for key in ("data", "labels"))
-    try:
-        numbers = np.load(io.BytesIO(labels()), allow_pickle=False)
-        with data.open() as opened:
-            version = np.lib.format.read_magic(opened)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran_order, dtype = read(opened)
-            start = opened.tell()
-    except (ValueError, KeyError, EOFError) as e:
-        if isinstance(e, DataError):
-            raise
-        raise DataError(f"{file.name()}: it holds no plain arrays ({one_line(e)})") from None
+    shape, fortran_order, dtype, start = _npy_header(file, data)
+    of_labels, _, kind, first = _npy_header(file, labels)
+    if of_labels != shape[:1] or kind.kind not in "iu" or labels.size - first != prod(of_labels) * kind.itemsize:
+        raise _no_labels(file, shape)
+    numbers = np.frombuffer(labels.within(first, labels.size - first)(), kind)
     if fortran_order:
         raise DataError(f"{file.name()}: its rows do not lie in one piece; save it again in C order")
     return _batch(file, name, data.within(start, data.size - start), shape, dtype, numbers)
+
+
+def _npy_header(file: ByteRange, array: ByteRange) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Return the shape of an array in .npy format, whether it is in Fortran order, its dtype and its first byte."""
+    try:
+        with array.open() as opened:
+            version = np.lib.format.read_magic(opened)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            return (*read(opened), opened.tell())
+    except (DataError, OSError, StorageError):
+        raise
+    except Exception as e:  # the header is read as Python
+        raise DataError(f"{file.name()}: it holds no plain arrays ({one_line(e)})") from None
 
 
 def _batch(file: ByteRange, name: str, rows: ByteRange, shape: tuple[int, ...], dtype: Any, labels: Any) -> RowBatch:
@@ -152,18 +159,21 @@ def _batch(file: ByteRange, name: str, rows: ByteRange, shape: tuple[int, ...], 
             f"{file.name()}: its data is {np.dtype(dtype)} {tuple(shape)} in {rows.size} bytes, not uint8 "
             f"(N, 3 * side * side)"
         )
-    try:
-        numbers = np.asarray(labels)
-    except ValueError:  # lists of unequal lengths
-        numbers = np.empty(0)
-    if numbers.shape != shape[:1] or numbers.dtype.kind not in "iu":
-        raise DataError(f"{file.name()}: its labels are not {shape[0]} integers, one for each image")
-    return RowBatch(name, rows, shape[1], side, numbers.astype(np.int64))
+    if type(labels) in (list, tuple) and all(type(n) is int and abs(n) < 1 << 63 for n in labels):
+        labels = np.array(labels, np.int64)  # of anything else numpy could make far more than there is in the file
+    if not isinstance(labels, np.ndarray) or labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+        raise _no_labels(file, shape)
+    return RowBatch(name, rows, shape[1], side, labels.astype(np.int64))
+
+
+def _no_labels(file: ByteRange, shape: tuple[int, ...]) -> DataError:
+    return DataError(f"{file.name()}: its labels are not {shape[0] if shape else 0} integers, one for each image")
 
 
 def _known(of: Mapping[str, Any], key: str, file: ByteRange) -> Any:
     if key not in of:
-        raise DataError(f"{file.name()}: it holds no '{key}', only {', '.join(map(repr, list(of)[:5])) or 'nothing'}")
+        there = ", ".join(f"{name!r:.40}" for name in list(of)[:5] if isinstance(name, str))
+        raise DataError(f"{file.name()}: it holds no '{key}', only {there or 'nothing that has a name'}")
     return of[key]
 
 

@@ -27,6 +27,8 @@ LARGE = 1 << 10  # bytes from which on a run of bytes stays in the file until it
 _MOST_OPCODES = 1 << 24  # a batch takes a few for each image; at some 64 bytes an object this bounds memory to 1 GB
 _SHARED = 256  # bytes; longer values are not used twice, or a small file could grow large in memory
 _MOST_DIMENSIONS = 32  # numpy's own limit before version 2
+_MOST_LENGTH = 1 << 48  # of a dimension: larger numbers can take long to multiply or to print
+_MOST_NESTED = 32  # lists, tuples and dicts in one another: Python hashes and prints them by recursion
 _CHECKED = 1 << 16  # bytes from which on a length is compared with the file's size before it is read
 
 
@@ -96,6 +98,7 @@ _OPCODES = _names(
     *("LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
     *("BUILD", *_TEXTS, *_BYTES, *_MEMO[0], *_MEMO[1]),
 )
+_MAKING = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT"}  # others add to what stands before the rest
 _LENGTHS = {  # how many bytes say how many follow
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -108,13 +111,15 @@ def _scan(file: BinaryIO) -> tuple[BinaryIO, list[_Left]]:
     """Check every opcode; return the pickle without its large runs of bytes, and where these lie.
 
     In place of a run stands the opcode of an out-of-band buffer (PEP 574). A list, tuple or dict can stand in one place
-    only, so what is loaded is a tree no larger than the file, quick to walk and to hash.
+    only, and not deep inside others, so what is loaded is a tree no larger than the file, quick to walk and to hash.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     small, left = io.BytesIO(), []
     shareable: dict[int, bool] = {}
     last, last_size = "", 0
+    depths: list[int] = []  # of what is on the stack: how many lists, tuples and dicts are in one another there
+    marks: list[int] = []
     for count in range(_MOST_OPCODES):
         op = _OPCODES.get(code := _read(file, 1, size))
         if op is None:
@@ -144,12 +149,37 @@ def _scan(file: BinaryIO) -> tuple[BinaryIO, list[_Left]]:
         elif op.name in _MEMO[1] and not shareable.get(_number(op, argument)):
             raise _Refused("it uses a large value, a list, a tuple or a dict twice; it is not loaded")
         last, last_size = op.name, length
+        _follow(op, depths, marks)
         if op.name != "FRAME":  # its length would be another now, and it is optional
             small.write(code + argument)
         if op.name == "STOP":
             small.seek(0)
             return small, left
     raise _Refused(f"it has more than {_MOST_OPCODES:,} opcodes; it is not loaded")
+
+
+def _follow(op: pickletools.OpcodeInfo, depths: list[int], marks: list[int]) -> None:
+    """Do to the depths of what is on the stack what an opcode does to the stack."""
+    if op.name == "MARK":
+        marks.append(len(depths))
+        return
+    if not op.stack_before and op.stack_after:  # nearly all: a number, a text, a name
+        depths.append(0)
+        return
+    taken = len(op.stack_before)
+    if pickletools.stackslice in op.stack_before:  # what is above the mark, and what is named before the mark
+        taken = len(depths) - marks.pop() + op.stack_before.index(pickletools.markobject)
+    if taken > len(depths):
+        raise EOFError("an opcode finds less than it needs")
+    inner = depths[len(depths) - taken :]
+    del depths[len(depths) - taken :]
+    if not op.stack_after:
+        return
+    first = 1 if op.name in _MAKING else 0
+    depth = max([first + n for n in inner[:1]] + [1 + n for n in inner[1:]], default=first)
+    if depth > _MOST_NESTED:
+        raise _Refused(f"it nests values more than {_MOST_NESTED} deep; it is not loaded")
+    depths.append(depth)
 
 
 def _number(op: pickletools.OpcodeInfo, argument: bytes) -> int:
@@ -179,7 +209,8 @@ class _DType:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
-            raise _Refused(f"an array of dtype {code!r:.40}; only plain numbers are allowed")
+            named = f"{code!r:.40}" if isinstance(code, str) else f"given by a {type(code).__name__}"
+            raise _Refused(f"an array of dtype {named}; only plain numbers are allowed")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -202,7 +233,7 @@ class _Array:
         if (
             type(shape) is not tuple
             or len(shape) > _MOST_DIMENSIONS
-            or not all(type(n) is int and n >= 0 for n in shape)
+            or not all(type(n) is int and 0 <= n <= _MOST_LENGTH for n in shape)
         ):
             raise _Refused("an array without a shape; it is not loaded")
         size = raw.size if isinstance(raw, _Left) else len(raw)
@@ -257,8 +288,8 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _encode(text: Any, codec: Any) -> bytes:
-    if codec != "latin1":
-        raise _Refused(f"it encodes text as {codec!r:.40}; it is not loaded")
+    if type(codec) is not str or codec != "latin1":
+        raise _Refused("it encodes text otherwise than as latin1; it is not loaded")
     return str.encode(text, "latin1")
 
 

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from data_prep.formats.files import list_files, tar_members
+from data_prep.formats.files import list_files
 from data_prep.formats.ranges import ByteRange
+from data_prep.formats.tars import tar_members
 from data_prep.items import Item, Source
 from data_prep.split_names import split_in
 from eiwtrain import storage

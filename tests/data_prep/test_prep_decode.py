@@ -26,6 +26,8 @@ from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 ROOT = Path(__file__).parents[2]
 WHITE = (255, 255, 255)
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as in test_prep_pixels
+
 
 def _decoded(data: Any, background: tuple[int, ...] = WHITE, accept_damaged: bool = False) -> Decoded:
     return decode(data, background, accept_damaged)

@@ -207,7 +207,7 @@ WRONG: dict[str, tuple[Files, str]] = {
     ),
     "an npz with labels of objects": (
         _wrong_npz(ROWS, np.array([1, None], object)),
-        "it holds no plain arrays",
+        "its labels are not 2 integers",
     ),
     "an npz with data of objects": (_wrong_npz(np.array([1, None], object), [1, 2]), r"its data is object \(2,\)"),
     "an npz of columns": (

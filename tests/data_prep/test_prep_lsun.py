@@ -330,7 +330,7 @@ def test_what_is_wrong_with_a_tree_is_named(whole: bytes) -> None:
     loop = pages[root]
     for at in _nodes(loop):
         loop = _with_number(loop, at, root)
-    meta = {depth: {n: _with_number(pages[n], 94, depth) for n in (0, 1)} for depth in (3, 5)}
+    meta = {depth: {n: _with_number(pages[n], 94, depth) for n in (0, 1)} for depth in (3, 5, 60_000)}
     for changed, message in [
         ({a: pages[b], b: leaf}, rf"a damaged LMDB \(page {a}\); fetch it again"),
         (
@@ -339,14 +339,25 @@ def test_what_is_wrong_with_a_tree_is_named(whole: bytes) -> None:
         ),
         ({a: _with_number(leaf, 12, 8)}, rf".*\(page {a}\).*"),
         ({a: _with_number(leaf, 16, 0xFFFF)}, rf".*\(page {a}\).*"),
-        ({a: _with_number(leaf, big + 6, 0xFFF0)}, rf".*\(page {a}\).*"),
-        ({a: _with_number(leaf, small + 6, 0xFFF0)}, rf".*\(page {a}\).*"),
+        ({a: _with_number(leaf, big + 6, 0xFFF0)}, rf".*\(page {a}: its nodes overlap\).*"),
+        ({a: _with_number(leaf, small + 6, 0xFFF0)}, rf".*\(page {a}: its nodes overlap\).*"),
         (meta[3], r"a damaged LMDB \(page \d+\).*"),
-        (meta[5] | {root: loop}, r".*\(its tree has more pages than it says\).*"),
+        (meta[5] | {root: loop}, rf".*\(page {root} is in its tree twice\).*"),
+        (meta[60_000] | {root: loop}, r".*\(a tree of 60,000 levels\).*"),
         ({n: _with_number(pages[n], 40, 0) for n in (0, 1)}, r".*\(pages of 0 bytes\).*"),
     ]:
         content = b"".join(changed.get(n, page) for n, page in enumerate(pages))
         assert re.fullmatch(message, _listed_or_refused(content))
+
+
+def test_entries_that_share_a_large_value_are_refused(tmp_path: Path) -> None:
+    values = {b"%03d" % n: bytes(500_000 if n == 0 else 1) for n in range(100)}
+    content = (_write(tmp_path / "x", values) / "data.mdb").read_bytes()
+    pages, tree = _pages(content)
+    (a,) = (n for n in tree if pages[n][10] == 2)
+    count = len(_nodes(pages[a]))
+    pages[a] = pages[a][:16] + pages[a][16:18] * count + pages[a][16 + 2 * count :]
+    assert "its values overlap" in _listed_or_refused(b"".join(pages))
 
 
 @given(st.data())
