@@ -28,6 +28,7 @@ from cluster.local.processes import Process, spawn
 from cluster.local.ray_nodes import CLIENT_ENV, HOST, Node, RayNodes, SlowError, last_line
 from cluster.local.state import TEMP_PREFIX, TOKEN, LocalError, claim, down, forget, record, status, write
 from cluster.s3 import S3Error, S3Server
+from eiwtrain.storage.database import sqlite_uri
 
 __all__ = ["LocalCluster", "LocalError", "Node", "down", "status"]
 
@@ -229,7 +230,7 @@ class LocalCluster:
         artifacts = f"s3://{self.bucket}/mlflow" if self._has_s3 else str(self.folder / "mlartifacts")
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(self._ports["mlflow"]),
-            "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}",
+            "--workers", "1", "--backend-store-uri", sqlite_uri(self.folder / "mlflow.db"),
             "--artifacts-destination", artifacts,
         ]  # fmt: skip
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

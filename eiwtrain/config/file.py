@@ -18,6 +18,7 @@ from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
 from eiwtrain.storage import anchored, is_local
+from eiwtrain.storage.database import sqlite_path, sqlite_uri
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
@@ -77,9 +78,25 @@ def _override(raw: dict[str, Any], text: str) -> None:
             here[section] = {}
         here = here[section]
     try:
-        here[field] = yaml.safe_load(value)
+        here[field] = _value(key, value)
     except yaml.YAMLError:
         raise ConfigError(f"{key}: {redact(value)!r} is not valid YAML; quote it") from None
+
+
+def _value(key: str, text: str) -> Any:
+    """Return the value of an override: a word or a path as it stands, anything else as YAML reads it.
+
+    To YAML a word ends before ` #`, where a comment begins, and before a space at its end.
+    """
+    node = yaml.compose(text, yaml.SafeLoader)
+    if node is None:
+        return text if text.strip() else None
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if plain and node.tag == "tag:yaml.org,2002:str" and not text.lstrip().startswith("!"):
+        return text
+    if text[: node.start_mark.index].strip() or text[node.end_mark.index :].strip():
+        raise ConfigError(f"{key}: YAML takes a part of the value for a comment or a mark; leave it out, or quote all")
+    return yaml.safe_load(text)
 
 
 def _expand(value: Any, where: str) -> Any:
@@ -163,6 +180,7 @@ def _impossible(c: Config) -> list[str]:
             f"use at most {c.train.global_batch} workers"
         )
     problems += _impossible_model(c.model, c.data.resolution)
+    problems += _impossible_name(c)
     if c.tracking.uri is None and not is_local(c.run.storage):
         problems.append(
             f"tracking.uri: must be set when run.storage is remote ({redact(c.run.storage)}); "
@@ -202,6 +220,22 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
     return problems
 
 
+def _impossible_name(c: Config) -> list[str]:
+    """Return a line if the run's folder would be where MLflow keeps its database, or images of its runs."""
+    if not is_local(c.run.storage):
+        return []
+    storage = anchored(c.run.storage)
+    database = sqlite_path(c.tracking.uri or sqlite_uri(f"{storage}/mlflow.db"))
+    taken = {Path(storage, "mlartifacts")} if database else set()
+    if database:
+        database = Path(anchored(str(database)))
+        taken |= {database.with_name(database.name + end) for end in ("", "-journal", "-wal", "-shm")}
+    root = Path(storage, c.run.name)
+    if found := taken & {root, *root.parents}:
+        return [f"run.name: {c.run.name!r} would be a folder at {min(found)}, which is MLflow's; use another run.name"]
+    return []
+
+
 def _absolute_paths(c: Config) -> Config:
     def absolute(url: str | None) -> str | None:
         return url if url is None else anchored(url)
@@ -209,8 +243,8 @@ def _absolute_paths(c: Config) -> Config:
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})
     uri = c.tracking.uri or ""
-    if uri.startswith("sqlite:///"):  # four slashes are absolute; workers have working directories of their own
-        uri = f"sqlite:///{absolute(uri.removeprefix('sqlite:///'))}"
+    if (database := sqlite_path(uri)) is not None:  # workers have working directories of their own
+        uri = sqlite_uri(anchored(str(database))) + uri[uri.find("?") :] * ("?" in uri)
     tracking = c.tracking.model_copy(update={"uri": uri or None})
     return c.model_copy(update={"data": data, "run": run, "tracking": tracking})
 

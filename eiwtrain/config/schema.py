@@ -62,7 +62,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run: its folder under `storage`, its MLflow run; the same name resumes where it stopped."""
     storage: Text = "runs"
     """Folder or fsspec URL (s3://...) under which checkpoints, samples and the exported model of each run live."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from eiwtrain import __version__, checkpoints, data, flow, storage
 from eiwtrain.checkpoints import Checkpoint
+from eiwtrain.storage.database import sqlite_path
 from eiwtrain.terminal.lines import one_line
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
@@ -192,7 +193,8 @@ def _registered(name: str) -> LoadedModel:
     from eiwtrain.tracking.store import TrackingError, client
 
     uri = mlflow.get_tracking_uri()
-    if "MLFLOW_TRACKING_URI" not in os.environ and uri.startswith("sqlite:///") and not Path(uri[10:]).exists():
+    database = sqlite_path(uri)
+    if "MLFLOW_TRACKING_URI" not in os.environ and database is not None and not database.exists():
         raise ValueError(f"{name}: set MLFLOW_TRACKING_URI to the MLflow that has it, e.g. sqlite:///runs/mlflow.db")
     try:
         client(uri)  # which quiets MLflow

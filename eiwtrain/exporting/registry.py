@@ -18,6 +18,7 @@ from typing import Any
 
 from eiwtrain import flow, storage
 from eiwtrain.exporting import model_card
+from eiwtrain.storage.database import sqlite_uri
 from eiwtrain.tracking.store import TrackingError, cause_line, client
 
 ALIAS = "best"
@@ -98,7 +99,7 @@ def store_of(root: str, config: Mapping[str, Any]) -> str:
     database = Path(storage.absolute(root)).parent / "mlflow.db"
     if not storage.is_local(root) or not database.is_file():
         raise TrackingError(f"{database if storage.is_local(root) else root}: no MLflow there; give --tracking-uri")
-    return f"sqlite:///{database}"
+    return sqlite_uri(database)
 
 
 def _register(

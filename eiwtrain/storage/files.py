@@ -22,6 +22,7 @@ from eiwtrain.storage.urls import absolute, filesystem, is_local, is_s3, join
 from eiwtrain.terminal.lines import one_line
 
 _LARGE = 100 << 20  # bytes from which s3fs uploads in parts
+_TEMP_NAME = 200  # bytes of a name that its temporary file repeats: a file system takes 255 in all
 _PART_TRIES = 5  # tries of each such part by the client: one that fails must not cost the others
 
 
@@ -211,8 +212,11 @@ def check_file_writable(url: str) -> None:
         check_writable(f"{scheme}://{path.rpartition('/')[0]}")
         return
     file = Path(absolute(url))
-    if file.is_dir():
-        raise StorageError(f"{url}: this is a folder; give the name of a file")
+    try:
+        if file.is_dir():
+            raise StorageError(f"{url}: this is a folder; give the name of a file")
+    except (OSError, ValueError) as e:  # the name is too long, or none that a file can have
+        raise StorageError(f"{url}: {type(e).__name__}: {e}") from None
     check_writable(str(file.parent))
 
 
@@ -294,7 +298,8 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:  # ValueError: a zero byte
         raise StorageError(f"{target}: {type(e).__name__}: {e}") from e
-    temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    name = os.fsdecode(os.fsencode(target.name)[:_TEMP_NAME])
+    temp = target.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temp)
         with open(temp, "rb+") as f:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from eiwtrain import storage
 from eiwtrain.config import Config, flatten
 from eiwtrain.storage import lease
+from eiwtrain.storage.database import check_sqlite, sqlite_path
 from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
 from eiwtrain.tracking.store import TrackedRun, TrackingError, cause_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of
@@ -46,13 +47,15 @@ def check(config: Config) -> None:
         TrackingError: the store does not answer.
     """
     uri = tracking_uri(config)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return
-    client = client_of(tracking_uri(config))
+    database = sqlite_path(uri)
     try:
-        client.search_experiments(max_results=1)
+        if database is not None and not database.exists():
+            return check_sqlite(database)
+        client_of(uri).search_experiments(max_results=1)
+    except TrackingError:
+        raise
     except Exception as e:
-        raise TrackingError(f"tracking.uri: {tracking_uri(config)} cannot be used: {cause_line(e)}") from None
+        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
 
 
 def begin(
@@ -73,8 +76,9 @@ def begin(
         storage.StorageError: `run.storage` cannot be used.
     """
     uri, uid = tracking_uri(config), _uid(config.root)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if (database := sqlite_path(uri)) is not None:
+        with contextlib.suppress(OSError):  # the client says what is wrong
+            database.parent.mkdir(parents=True, exist_ok=True)
     client = client_of(uri)
     begun: list[TrackedRun] = []
     try:

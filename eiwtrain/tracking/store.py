@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import sqlite3
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
+from eiwtrain.storage.database import check_sqlite, sqlite_path, sqlite_uri
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
@@ -48,7 +50,7 @@ def tracking_uri(config: Config) -> str:
 
     The environment is not read here, as it differs between processes: `load_config` has read it for all of them.
     """
-    return config.tracking.uri or f"sqlite:///{config.run.storage}/mlflow.db"
+    return config.tracking.uri or sqlite_uri(f"{config.run.storage}/mlflow.db")
 
 
 def client(uri: str) -> Any:
@@ -59,6 +61,11 @@ def client(uri: str) -> Any:
     """
     if holds_secret(uri):
         raise TrackingError(f"tracking.uri: {redact(uri)}: {REFUSAL}")
+    if (database := sqlite_path(uri)) is not None:
+        try:
+            check_sqlite(database)
+        except (OSError, ValueError, sqlite3.Error) as e:
+            raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
     # a request that is sent again could create a run twice; callers here look first, and retry by themselves
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -14,6 +14,7 @@ from eiwtrain.data.cache import DEFAULT_CACHE_BYTES
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES
 from eiwtrain.flow import PRESETS
 from eiwtrain.flow.config import CONDITIONERS
+from eiwtrain.storage.database import sqlite_path
 from eiwtrain.tracking import tracking_uri
 from eiwtrain.train.state import flow_config
 
@@ -248,6 +249,48 @@ def test_relative_paths_become_absolute(path, monkeypatch, tmp_path):
     assert load_config(path, ["run.storage=here"]).run.storage == str(tmp_path / "here")
     assert load_config(path, ["tracking.uri=sqlite:///m.db"]).tracking.uri == f"sqlite:///{tmp_path}/m.db"
     assert load_config(path, ["tracking.uri=sqlite:////x/m.db"]).tracking.uri == "sqlite:////x/m.db"
+
+
+ODD = ("a b", "a #b", "a?b=c", "a%41", "a%", "a#b", "a&b;c", "a::b", "a[1]*", "a ", "ä", "a'b", 'a"b', "~a")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_path_stays_as_it_is_written(path, tmp_path, name):
+    config = load_config(path, [f"run.storage={tmp_path}/{name}", f"data.path={tmp_path}/{name}/data"])
+    assert (config.run.storage, config.data.path) == (f"{tmp_path}/{name}", f"{tmp_path}/{name}/data")
+    assert sqlite_path(tracking_uri(config)) == tmp_path / name / "mlflow.db"
+
+
+@pytest.mark.parametrize("text", ["5 # five", '"a" # b', "--- 5", "[1, 2] # x", "null #b"])
+def test_what_yaml_would_leave_out_of_an_override_is_refused(path, text):
+    assert "run.name: YAML takes a part of the value for a comment" in error(path, f"run.name={text}")
+
+
+def test_an_override_is_still_yaml(path):
+    given = ["eval.temperatures=[0.5, 1]", "run.name='a'", 'data.path="/a #b"', "data.cache_dir=", "run.storage=#b"]
+    config = load_config(path, [*given, "model.conditioner={hidden: 4}"])
+    assert (config.eval.temperatures, config.run.name, config.data.path) == ((0.5, 1), "a", "/a #b")
+    assert (config.data.cache_dir, config.model.conditioner.hidden) == (None, 4)
+    assert config.run.storage.endswith("/#b")
+
+
+def test_a_relative_database_keeps_its_odd_name(path, monkeypatch, tmp_path):
+    (tmp_path / "a?b").mkdir()
+    monkeypatch.chdir(tmp_path / "a?b")
+    assert sqlite_path(load_config(path, ["tracking.uri=sqlite:///c%3Fd.db"]).tracking.uri) == tmp_path / "a?b/c?d.db"
+    assert load_config(path, ["tracking.uri=sqlite:////x/m.db?timeout=3"]).tracking.uri.endswith("/x/m.db?timeout=3")
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlartifacts", "x.db"])
+def test_a_run_is_not_where_mlflow_keeps_its_files(path, tmp_path, name):
+    more = [f"tracking.uri=sqlite:///{tmp_path}/runs/x.db"] if name == "x.db" else []
+    assert f"run.name: '{name}' would be a folder at {tmp_path}/runs/{name}" in error(path, f"run.name={name}", *more)
+    assert load_config(path, [f"run.name={name}", "tracking.uri=http://server"]).run.name == name
+
+
+def test_a_name_that_no_folder_can_have_is_refused(path):
+    assert "run.name" in error(path, "run.name=" + "x" * 300)
+    assert load_config(path, ["run.name=" + "x" * 200])
 
 
 def test_inside_a_ray_job_relative_paths_are_under_home(path, monkeypatch, tmp_path):

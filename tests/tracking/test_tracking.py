@@ -4,6 +4,7 @@ import json
 import shutil
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -500,6 +501,31 @@ def test_a_store_that_cannot_be_used_is_one_line(config):
         with pytest.raises(tracking.TrackingError, match=r"tracking.uri: sqlite:///") as e:
             call()
         assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_database_is_in_its_folder_however_that_is_named(tmp_path, database):
+    config = Config.model_validate(tiny_config(tmp_path / "a?b %41 #c::d%"))
+    path = Path(config.run.storage, "mlflow.db")
+    path.parent.mkdir(parents=True)
+    shutil.copy(database, path)
+    run = tracking.begin(config, {})
+    with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as there:
+        assert there.execute("SELECT run_uuid FROM runs").fetchall() == [(run.run_id,)]
+    assert {p.name for p in tmp_path.iterdir()} == {"a?b %41 #c::d%"}
+    assert "mlartifacts" in {p.name for p in path.parent.iterdir()}
+
+
+@pytest.mark.parametrize("problem", ["a folder", "in a file", "too long"])
+def test_a_database_that_cannot_be_made_is_one_line_at_once(new_config, tmp_path, problem):
+    (tmp_path / "file").write_bytes(b"")
+    where = {"a folder": tmp_path, "in a file": tmp_path / "file" / "x.db", "too long": tmp_path / ("x" * 300)}[problem]
+    store = new_config.tracking.model_copy(update={"uri": f"sqlite:///{where}"})
+    config, began = new_config.model_copy(update={"tracking": store}), time.monotonic()
+    for call in (lambda: tracking.check(config), lambda: tracking.begin(config, {})):
+        with pytest.raises(tracking.TrackingError, match=f"tracking.uri: sqlite:///{where} cannot be used: ") as e:
+            call()
+        assert len(str(e.value).splitlines()) == 1
+    assert time.monotonic() - began < 30
 
 
 def test_the_identity_of_a_run_is_in_its_folder(config):
