@@ -2,8 +2,8 @@
 
     python -m eiwtrain.run configs/quickstart.yaml [section.field=value ...] [--dry-run]
 
-Exit codes: 0 finished; 2 the config or the world around it must be fixed; 1 failed; 130 or 143 stopped by SIGINT or
-SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`: the same command resumes.
+Exit codes: 0 finished; 2 the config or the world around it must be fixed; 1 failed; 129, 130 or 143 stopped by SIGHUP,
+SIGINT or SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`: the same command resumes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from eiwtrain.driver import dry_run, main_job, preflight
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.messages import Finished, Outcome, Stopped, Summary
 from eiwtrain.terminal.console import Console, duration
+from eiwtrain.terminal.output import protect
 from eiwtrain.terminal.signals import Interrupted, Stop
 
 if TYPE_CHECKING:
@@ -123,4 +124,5 @@ def _print_summary(config: Config, s: Summary, tracked: TrackedRun, console: Con
 
 
 if __name__ == "__main__":
+    protect()
     sys.exit(main())

@@ -36,7 +36,7 @@ from eiwtrain.storage import StorageError
 _PREFETCH = 4  # micro-batches that each loader worker makes ahead
 _EVAL_SHARDS = 3  # that an evaluation fetches ahead
 _TRAIN, _EVAL = 0, 1  # streams of noise that never meet
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 # A batch as a worker sends it: images, (n, H, W, C); keys, indices and labels in one small array, since every tensor

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +88,7 @@ def train_under_lease(
         with stop.held():  # a run that was begun must be ended
             tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
             watcher = Watcher(tracked, config.root, lease.owner)
-        for line in tracking.end_abandoned(tracked):
-            console.note(line)
+        _end_abandoned(tracked, console)
         outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)
         return outcome, tracked
@@ -120,6 +121,26 @@ def _what_is_there(config: Config) -> tuple[Manifest, Checkpoint | None]:
     if manifest is None:
         raise ConfigError(f"data.path: the data set at {config.data.path} has gone; the same command writes it again")
     return manifest, preflight.find_checkpoint(config, manifest)
+
+
+def _end_abandoned(tracked: TrackedRun, console: Console) -> None:
+    """End the runs in MLflow that nobody trains any more: at once where that is known, else once it shows."""
+    from eiwtrain import tracking
+    from eiwtrain.storage import watch
+
+    looks = watch.Watch()
+
+    def end() -> None:
+        for line in tracking.end_abandoned(tracked, looks):
+            console.note(line)
+
+    def end_later() -> None:
+        time.sleep(watch.SECONDS)
+        end()
+
+    end()
+    if looks.is_unsure:
+        threading.Thread(target=end_later, daemon=True, name="abandoned").start()
 
 
 def _in_mlflow(outcome: Outcome) -> tuple[Status, str]:

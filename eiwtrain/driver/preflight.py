@@ -56,9 +56,9 @@ def torch_build() -> dict[str, Any]:
 
 
 def check_cluster() -> None:
-    """Check that something answers where `RAY_ADDRESS` names a cluster."""
+    """Check that Ray can be started, or that it answers where `RAY_ADDRESS` names a cluster."""
     try:
-        session.check_address()
+        session.check()
     except session.RayError as e:
         raise ConfigError(str(e)) from None
 

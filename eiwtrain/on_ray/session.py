@@ -5,20 +5,23 @@ Not for what runs on it. Importing this imports no Ray: `start` must set variabl
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config, Workers
+from eiwtrain.on_ray import address
+from eiwtrain.on_ray.address import RayError
 from eiwtrain.terminal.lines import one_line
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
-_CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0  # within which a node that lives starts a task
 
 # Settings of glibc in workers: a freed activation stays with the process, or each would be unmapped and faulted in
@@ -28,38 +31,32 @@ WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
 _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
 
-# Off, and 127.0.0.1 stays what it is: else Ray puts this machine's outer address in its place, and a Ray of another
-# address than that listens on all interfaces.
-_CLUSTERS_OF_MANY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# The path, in Ray's folder, of the socket with the longest name, and how long Linux lets a path of one be.
+_LONGEST_SOCKET = Path("session_2000-01-01_00-00-00_000000_1", "sockets", "plasma_store")
+_SOCKET_BYTES = 107
 
 OWN_DRAIN = "the drain of this job's own node"  # a reason to stop
 
 
-class RayError(RuntimeError):
-    """Ray cannot be joined or started; the message is one line."""
-
-
 def joins_cluster() -> bool:
     """Whether the job runs on an existing cluster: Ray sets the variable in a submitted job."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    return bool(address.given())
 
 
-def check_address() -> None:
-    """Check that something answers where `RAY_ADDRESS` names a cluster: `ray.init` would wait long, deaf to signals.
+def check() -> None:
+    """Check, before Ray is imported, the cluster that `RAY_ADDRESS` names, or the folder for the sockets of a new Ray.
 
     Raises:
-        RayError: nothing answers.
+        RayError: Ray cannot be joined or started.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rsplit("/", 1)[-1].rpartition(":")
-    if not port.isdigit():
-        return  # none, or a word like "auto", which Ray looks up by itself
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except OSError as e:
+    if joins_cluster():
+        address.find()
+        return
+    if len(os.fsencode(address.folder() / _LONGEST_SOCKET)) > _SOCKET_BYTES:
         raise RayError(
-            f"RAY_ADDRESS: nothing answers at {address} ({e}); start the cluster, or unset it to run on this machine"
-        ) from None
+            f"Ray cannot be started: sockets in {address.folder()} would have paths of over {_SOCKET_BYTES} bytes; set "
+            "RAY_TMPDIR to a short path, e.g. RAY_TMPDIR=/tmp"
+        )
 
 
 def is_running() -> bool:
@@ -89,7 +86,7 @@ def start(cpus: int) -> None:
             # ~/.ray, which the next `ray start` then asks for and `ray job submit` does not give
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            os.environ.setdefault(_CLUSTERS_OF_MANY, "0")
+            os.environ.setdefault(address.CLUSTERS_OF_MANY, "0")
         where = {
             "address": "local",
             "num_cpus": cpus,
@@ -97,22 +94,45 @@ def start(cpus: int) -> None:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-    check_address()
+    check()
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(log_to_driver=False, logging_level="ERROR", **where)
+            with contextlib.nullcontext() if joins_cluster() else _sessions_of_their_own():
+                ray.init(log_to_driver=False, logging_level="ERROR", **where)
         finally:
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
     except SystemExit:  # how Ray answers SIGTERM
         signal.raise_signal(signal.SIGTERM)
         raise
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except Exception as e:  # Ray promises none: it also raises OSError, TimeoutError, AssertionError and its own
         what = "RAY_ADDRESS: Ray cannot be joined" if joins_cluster() else "Ray cannot be started"
-        raise RayError(f"{what}: {one_line(e, 300)}") from None
+        why = one_line(e, 300) or type(e).__name__
+        if isinstance(e, ConnectionError) and joins_cluster():
+            why += "; if the cluster has a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or ~/.ray/auth_token give it"
+        elif isinstance(e, OSError) and not isinstance(e, (ConnectionError, TimeoutError)):
+            why += f"; its files are in {address.folder()}: set RAY_TMPDIR to a short path with room that is yours"
+        raise RayError(f"{what}: {why}") from None
+
+
+@contextlib.contextmanager
+def _sessions_of_their_own() -> Iterator[None]:
+    """Have the processes of Ray start in sessions of their own.
+
+    A signal to the whole process group of this program, as `timeout` and a terminal that closes send it, is for this
+    program alone: the workers still have to write a checkpoint. Ray's processes end with this one nevertheless.
+    """
+    from ray._private import services
+
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def stop() -> None:

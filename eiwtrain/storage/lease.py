@@ -11,10 +11,10 @@ Why two jobs never write at the same time:
 - A writer begins a write only within _STALE_SECONDS / 2 of a renewal and within _LOOK_SECONDS of a look. It dates the
   renewal to its last look that found other content, or to the time that the renewal names, whichever is later. So when
   a lease is taken, no write has begun for _STALE_SECONDS / 2, and a holder that comes back is refused.
-- A taker does not wait if the holder gave the lease back, if the holder's process is gone from this very machine, or if
-  its last renewal is _LONG_AGO by the clocks of both. Workers that outlive such a driver (Ray stops them within
-  seconds) write for _LOOK_SECONDS at most, as do the workers of the same driver's previous attempt. A new attempt takes
-  longer to start its own, and waits that long (`Guard.outwait`) before it deletes what they may be about to commit.
+- A taker does not wait if the holder gave the lease back, or if the holder's process is gone from this very machine.
+  Workers that outlive such a driver (Ray stops them within seconds) write for _LOOK_SECONDS at most, as do the workers
+  of the same driver's previous attempt. A new attempt takes longer to start its own, and waits that long
+  (`Guard.outwait`) before it deletes what they may be about to commit.
 - What remains is one write that is in flight for longer than that, such as that of a process stopped in the middle. It
   is harmless to checkpoints: each has its own folder and counts only with its manifest, which is written last. If its
   parts have been deleted meanwhile, the writer takes the manifest back. If the writer is killed before that, readers
@@ -22,7 +22,7 @@ Why two jobs never write at the same time:
 
 Clocks: durations are measured by the process's own clock, which also counts while the machine sleeps. Clocks of two
 machines are compared only where it makes a writer wait (a clock that is behind by less than _STALE_SECONDS / 2 does no
-harm, one that is ahead delays a write by a heartbeat), for _LONG_AGO, and to print when something was.
+harm, one that is ahead delays a write by a heartbeat), and to print when something was.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from eiwtrain.testing import failpoints
 
 _BEAT_SECONDS = 5.0
 _STALE_SECONDS = 30.0
-_LONG_AGO = 600.0  # seconds; no two clocks of a cluster are that far apart
 _LOOK_SECONDS = 3.0  # a guard trusts what it has read for so long
 _POLL_SECONDS = 1.0  # between two looks while waiting
 _KEPT = 1000  # holdings that the history lists; of earlier ones it keeps the sums
@@ -147,7 +146,7 @@ class Lease:
             before = None if found is None else _parse(found)
             if found is not None and before is None:
                 raise storage.StorageError(f"{url} is not a lease; delete it if no other job trains this run")
-            if before is not None and before.held and not _is_dead(before):
+            if before is not None and before.held and not holders.is_gone(before.holder):
                 if watched is None:
                     watched, since = found, _now()
                     note(
@@ -355,7 +354,9 @@ def look(root: str) -> tuple[str, Holding] | None:
     found = None if content is None else _parse(content)
     if found is None:
         return None
-    return found.owner, replace(found.holding, outcome="died") if found.held and _is_dead(found) else found.holding
+    return found.owner, replace(found.holding, outcome="died") if found.held and holders.is_gone(
+        found.holder
+    ) else found.holding
 
 
 def _parse(data: bytes) -> _Record | None:
@@ -377,11 +378,6 @@ def _seconds(holdings: tuple[Holding, ...]) -> float:
 
 def _failures(holdings: tuple[Holding, ...]) -> int:
     return sum(h.failures + (h.outcome in ("died", "failed")) for h in holdings)
-
-
-def _is_dead(record: _Record) -> bool:
-    """Return whether the holder is known to be dead without waiting."""
-    return time.time() - record.holding.ended > _LONG_AGO or holders.is_gone(record.holder)
 
 
 def _last_seen(record: _Record) -> str:

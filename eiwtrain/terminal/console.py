@@ -40,23 +40,21 @@ class Console:
 
     def note(self, text: str = "") -> None:
         """Print a line that stays."""
-        self._clear()
-        print(text, flush=True)
+        self._print(f"{text}\n")
 
     def progress(self, p: TrainingLine) -> None:
         """Print the training line."""
         line = training_line(p)
         if not self._terminal:
-            print(line, flush=True)
+            self._print(f"{line}\n")
             return
-        self._clear()
-        print(line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+        self._print(line[: shutil.get_terminal_size().columns - 1])
         self._transient = True
 
-    def _clear(self) -> None:
-        if self._transient:
-            print("\r\033[K", end="")
-            self._transient = False
+    def _print(self, text: str) -> None:
+        """Print the text as one piece, in the place of a training line that a terminal shows."""
+        clear, self._transient = "\r\033[K" if self._transient else "", False
+        print(clear + text, end="", flush=True)
 
 
 def training_line(p: TrainingLine) -> str:

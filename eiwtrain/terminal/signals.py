@@ -27,7 +27,10 @@ class Interrupted(BaseException):
 
 
 class Stop:
-    """The first SIGINT or SIGTERM stops the job in good order, the third exits at once.
+    """The first SIGINT, SIGTERM or SIGHUP stops the job in good order, the third exits at once.
+
+    A terminal that closes sends SIGHUP, often twice: a repeated one is not counted, and one that is ignored, as under
+    nohup, stays so.
 
     In good order means: while `training` is set, by a checkpoint that the workers are asked for; in `held` blocks,
     after the block; in `polled` blocks when these look; else at once, by `Interrupted`.
@@ -37,6 +40,7 @@ class Stop:
         self._console = console
         self._count = 0
         self._held = False
+        self._numbers: list[signal.Signals] = []
         self.number: int | None = None
         """The signal that came; None while there was none."""
         self.training = False
@@ -47,12 +51,15 @@ class Stop:
         return signal.Signals(self.number).name if self.number else ""
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._numbers.append(signal.SIGHUP)
+        for number in self._numbers:
             signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             signal.signal(number, signal.SIG_DFL)
 
     @contextlib.contextmanager
@@ -74,6 +81,8 @@ class Stop:
             self._held = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.number is not None:
+            return
         count = self._count = self._count + 1  # another may come while this one is answered
         self.number = self.number or number
         if count >= _SIGNALS_TO_EXIT:

@@ -17,6 +17,7 @@ from eiwtrain import storage
 from eiwtrain.config import Config, flatten
 from eiwtrain.storage import lease
 from eiwtrain.storage.database import check_sqlite, sqlite_path
+from eiwtrain.storage.watch import Watch
 from eiwtrain.tracking.provenance import NOTE_TAG, ROOT_TAG, user
 from eiwtrain.tracking.store import TrackedRun, TrackingError, cause_line, refused, tracking_uri
 from eiwtrain.tracking.store import client as client_of
@@ -194,11 +195,16 @@ def settle(
     return False
 
 
-def end_abandoned(run: TrackedRun) -> list[str]:
+def end_abandoned(run: TrackedRun, watch: Watch | None = None) -> list[str]:
     """End the other runs of the experiment that MLflow has as RUNNING although their leases show that none trains.
 
     Returns a line about each. A run that cannot be read from here is left alone, and no error is raised.
+
+    Args:
+        watch: where only time shows whether a driver lives, call this again with the same one after
+            `eiwtrain.storage.watch.SECONDS`; None: leave these runs alone.
     """
+    watch = watch or Watch()
     lines: list[str] = []
     give_up = time.monotonic() + _ABANDONED_SECONDS
     with contextlib.suppress(Exception), storage.impatient():
@@ -214,17 +220,17 @@ def end_abandoned(run: TrackedRun) -> list[str]:
             if other.info.run_id == run.run_id or time.monotonic() > give_up:
                 continue
             with contextlib.suppress(Exception):
-                if status := _end_if_abandoned(replace(run, run_id=other.info.run_id), other.data.tags):
+                if status := _end_if_abandoned(replace(run, run_id=other.info.run_id), other.data.tags, watch):
                     lines.append(f"MLflow had '{other.info.run_name}' as RUNNING, and nobody trains it: now {status}")
     return lines
 
 
-def _end_if_abandoned(run: TrackedRun, tags: Mapping[str, str]) -> Status | None:
+def _end_if_abandoned(run: TrackedRun, tags: Mapping[str, str], watch: Watch) -> Status | None:
     """Return the status with which the run was ended here; None if it was not."""
     root = tags[ROOT_TAG]
     if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name that belongs to another run or machine
         return None
-    last = lease.look(root)
+    last = watch.look(root)
     if last is None or last[1].outcome == "running":
         return None
     owner, attempt = last

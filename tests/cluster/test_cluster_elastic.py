@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 from cluster.local import LocalCluster
 from eiwtrain import checkpoints
+from eiwtrain.on_ray.address import CLUSTERS_OF_MANY
 
 pytestmark = pytest.mark.cluster
 
@@ -51,6 +52,8 @@ def on_cluster(cluster, folder, monkeypatch):
     """The environment of a driver that joins the cluster and audits its samples."""
     for name, value in cluster.env.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv(CLUSTERS_OF_MANY)  # as from another shell: the job finds out that the head is on loopback alone
+    monkeypatch.setenv("RAY_ADDRESS", cluster.env["RAY_ADDRESS"].replace("127.0.0.1", "localhost"))
     while sum(node.alive for node in cluster.nodes) < 2:
         cluster.add_node()
 

@@ -109,8 +109,7 @@ def stop(folder, name, number, code, *overrides):
     job = Job(folder, *overrides, name=name, environment=environment)
     job.wait_for("training from step ")
     job.wait_for("bits/dim")
-    # as a terminal does it: the whole process group gets Ctrl-C
-    os.killpg(job.process.pid, number) if number == signal.SIGINT else job.process.send_signal(number)
+    os.killpg(job.process.pid, number)  # as a terminal does it, or `timeout`: the whole process group gets it
     exit_code, output = job.wait()
     assert exit_code == code, output
     step = checkpoints.committed(str(folder / "runs" / name))[0].step

@@ -161,15 +161,16 @@ def test_a_lease_that_somebody_else_takes_meanwhile_is_held(root, world, monkeyp
         acquire(root)
 
 
-def test_the_last_heartbeat_of_long_ago_is_not_waited_for(root, world):
-    acquire(root, holder=ELSEWHERE)
-    world.now += 599
-    world.at(world.now + 3, lambda: None)
-    acquire(root, holder=ELSEWHERE)
-    assert world.slept == 2
-    world.now += 601
+@pytest.mark.parametrize("skew", [-3600, 660, 86400])
+def test_a_taker_watches_the_lease_whatever_its_clock_says(root, world, skew):
+    first = acquire(root, holder=ELSEWHERE)
+    world.at(world.now + 4.5, lambda: (setattr(world, "skew", 0), beat(first), setattr(world, "skew", skew)))
+    world.skew = skew
+    with pytest.raises(LeaseHeld, match="elsewhere"):
+        acquire(root)
+    began = world.slept
     acquire(root)
-    assert world.slept == 2
+    assert world.slept == began + 30
 
 
 def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(root, world):

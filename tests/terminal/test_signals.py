@@ -78,3 +78,24 @@ with Stop(Console()) as stop:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert result.returncode == 130
     assert "still here" not in result.stdout
+
+
+def test_a_terminal_that_closes_stops_the_job_once(capsys):
+    with Stop(Console()) as stop:
+        stop.training = True
+        for _ in range(4):  # the kernel's and the shell's
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (stop.number, stop.reason) == (signal.SIGHUP, "SIGHUP")
+    assert "a checkpoint first" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(Console()) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

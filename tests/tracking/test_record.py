@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from eiwtrain import storage, tracking
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import load_manifest
-from eiwtrain.storage import holders, lease
+from eiwtrain.storage import holders, lease, watch
 from eiwtrain.storage.lease import Lease
+from eiwtrain.storage.watch import Watch
 from eiwtrain.tracking import provenance, record
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -213,22 +214,17 @@ def leave(root, how):
     """Write the lease of the run at `root` as a holder leaves it; return the time of the last sign of life."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Lease, "_keep", lambda held: None)
-        holder = {"gone": gone, "long ago": lambda: holders.Holder("elsewhere", 1, "", 0)}.get(how, holders.here)()
+        holder = {"gone": gone, "silent": lambda: holders.Holder("elsewhere", 1, "", 0)}.get(how, holders.here)()
         patch.setattr(holders, "here", lambda: holder)
         held = Lease.acquire(root, "tiny", lambda line: None)
         if how in ("finished", "stopped", "failed"):
             held.release(how)
-    url = storage.join(root, "lease.json")
-    content = json.loads(storage.read_bytes(url))
-    if how == "long ago":
-        content["attempt"]["ended"] -= 2 * lease._LONG_AGO
-        storage.write_bytes(url, json.dumps(content).encode())
-    return content["attempt"]["ended"]
+    return json.loads(storage.read_bytes(storage.join(root, "lease.json")))["attempt"]["ended"]
 
 
 @pytest.mark.parametrize(
     ("how", "outcome"),
-    [("alive", "running"), ("gone", "died"), ("long ago", "died"), ("finished", "finished"), ("stopped", "stopped")],
+    [("alive", "running"), ("gone", "died"), ("silent", "running"), ("finished", "finished"), ("stopped", "stopped")],
 )
 def test_a_lease_shows_its_owner_and_whether_it_may_live(tmp_path, how, outcome):
     root = str(tmp_path)
@@ -253,7 +249,6 @@ DIED = "its driver died, last sign of life {}; resumes with the same command"
     ("how", "status", "text"),
     [
         ("gone", "KILLED", DIED),
-        ("long ago", "KILLED", DIED),
         ("finished", "FINISHED", "finished"),
         ("failed", "FAILED", "failed"),
         ("stopped", "KILLED", "stopped; resumes with the same command"),
@@ -276,6 +271,27 @@ def test_a_run_left_running_is_ended_at_the_next_start_of_any(config, how, statu
         assert found(run).info.end_time == round(1000 * ended)
     assert tracking.begin(left, {}) == run
     assert state(run) == ("RUNNING", "running")
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_a_run_is_left_to_a_driver_whose_lease_changes_whatever_the_clock_says(config, monkeypatch, skew):
+    runs = {name: tracking.begin(named(config, name), {}) for name in ("silent", "living")}
+    for name in runs:
+        leave(named(config, name).root, "silent")
+    ours, looks, now = tracking.begin(config, {}), Watch(), time.monotonic()
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() + skew)
+    assert tracking.end_abandoned(ours, looks) == []
+    assert looks.is_unsure
+    url = storage.join(named(config, "living").root, "lease.json")
+    content = json.loads(storage.read_bytes(url))
+    content["attempt"]["ended"] += 5
+    storage.write_bytes(url, json.dumps(content).encode())
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now + watch.SECONDS - 1)
+    monkeypatch.setattr(record, "_ABANDONED_SECONDS", 3600.0)
+    assert tracking.end_abandoned(ours, looks) == []
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now + watch.SECONDS + 60)
+    assert len(tracking.end_abandoned(ours, looks)) == 1
+    assert {name: state(run)[0] for name, run in runs.items()} == {"silent": "KILLED", "living": "RUNNING"}
 
 
 def test_runs_that_cannot_be_read_are_left_alone(config, monkeypatch):
