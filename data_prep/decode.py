@@ -41,6 +41,7 @@ _SMALL = 1 << 25  # pixels, 100 MB as RGB; a larger image has to be as large as 
 _MOST_PIXELS = 1 << 27  # 400 MB as RGB; cameras reach 102 million
 _PIXELS_A_BYTE = 128  # a dull photograph as a small JPEG has 50; one colour as PNG has 340
 _SCANS, _SCAN_BYTES = 100, 1 << 14  # of a progressive JPEG, usually about ten: each takes as long as the whole image
+_POINTERS = ((b"version https://git-lfs", "git lfs pull"), (b"/annex/objects/", "git annex get"))  # text, no image
 _TIFF_TILE = (322, 323)  # the tags of a tile's width and length
 
 
@@ -100,9 +101,15 @@ def decode(loaded: Loaded | NotRead, background: tuple[int, ...], accept_damaged
     except (MemoryError, Undecodable):
         raise
     except UnidentifiedImageError:  # its text has an address in memory, which differs in every run
-        raise Undecodable("no image of a known format") from None
+        raise Undecodable(_what_instead(loaded)) from None
     except Exception as e:  # Pillow's plugins raise anything
         raise Undecodable(f"{type(e).__name__}: {one_line(e)}") from None
+
+
+def _what_instead(loaded: object) -> str:
+    """Return what a file holds that is no image."""
+    tool = next((tool for mark, tool in _POINTERS if isinstance(loaded, bytes) and loaded.startswith(mark)), None)
+    return "no image of a known format" if tool is None else f"only a pointer to the image, which {tool} fetches"
 
 
 def check_pixels(size: tuple[int, int], file: int) -> None:

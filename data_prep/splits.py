@@ -50,12 +50,15 @@ def apply_rule(source: Source, rule: str = "auto", only: Sequence[str] = ()) -> 
     return replace(source, splits=kept)
 
 
-def notes_on_labels(labels: Mapping[str, Mapping[int, int]], classes: Sequence[str]) -> list[str]:
+def notes_on_labels(
+    labels: Mapping[str, Mapping[int, int]], classes: Sequence[str], unlabelled: Mapping[str, str]
+) -> list[str]:
     """Return what is unusual about the labels of a data set, a line each.
 
     Args:
         labels: by split, how many images have each label, -1 for none.
         classes: names of the labels.
+        unlabelled: by split, the first image without a label.
     """
     if not classes:
         return []
@@ -66,7 +69,8 @@ def notes_on_labels(labels: Mapping[str, Mapping[int, int]], classes: Sequence[s
         if bare == total:
             notes.append(f"split '{split}' has no labels")
         elif bare:
-            notes.append(f"{bare:,} of {total:,} images of split '{split}' have no label, the others have")
+            first = f"the others have; the first: {unlabelled[split]}"
+            notes.append(f"{bare:,} of {total:,} images of split '{split}' have no label, {first}")
     known = {split: found for split, found in labelled.items() if found}
     for split, found in known.items():
         others = set().union(*(other for name, other in known.items() if name != split))

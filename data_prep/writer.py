@@ -121,6 +121,7 @@ def make_plan(
         preprocessing["params"]["drop_duplicates"] = True
     orders = {}
     labels: dict[str, Counter[int]] = {}
+    unlabelled: dict[str, str] = {}
     flawed: list[str] = []
     digest = hashlib.sha256(
         canonical_json({"preprocessing": preprocessing, "shard_size": shard_size, "classes": source.classes})
@@ -135,6 +136,8 @@ def make_plan(
             digest.update(canonical_json([item.label, item.source, item.size, *([item.flaw] if item.flaw else [])]))
             sizes.add(item.size)
             labels[split][item.label] += 1
+            if item.label < 0:
+                unlabelled.setdefault(split, item.source)
             if item.flaw:
                 flawed.append(f"{item.source} ({item.flaw})")
         if len(sizes) == 1:  # rows of batches, say: names and sizes do not show whether the source has changed
@@ -152,7 +155,7 @@ def make_plan(
         preprocessing,
         digest.hexdigest(),
         orders,
-        notes=(*source.notes, *notes_on_labels(labels, source.classes)),
+        notes=(*source.notes, *notes_on_labels(labels, source.classes, unlabelled)),
         flawed=(len(flawed), flawed[0] if flawed else ""),
     )
 

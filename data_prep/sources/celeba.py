@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
 from data_prep.formats.files import FoundFile, list_files
 from data_prep.items import Item, Source
+from data_prep.listing import ARCHIVES, count_others, flaw_of, notes_on_lost, take_lost
+from data_prep.text import decode_text
 from eiwtrain import storage
 from eiwtrain.data.image_formats import image_formats
+from eiwtrain.data.left_out import suffix_of
 from eiwtrain.data.manifest import DataError
 
 CROPS = {"realnvp": (15, 40, 163, 188), "center": (15, 35, 163, 183)}
@@ -45,8 +48,9 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
     if crop not in CROPS:
         raise DataError(f"crop must be one of {', '.join(CROPS)}, not '{crop}'")
     path = storage.absolute(path)
-    entries = list_files(path, (".jpg", *_SPLIT_FILES))
-    images = _by_name(path, (entry for entry in entries if entry.parts[-1] not in _SPLIT_FILES))
+    others: list[FoundFile] = []
+    entries, rest = take_lost(list_files(path, (".jpg", *_SPLIT_FILES), others), others)
+    images = _by_name(path, [entry for entry in entries if entry.parts[-1] not in _SPLIT_FILES], rest)
     split_of = _read_splits(*_split_file(path, (entry for entry in entries if entry.parts[-1] in _SPLIT_FILES)))
     if strange := sorted(images.keys() - split_of.keys()):
         raise DataError(
@@ -55,7 +59,7 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
     _check_aligned(path, images)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for name, entry in sorted(images.items()):
-        splits[split_of[name]].append(Item(-1, name, entry.size, entry.load))
+        splits[split_of[name]].append(Item(-1, name, entry.size, entry.load, flaw_of(entry)))
     left, top, *_ = CROPS[crop]
     protocol = f"CelebA, 148 pixels from {left},{top} ({crop})"
     if len(images) != IMAGES:
@@ -68,10 +72,12 @@ def celeba(path: str, crop: str = "realnvp") -> Source:
         box=CROPS[crop],
         remote=not storage.is_local(path),
         params={"absent": len(absent), "first_absent": absent[0]} if absent else {},
+        notes=tuple(notes_on_lost(images.values())),
+        left_out=count_others(rest),
     )
 
 
-def _by_name(path: str, entries: Iterable[FoundFile]) -> dict[str, FoundFile]:
+def _by_name(path: str, entries: Sequence[FoundFile], others: Sequence[FoundFile]) -> dict[str, FoundFile]:
     images: dict[str, FoundFile] = {}
     for entry in entries:
         same = images.setdefault(entry.parts[-1], entry)
@@ -79,8 +85,24 @@ def _by_name(path: str, entries: Iterable[FoundFile]) -> dict[str, FoundFile]:
             both = f"{'/'.join(same.parts)} and {'/'.join(entry.parts)}"
             raise DataError(f"source {path}: two images have one name, {both}; give the folder of the aligned images")
     if not images:
-        raise DataError(f"source {path}: it holds no images (000001.jpg and so on)")
+        raise DataError(f"source {path}: it holds no images (000001.jpg and so on){_packed(path, others)}")
     return images
+
+
+def _packed(path: str, others: Iterable[FoundFile]) -> str:
+    """Return which of the archives in the source to give instead, if there are any."""
+    packed = sorted(("/".join(file.parts) for file in others if suffix_of(file.parts[-1]) in ARCHIVES), key=_unlikely)
+    if not packed:
+        return ""
+    url = storage.join(path, packed[0])
+    if packed[0].endswith((".zip", ".tar")):
+        return f"; they are still packed: use --source {url}"
+    return f"; unpack {url} and give the folder of the images"
+
+
+def _unlikely(name: str) -> tuple[bool, bool, str]:
+    """Return a key by which the archive of the aligned images comes first."""
+    return not name.rpartition("/")[2].startswith("img_align_celeba"), not name.endswith((".zip", ".tar")), name
 
 
 def _split_file(path: str, inside: Iterable[FoundFile]) -> tuple[str, bytes]:
@@ -102,7 +124,7 @@ def _split_file(path: str, inside: Iterable[FoundFile]) -> tuple[str, bytes]:
 def _read_splits(where: str, text: bytes) -> dict[str, str]:
     """Return the split of every image that the file names."""
     split_of = {}
-    for number, line in enumerate(text.decode("utf-8", "replace").replace(",", " ").splitlines(), 1):
+    for number, line in enumerate(decode_text(text, where).replace(",", " ").splitlines(), 1):
         match line.split():
             case [name, ("0" | "1" | "2") as split]:
                 split_of[name] = SPLITS[int(split)]
@@ -115,7 +137,9 @@ def _read_splits(where: str, text: bytes) -> dict[str, str]:
 
 def _check_aligned(path: str, images: dict[str, FoundFile]) -> None:
     """Check the size of the first image: of the photographs that the faces come from, the crop would cut anything."""
-    name = min(images)
+    name = min((name for name, file in images.items() if not file.flaw), default="")
+    if not name:
+        return
     try:
         with Image.open(io.BytesIO(images[name].load()), formats=image_formats()) as image:
             size = image.size

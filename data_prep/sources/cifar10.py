@@ -9,11 +9,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep.formats.files import list_files, list_tar, range_of
+from data_prep.formats.files import FoundFile, list_files, list_tar, range_of
 from data_prep.formats.ranges import ByteRange
 from data_prep.formats.rows import RowBatch, batch_items, gunzipped, pickled_batch
 from data_prep.formats.unpickle import load_batch
 from data_prep.items import Source
+from data_prep.listing import count_others, refuse_lost
+from data_prep.text import decode_text
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError
 
@@ -37,7 +39,7 @@ def cifar10(path: str) -> Source:
         DataError: there are no such files, a batch is missing or damaged, or labels or names do not fit.
         StorageError: the path cannot be reached.
     """
-    files = _files(path)
+    files, others = _files(path)
     kinds = [k for k in (PYTHON, BINARY) if any(name + k in files for names in SPLITS.values() for name in names)]
     if not kinds:
         raise DataError(
@@ -53,7 +55,8 @@ def cifar10(path: str) -> Source:
     batches = {split: [make(files[name + kind], name) for name in names] for split, names in SPLITS.items()}
     _check_sizes(path, [batch for of_split in batches.values() for batch in of_split])
     splits = {split: batch_items(of_split) for split, of_split in batches.items()}
-    return Source("cifar10", splits, classes, remote=not storage.is_local(path))
+    others += [FoundFile((name,), 0, file) for name, file in files.items() if name not in needed]
+    return Source("cifar10", splits, classes, remote=not storage.is_local(path), left_out=count_others(others))
 
 
 def _check_sizes(path: str, batches: list[RowBatch]) -> None:
@@ -64,30 +67,34 @@ def _check_sizes(path: str, batches: list[RowBatch]) -> None:
         raise DataError(f"source {path}: the batches hold different numbers of images ({found}); is one cut off?")
 
 
-def _files(path: str) -> Mapping[str, ByteRange]:
-    """List all files by name, without their folders."""
+def _files(path: str) -> tuple[Mapping[str, ByteRange], list[FoundFile]]:
+    """List all files by name, without their folders; and hidden ones."""
+    others: list[FoundFile] = []
     url = storage.absolute(path)
     if url.endswith((".tar.gz", ".tgz")):
         try:
-            return _in_archive(ByteRange(url, 0, storage.size(url)))
+            return _in_archive(ByteRange(url, 0, storage.size(url)), others), others
         except FileNotFoundError:
             raise DataError(f"source {path}: no such file") from None
-    files = {found.parts[-1]: range_of(found) for found in list_files(url, ("",))}
+    files = {found.parts[-1]: range_of(found) for found in list_files(url, ("",), others)}
+    refuse_lost(path, others)
     for name in ARCHIVES:
         if name in files and not any(batch + k in files for batch in SPLITS["test"] for k in (PYTHON, BINARY)):
-            return _in_archive(files[name])
-    return files
+            return _in_archive(files[name], others), others
+    return files, others
 
 
-def _in_archive(file: ByteRange) -> Mapping[str, ByteRange]:
-    return {found.parts[-1]: range_of(found) for found in list_tar(gunzipped(file), ("",))}
+def _in_archive(file: ByteRange, others: list[FoundFile]) -> Mapping[str, ByteRange]:
+    return {found.parts[-1]: range_of(found) for found in list_tar(gunzipped(file), ("",), others)}
 
 
 def _class_names(file: ByteRange, kind: str) -> tuple[str, ...]:
     if kind == PYTHON:
         names = load_batch(file(), file.name()).get("label_names")
     else:
-        names = file().decode("utf-8", "replace").split()
+        names = decode_text(file(), file.name()).split()
+    if isinstance(names, list):  # names of a batch that Python 3 has pickled again are bytes
+        names = [name.decode("latin-1") if isinstance(name, bytes) else name for name in names]
     if not isinstance(names, list) or len(names) != CLASSES or not all(isinstance(name, str) for name in names):
         raise DataError(f"{file.name()}: it does not hold the names of {CLASSES} classes")
     return tuple(names)

@@ -51,6 +51,11 @@ def read_downsampled(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, L
     return {"train": batch_items(batches[:-1]), "val": batch_items(batches[-1:])}, first.side
 
 
+def is_batch(file: FoundFile) -> bool:
+    """Return whether a file is a batch, or a zip of batches, by its name."""
+    return bool(_BATCH.fullmatch(file.parts[-1]) or _ZIP.fullmatch(file.parts[-1]))
+
+
 def _batch_files(files: Sequence[FoundFile]) -> Iterator[tuple[str, ByteRange]]:
     """Yield the names of batches, without suffix, and where they lie."""
     for entry in files:

@@ -6,19 +6,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep.formats.files import LOST, FoundFile, list_files
+from data_prep.formats.files import FoundFile, list_files
 from data_prep.formats.ranges import ByteRange
 from data_prep.items import Item, Source
 from data_prep.layout import Layout, Place, find_layout
+from data_prep.listing import ARCHIVES, all_image_suffixes, count_others, flaw_of, notes_on_lost, take_lost
 from data_prep.sources.webdataset import label_of
 from data_prep.text import decode_text
 from eiwtrain import storage
-from eiwtrain.data.image_formats import image_suffixes, is_image_name, other_suffixes, unreadable
-from eiwtrain.data.left_out import LeftOut, count_left_out, suffix_of
+from eiwtrain.data.left_out import suffix_of
 from eiwtrain.data.manifest import DataError
 
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: name, class and box of each image, separated by tabs
-ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".lz4")
 _LONGEST = 1 << 20  # bytes of a file of a label; longer ones are not looked into
 
 
@@ -38,10 +37,7 @@ def folder(path: str) -> Source:
         StorageError: it cannot be reached.
     """
     others: list[FoundFile] = []
-    found = list_files(path, (*image_suffixes(), *other_suffixes()), others)
-    lost = [file for file in others if file.flaw == LOST and is_image_name(file.parts[-1])]
-    images = sorted(found + lost, key=lambda file: file.parts) if lost else found
-    rest = [file for file in others if file.flaw != LOST or not is_image_name(file.parts[-1])]
+    images, rest = take_lost(list_files(path, all_image_suffixes(), others), others)
     if not images:
         raise DataError(f"source {path}: it holds no images{_instead(path, rest)}")
     layout = find_layout(path, [file.parts for file in images])
@@ -53,33 +49,16 @@ def folder(path: str) -> Source:
     for file, place in zip(images, places, strict=True):
         if place is not None:
             label = number[_plain(place.label)] if place.label else -1
-            flaw = file.flaw or unreadable(file.parts[-1])
-            splits.setdefault(place.split, []).append(Item(label, place.name, file.size, file.load, flaw))
+            splits.setdefault(place.split, []).append(Item(label, place.name, file.size, file.load, flaw_of(file)))
+    outside = [file for file, place in zip(images, places, strict=True) if place is None]
     order = sorted(splits, key=lambda split: (split != "train", split))
     return Source(
         "folder",
         {split: splits[split] for split in order},
         tuple(classes),
         remote=not storage.is_local(path),
-        notes=(*layout.notes, *_notes(places, rest)),
-        left_out=_left_out(images, places, rest),
-    )
-
-
-def reason_of(file: FoundFile) -> str:
-    """Return why a file that is no image is left out of a data set."""
-    return file.flaw or ("an archive in the source" if suffix_of(file.parts[-1]) in ARCHIVES else "not an image")
-
-
-def _left_out(
-    images: Sequence[FoundFile], places: Sequence[Place | None], rest: Iterable[FoundFile]
-) -> tuple[LeftOut, ...]:
-    outside = (file for file, place in zip(images, places, strict=True) if place is None)
-    return count_left_out(
-        [
-            *(("/".join(file.parts), "outside the splits") for file in outside),
-            *(("/".join(file.parts), reason_of(file)) for file in rest),
-        ]
+        notes=(*layout.notes, *notes_on_lost(images), *_notes(places, rest)),
+        left_out=count_others([*outside, *rest]),
     )
 
 

@@ -13,9 +13,12 @@ from typing import NamedTuple
 
 from data_prep.formats.files import FoundFile, list_files, list_tar, range_of
 from data_prep.formats.rows import gunzipped
-from data_prep.items import IMAGE_SUFFIXES, Item, Source
-from data_prep.sources.downsampled import CLASSES, read_downsampled
+from data_prep.items import Item, Source
+from data_prep.listing import all_image_suffixes, count_others, flaw_of, notes_on_lost, refuse_lost, take_lost
+from data_prep.sources.downsampled import CLASSES, is_batch, read_downsampled
+from data_prep.text import decode_text
 from eiwtrain import storage
+from eiwtrain.data.image_formats import is_image_name
 from eiwtrain.data.manifest import DataError
 from eiwtrain.terminal.lines import one_line
 
@@ -46,6 +49,7 @@ LAYOUTS = (
 )
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 GROUND_TRUTH, META, KAGGLE_LABELS = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "LOC_val_solution.csv"
+_ABOUT = (KAGGLE_LABELS, GROUND_TRUTH, META, DEVKIT)
 _KAGGLE = ("ILSVRC", "Data", "CLS-LOC")
 _SYNSET = re.compile(r"n\d{8}")
 _SMALL = re.compile(r"(train|valid)_(32x32|64x64)(\.tar)?")
@@ -78,25 +82,51 @@ def imagenet(path: str, val_labels: str | None = None) -> Source:
             is that of another variant.
         StorageError: the path cannot be reached.
     """
-    files = list_files(path, ("",))
+    others: list[FoundFile] = []
+    files, rest = take_lost(list_files(path, ("",), others), others)
+    refuse_lost(path, rest)
+    used: set[tuple[str, ...]] = set()
     remote = not storage.is_local(path)
     side = None
     splits: Mapping[str, Sequence[Item]]
     classes: tuple[str, ...]
-    if (original := _original(path, files, val_labels, remote)) is not None:
+    if (original := _original(path, files, val_labels, remote, used, rest)) is not None:
         variant, (splits, classes) = "original", original
     elif val_labels is not None:
         raise DataError(f"source {path}: val labels are only for the original ImageNet, and this is not it")
     elif (batches := read_downsampled(path, files)) is not None:
         variant, (splits, side) = "downsampled-2017", batches
         classes = tuple(str(n) for n in range(1, CLASSES + 1))
-    elif (images := _pixelrnn(path, files)) is not None:
+        used.update(file.parts for file in files if is_batch(file))
+    elif (images := _pixelrnn(path, files, used, rest)) is not None:
         variant, (splits, side), classes = "pixelrnn-2016", images, ()
     else:
-        raise DataError(f"source {path}: not a known layout of ImageNet; these are: {LAYOUTS}")
+        hint = ""
+        if any(is_image_name(file.parts[-1]) for file in files):  # as of Tiny ImageNet, or of a part of the classes
+            hint = f"; images in other folders: python -m data_prep folder --source {path}"
+        raise DataError(f"source {path}: not a known layout of ImageNet; these are: {LAYOUTS}{hint}")
     params = {"variant": variant} | ({} if side is None else {"side": side})
     protocol = describe(variant, side, len(splits["train"]), len(splits["val"]))
-    return Source("imagenet", splits, classes, protocol, remote=remote, params=params)
+    unused = [file for file in files if file.parts not in used and file.parts[-1] not in _ABOUT]
+    return Source(
+        "imagenet",
+        splits,
+        classes,
+        protocol,
+        remote=remote,
+        params=params,
+        notes=(*notes_on_lost(files), *_notes(unused)),
+        left_out=count_others([*unused, *rest]),
+    )
+
+
+def _notes(unused: Sequence[FoundFile]) -> list[str]:
+    """Return a note on images of the splits that are not directly in the folder of a class."""
+    strays = [f for f in unused if {"train", "val"}.intersection(f.parts[:-1]) and is_image_name(f.parts[-1])]
+    if not strays:
+        return []
+    first = "/".join(strays[0].parts)
+    return [f"{len(strays):,} images are not directly in the folder of a class, and are left out; the first: {first}"]
 
 
 def describe(variant: str, side: int | None, train: int, val: int) -> str:
@@ -119,13 +149,21 @@ def describe(variant: str, side: int | None, train: int, val: int) -> str:
 
 
 def _original(
-    path: str, files: Sequence[FoundFile], val_labels: str | None, remote: bool
+    path: str,
+    files: Sequence[FoundFile],
+    val_labels: str | None,
+    remote: bool,
+    used: set[tuple[str, ...]],
+    others: list[FoundFile],
 ) -> tuple[dict[str, list[Item]], tuple[str, ...]] | None:
-    """Return the splits and the synsets; None if there are no class folders or class tars."""
-    train = _images("train", TRAIN_TAR, files, remote)
+    """Return the splits and the synsets; None if there are no class folders or class tars.
+
+    Names of files that are used are added to `used`, and other files in tars to `others`.
+    """
+    train = _images("train", TRAIN_TAR, files, remote, used, others)
     if not any(synset for synset, _, _ in train):
         return None
-    val = _images("val", VAL_TAR, files, remote)
+    val = _images("val", VAL_TAR, files, remote, used, others)
     if not val:
         raise DataError(f"source {path}: the original ImageNet without validation images; add val or {VAL_TAR}")
     if strays := [name for synset, name, _ in train if not synset]:
@@ -141,10 +179,17 @@ def _original(
     ambiguous = len({name for _, name, _ in val}) < len(val)
     splits = {
         "train": [
-            Item(number[synset], f"{synset}/{name}", e.size, e.load) for synset, name, e in sorted(train, key=_place)
+            Item(number[synset], f"{synset}/{name}", e.size, e.load, flaw_of(e))
+            for synset, name, e in sorted(train, key=_place)
         ],
         "val": [
-            Item(number[synset] if synset else labels[name], f"{synset}/{name}" if ambiguous else name, e.size, e.load)
+            Item(
+                number[synset] if synset else labels[name],
+                f"{synset}/{name}" if ambiguous else name,
+                e.size,
+                e.load,
+                flaw_of(e),
+            )
             for synset, name, e in sorted(val, key=lambda image: _place(image)[::-1])
         ],
     }
@@ -155,7 +200,14 @@ def _place(image: tuple[str, str, FoundFile]) -> tuple[str, str]:
     return image[:2]
 
 
-def _images(split: str, tar: str, files: Sequence[FoundFile], remote: bool) -> Named:
+def _images(
+    split: str,
+    tar: str,
+    files: Sequence[FoundFile],
+    remote: bool,
+    used: set[tuple[str, ...]],
+    others: list[FoundFile],
+) -> Named:
     """List the images of a split: in class folders, in tars of the other classes, or if there are none, in `tar`."""
     found: Named = []
     tars: dict[str, FoundFile] = {}
@@ -163,37 +215,44 @@ def _images(split: str, tar: str, files: Sequence[FoundFile], remote: bool) -> N
         parts = entry.parts[len(_KAGGLE) :] if entry.parts[: len(_KAGGLE)] == _KAGGLE else entry.parts
         if parts[0] != split or len(parts) not in (2, 3):
             continue
-        if parts[-1].lower().endswith(IMAGE_SUFFIXES):
+        if is_image_name(parts[-1]):
             if len(parts) == 2 or _SYNSET.fullmatch(parts[1]):
                 found.append((parts[1] if len(parts) == 3 else "", parts[-1], entry))
         elif len(parts) == 2 and _SYNSET.fullmatch(synset := parts[1].removesuffix(".tar")):
             tars[synset] = entry
     whole = [entry for entry in files if entry.parts[-1] == tar]
     if not found and not tars and whole:
-        for entry in _in_tar(whole[0], (*IMAGE_SUFFIXES, ".tar")):
+        used.add(whole[0].parts)
+        for entry in _in_tar(whole[0], others, ".tar"):
             name = entry.parts[-1]
             if not name.endswith(".tar"):
                 found.append(("", name, entry))
             elif _SYNSET.fullmatch(synset := name.removesuffix(".tar")):
                 tars[synset] = entry
+    used.update(entry.parts for _, _, entry in found)
     unpacked = {synset for synset, _, _ in found}
     packed = [synset for synset in tars if synset not in unpacked]
+    used.update(tars[synset].parts for synset in packed)
     with ThreadPoolExecutor(_LISTING if remote else 1) as pool:
-        for synset, entries in zip(packed, pool.map(_in_tar, [tars[synset] for synset in packed]), strict=True):
+        listed = pool.map(lambda synset: _in_tar(tars[synset], others), packed)
+        for synset, entries in zip(packed, listed, strict=True):
             found.extend((synset, entry.parts[-1], entry) for entry in entries)
     return found
 
 
-def _in_tar(entry: FoundFile, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[FoundFile]:
-    """List the files in a tar, which can itself lie in a tar."""
-    return list_tar(range_of(entry), suffixes)
+def _in_tar(tar: FoundFile, others: list[FoundFile], *suffixes: str) -> list[FoundFile]:
+    """List the images, and files with these suffixes, in a tar, which can itself lie in a tar; fill in the others."""
+    rest: list[FoundFile] = []
+    found, rest = take_lost(list_tar(range_of(tar), (*all_image_suffixes(), *suffixes), rest), rest)
+    others.extend(file._replace(parts=(*tar.parts, *file.parts)) for file in rest)
+    return found
 
 
 def _flat_labels(
     files: Sequence[FoundFile], names: Sequence[str], val_labels: str | None, number: Mapping[str, int]
 ) -> dict[str, int]:
     """Return the labels of validation images outside class folders, by name; -1 if they are not known."""
-    about = {e.parts[-1]: e for e in files if e.parts[-1] in (KAGGLE_LABELS, GROUND_TRUTH, META, DEVKIT)}
+    about = {e.parts[-1]: e for e in files if e.parts[-1] in _ABOUT}
     if val_labels is not None:
         try:
             text = storage.read_bytes(storage.absolute(val_labels))
@@ -217,7 +276,7 @@ def _flat_labels(
 
 def _parse_labels(content: bytes, names: Sequence[str], classes: Sequence[str], what: str) -> list[str]:
     """Return the synset of each image: by name from a file like Kaggle's, by order from one of synsets or classes."""
-    lines = [line for line in content.decode("utf-8", "replace").split("\n") if line.strip()]
+    lines = [line for line in decode_text(content, what).split("\n") if line.strip()]
     if lines and lines[0].startswith("ImageId"):
         of = {line.split(",")[0]: line.partition(",")[2].split(" ")[0].strip() for line in lines[1:]}
         if missing := [name for name in names if name.rpartition(".")[0] not in of]:
@@ -254,7 +313,9 @@ def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
         raise DataError(f"the development kit is damaged ({type(e).__name__}: {one_line(e)})") from None
 
 
-def _pixelrnn(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, list[Item]], int] | None:
+def _pixelrnn(
+    path: str, files: Sequence[FoundFile], used: set[tuple[str, ...]], others: list[FoundFile]
+) -> tuple[dict[str, list[Item]], int] | None:
     """Return the splits, and the side of the images in pixels; None if there are no such folders or tars."""
     images: dict[tuple[str, int], list[FoundFile]] = {}
     tars: dict[tuple[str, int], FoundFile] = {}
@@ -264,9 +325,11 @@ def _pixelrnn(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, list[Ite
         key = {"train": "train", "valid": "val"}[match[1]], int(match[2].partition("x")[0])
         if match[3] and len(entry.parts) == 1:
             tars[key] = entry
-        elif not match[3] and entry.parts[-1].lower().endswith(IMAGE_SUFFIXES):
+        elif not match[3] and is_image_name(entry.parts[-1]):
             images.setdefault(key, []).append(entry)
-    images |= {key: _in_tar(entry) for key, entry in tars.items() if key not in images}
+    used.update(entry.parts for found in images.values() for entry in found)
+    used.update(entry.parts for key, entry in tars.items() if key not in images)
+    images |= {key: _in_tar(entry, others) for key, entry in tars.items() if key not in images}
     if not images:
         return None
     sides = {side for _, side in images}
@@ -279,6 +342,7 @@ def _pixelrnn(path: str, files: Sequence[FoundFile]) -> tuple[dict[str, list[Ite
         if not found:
             raise DataError(f"source {path}: {name}_{side}x{side}, a folder or a .tar with images, is missing")
         splits[split] = [
-            Item(-1, e.parts[-1], e.size, e.load) for e in sorted(found, key=lambda e: (e.parts[-1], e.parts))
+            Item(-1, e.parts[-1], e.size, e.load, flaw_of(e))
+            for e in sorted(found, key=lambda e: (e.parts[-1], e.parts))
         ]
     return splits, side

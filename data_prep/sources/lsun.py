@@ -14,7 +14,9 @@ from data_prep.formats.files import FoundFile, ZipImage, list_files, range_of
 from data_prep.formats.lmdb_values import Values, list_values
 from data_prep.formats.ranges import ByteRange
 from data_prep.items import Item, LazyItems, Source, join_items
+from data_prep.listing import count_others, refuse_lost
 from eiwtrain import storage
+from eiwtrain.data.image_formats import is_image_name
 from eiwtrain.data.manifest import DataError
 
 # Images for training, as downloaded (github.com/openai/glow, data_loaders/generate_tfr/lsun.py); 300 more in each val.
@@ -51,7 +53,9 @@ def lsun(path: str, categories: Sequence[str] = ()) -> Source:
             an LMDB is still in its zip, damaged, cut off or cannot be read.
         StorageError: the path cannot be reached.
     """
-    found = _find(storage.absolute(path))
+    others: list[FoundFile] = []
+    found = _find(storage.absolute(path), others)
+    refuse_lost(path, others)
     there = sorted({category for category, _ in found})
     for category in categories:
         if category not in there:
@@ -69,7 +73,8 @@ def lsun(path: str, categories: Sequence[str] = ()) -> Source:
         splits[split] = join_items(
             [_images(f"{c}_{split}", label, _data_file(found[c, split])) for label, c in enumerate(classes)]
         )
-    return Source("lsun", splits, classes, _protocol(classes, splits), remote=not storage.is_local(path))
+    protocol, left_out = _protocol(classes, splits), count_others(others)
+    return Source("lsun", splits, classes, protocol, remote=not storage.is_local(path), left_out=left_out)
 
 
 def _images(name: str, label: int, file: ByteRange) -> LazyItems:
@@ -83,8 +88,8 @@ def _image(name: str, label: int, file: ByteRange, values: Values, row: int) -> 
     return Item(label, f"{name}/{key}", size, ByteRange(file.file, values.starts[row], size))
 
 
-def _find(path: str) -> dict[tuple[str, str], FoundFile]:
-    """Find the data file of each (category, split), or its zip if it has not been unpacked."""
+def _find(path: str, others: list[FoundFile]) -> dict[tuple[str, str], FoundFile]:
+    """Find the data file of each (category, split), or its zip if it has not been unpacked; fill in all other files."""
     top = path.rsplit("/", 1)[-1]
     if top.endswith(".mdb"):
         try:
@@ -93,21 +98,27 @@ def _find(path: str) -> dict[tuple[str, str], FoundFile]:
             raise DataError(f"source {path}: no such file") from None
         top = path.split("/")[-2] if top == _DATA else top
     else:
-        entries = list_files(path, (_DATA, ".zip"))
+        entries = list_files(path, (_DATA, ".zip"), others)
     found: dict[tuple[str, str], FoundFile] = {}
     for entry in sorted(entries, key=_is_zip):  # data files first: a zip counts only if it has not been unpacked
         *folders, last = entry.parts
         name = last if _is_zip(entry) else folders[-1] if folders else top
         if match := _NAME.fullmatch(re.sub(r"\.(zip|tar|mdb)$", "", name)):
             same = found.setdefault((match[1], match[2]), entry)
-            if same is not entry and not _is_zip(entry):
+            if same is not entry and _is_zip(entry):
+                others.append(entry._replace(flaw="a zip beside its content"))
+            elif same is not entry:
                 raise DataError(
                     f"source {path}: {name} is there twice: {'/'.join(same.parts)} and {'/'.join(entry.parts)}"
                 )
+        else:
+            others.append(entry._replace(flaw="no LMDB of one category"))
     if not found:
+        exported = any(not file.flaw and is_image_name(file.parts[-1]) for file in others)
         raise DataError(
             f"source {path}: it holds no LMDB of LSUN: folders called CATEGORY_train_lmdb and CATEGORY_val_lmdb, "
             f"with a {_DATA} in each"
+            + (f"; its images, if exported from one: python -m data_prep folder --source {path}" if exported else "")
         )
     return found
 

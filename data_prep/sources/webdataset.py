@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +17,19 @@ from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
-from data_prep.formats.files import list_files
+from data_prep.formats.files import FoundFile, list_files
 from data_prep.formats.ranges import ByteRange
 from data_prep.formats.tars import tar_members
 from data_prep.items import Item, Source
+from data_prep.listing import count_others, refuse_lost
 from data_prep.split_names import split_in
 from eiwtrain import storage
+from eiwtrain.data.image_formats import is_image_name, unreadable
+from eiwtrain.data.left_out import LeftOut, count_left_out, join_left_out
 from eiwtrain.data.manifest import DataError
 
 LABELS = ("auto", "cls", "json", "txt", "none")  # members that can hold the class
-IMAGES = ("jpg", "jpeg", "png", "webp")  # members that are images
+IMAGES = ("jpg", "jpeg", "png", "webp")  # members that are images; others are only where a sample has none of these
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 _LISTING = 16  # tars of a remote source that are listed side by side
 _LONGEST_JSON = 1 << 20  # bytes; longer ones are not looked into
@@ -44,12 +48,16 @@ class _Tar(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A sample: its tar's name, its key, its image (None where it has none) and its class as text ("" for none)."""
+    """A sample: its tar's name, its key, its image (None where it has none) and its class as text ("" for none).
+
+    The flaw says why the image cannot be decoded here; "" for one that is tried.
+    """
 
     tar: str
     key: str
     image: ByteRange | None
     label: str
+    flaw: str
 
 
 def webdataset(path: str, labels: str = "auto") -> Source:
@@ -77,25 +85,34 @@ def webdataset(path: str, labels: str = "auto") -> Source:
     if labels not in LABELS:
         raise DataError(f"labels must be one of {', '.join(LABELS)}, not '{labels}'")
     kinds = {"auto": ("cls", "json"), "none": ()}.get(labels, (labels,))
-    tars = _find_tars(path)
+    others: list[FoundFile] = []
+    tars = _find_tars(path, others)
     remote = not storage.is_local(path)
     with ThreadPoolExecutor(_LISTING if remote else 1) as pool:
         listed = dict(zip((tar.name for tar in tars), pool.map(lambda tar: _list_tar(tar, kinds), tars), strict=True))
-    samples = [sample for tar in tars for sample in listed[tar.name]]
+    samples = [sample for tar in tars for sample in listed[tar.name][0]]
     images = [sample for sample in samples if sample.image is not None]
     if not images:
         raise DataError(f"source {path}: no images in its {len(samples):,} samples (members {', '.join(IMAGES)})")
     classes = _classes(path, {sample.label for sample in images} - {""})
     number = {name: i for i, name in enumerate(classes)}
     splits = {
-        split: _items([sample for tar in members for sample in listed[tar.name]], number)
+        split: _items([sample for tar in members for sample in listed[tar.name][0]], number)
         for split, members in _by_split(path, tars).items()
     }
-    notes = tuple(_notes(samples, images))
-    return Source("webdataset", splits, classes, remote=remote, params={"labels": labels}, notes=notes)
+    return Source(
+        "webdataset",
+        splits,
+        classes,
+        remote=remote,
+        params={"labels": labels},
+        notes=tuple(_notes(samples, images)),
+        left_out=join_left_out([*count_others(others), *(kind for _, rest in listed.values() for kind in rest)]),
+    )
 
 
-def _find_tars(path: str) -> list[_Tar]:
+def _find_tars(path: str, others: list[FoundFile]) -> list[_Tar]:
+    """Find the tars; fill in the other files of a folder."""
     if "{" in path and not (storage.is_local(path) and storage.exists(path)):
         try:
             urls = list(dict.fromkeys(storage.absolute(url) for url in braceexpand(path)))
@@ -110,7 +127,8 @@ def _find_tars(path: str) -> list[_Tar]:
             raise DataError(f"source {path}: no such folder or tar") from None
         urls = [url]
         if about["type"] == "directory":
-            urls = [f.load.url() for f in list_files(url, (".tar",)) if isinstance(f.load, ByteRange)]
+            urls = [f.load.url() for f in list_files(url, (".tar",), others) if isinstance(f.load, ByteRange)]
+            refuse_lost(path, [f for f in others if f.parts[-1].lower().endswith(".tar")])
             if not urls:
                 raise DataError(f"source {path}: no .tar is in this folder or below it")
     if packed := [url for url in urls if url.endswith(_COMPRESSED)]:
@@ -133,22 +151,36 @@ def _size(url: str) -> int | None:
         return None
 
 
-def _list_tar(tar: _Tar, kinds: Sequence[str]) -> list[_Sample]:
-    """List the samples of a tar by its headers; of members only those of `kinds`, which may hold a label, are read."""
+def _list_tar(tar: _Tar, kinds: Sequence[str]) -> tuple[list[_Sample], tuple[LeftOut, ...]]:
+    """List the samples of a tar by its headers, and count the other members.
+
+    Only members of `kinds`, which may hold a label, are read.
+    """
     groups: list[tuple[str, dict[str, Any]]] = []
+    others = []
     for parts, header, data, read in tar_members(ByteRange(tar.url, 0, tar.size)):
         stem, dot, kind = parts[-1].partition(".")
         kind = kind.lower()
         if not header.isreg() or not stem or not dot:
+            if not header.isdir():
+                others.append(("/".join((tar.name, *parts)), "not in a sample"))
             continue
         key = "/".join((*parts[:-1], stem))
         if not groups or groups[-1][0] != key or kind in groups[-1][1]:
             groups.append((key, {}))
-        if kind in IMAGES:
+        if _is_image(kind):
             groups[-1][1][kind] = data
         else:
             groups[-1][1][kind] = read() if kind in kinds and data.size <= _LONGEST_JSON else b""
-    return [_sample(tar, key, members, kinds) for key, members in groups]
+    samples = [_sample(tar, key, members, kinds) for key, members in groups]
+    for sample, (key, members) in zip(samples, groups, strict=True):
+        unused = (kind for kind in members if kind not in kinds and members[kind] is not sample.image)
+        others += ((f"{tar.name}/{key}.{kind}", "not an image or a label") for kind in unused)
+    return samples, count_left_out(others)
+
+
+def _is_image(kind: str) -> bool:
+    return "." not in kind and is_image_name(f".{kind}")
 
 
 def _sample(tar: _Tar, key: str, members: dict[str, Any], kinds: Sequence[str]) -> _Sample:
@@ -156,7 +188,10 @@ def _sample(tar: _Tar, key: str, members: dict[str, Any], kinds: Sequence[str]) 
     if len(images) > 1:
         raise DataError(f"source {tar.url}: sample {key} has two images, .{images[0]} and .{images[1]}; remove one")
     label = next(filter(None, (label_of(kind, members[kind]) for kind in kinds if kind in members)), "")
-    return _Sample(tar.name, key, members[images[0]] if images else None, label)
+    if not images:  # one that can be decoded here before one that cannot
+        images = sorted(filter(_is_image, members), key=lambda kind: (unreadable(f".{kind}"), kind))
+    image = images[0] if images else ""
+    return _Sample(tar.name, key, members.get(image), label, unreadable(f".{image}"))
 
 
 def label_of(kind: str, data: bytes) -> str:
@@ -170,7 +205,7 @@ def label_of(kind: str, data: bytes) -> str:
         value = content.get("label", content.get("cls")) if isinstance(content, dict) else None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    text = value.strip() if isinstance(value, str) else ""
+    text = unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else ""
     if len(text) > _LONGEST_NAME or "\n" in text or re.fullmatch(r"-[0-9]+", text):
         return ""
     return str(int(text)) if _NUMBER.fullmatch(text) else text
@@ -210,7 +245,7 @@ def _items(samples: Iterable[_Sample], number: dict[str, int]) -> list[Item]:
         name = sample.key if keys[sample.key] == 1 else f"{sample.tar}/{sample.key}"
         seen[name] += 1
         name += f"#{seen[name]}" if seen[name] > 1 else ""
-        items.append(Item(number.get(sample.label, -1), name, image.size, image))
+        items.append(Item(number.get(sample.label, -1), name, image.size, image, sample.flaw))
     return items
 
 
@@ -218,10 +253,6 @@ def _notes(samples: Sequence[_Sample], images: Sequence[_Sample]) -> Iterable[st
     if without := [sample for sample in samples if sample.image is None]:
         first = f"{without[0].tar}/{without[0].key}"
         yield f"{len(without):,} samples have no image ({', '.join(IMAGES)}) and are left out; the first: {first}"
-    bare = [sample for sample in images if not sample.label]
-    if 0 < len(bare) < len(images):
-        first = f"{bare[0].tar}/{bare[0].key}"
-        yield f"{len(bare):,} of {len(images):,} images have no label, the others have; the first: {first}"
     counts = Counter((sample.tar, sample.key) for sample in images)
     if repeated := [name for name, count in counts.items() if count > 1]:
         yield f"{len(repeated):,} keys come more than once in a tar; all are kept; the first: {'/'.join(repeated[0])}"

@@ -32,15 +32,19 @@ class LeftOut:
 
 
 def count_left_out(files: Iterable[tuple[str, str]]) -> tuple[LeftOut, ...]:
-    """Count files, given as (name, reason), by suffix and reason, the most frequent first.
+    """Count files, given as (name, reason), by suffix and reason. See `join_left_out`."""
+    return join_left_out(LeftOut(suffix_of(name), reason, 1, name) for name, reason in files)
+
+
+def join_left_out(counted: Iterable[LeftOut]) -> tuple[LeftOut, ...]:
+    """Add up counts of the same suffix and reason, the most frequent first.
 
     The result does not depend on their order. Beyond 100 kinds the rest are one.
     """
     counts: dict[tuple[str, str], tuple[int, str]] = {}
-    for name, reason in files:
-        kind = suffix_of(name), reason
-        number, first = counts.get(kind, (0, name))
-        counts[kind] = number + 1, min(first, name)
+    for suffix, reason, files, first in ((c.suffix, c.reason, c.files, c.first) for c in counted):
+        number, earliest = counts.get((suffix, reason), (0, first))
+        counts[suffix, reason] = number + files, min(earliest, first)
     found = [LeftOut(*kind, *count) for kind, count in counts.items()]
     found.sort(key=lambda kind: (-kind.files, kind.suffix, kind.reason))
     if len(rest := found[_MOST_KINDS - 1 :]) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -190,3 +191,42 @@ def test_a_broken_or_too_small_image_is_a_reject(tmp_path: Path) -> None:
     (path / _name(2)).write_bytes(_face(2, (100, 100)))
     manifest = prepare("celeba", str(tmp_path / "out"), 16, path=str(path), max_rejects=0.5)
     assert manifest.splits["train"].samples == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_the_split_file_can_begin_with_a_mark_of_its_encoding(tmp_path: Path, encoding: str) -> None:
+    folder = _folder(tmp_path)
+    (tmp_path / TEXT).write_bytes(_partition(".txt").decode().encode(encoding))
+    assert {split: len(items) for split, items in celeba(str(folder)).splits.items()} == {
+        split: len(numbers) for split, numbers in SPLITS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("beside", "hint"),
+    [
+        (
+            {"img_align_celeba.zip": b"PK", "img_celeba.7z": b"7z"},
+            "packed: use --source {x}/img_align_celeba.zip",
+        ),
+        ({"Img/img_align_celeba.zip": b"PK", "Anno/a.txt": b""}, "use --source {x}/Img/img_align_celeba.zip"),
+        ({"img_align_celeba.7z": b"7z"}, "unpack {x}/img_align_celeba.7z and give the folder of the images"),
+    ],
+)
+def test_the_official_download_still_packed_is_named_with_what_works(
+    tmp_path: Path, beside: dict[str, bytes], hint: str
+) -> None:
+    write_files(tmp_path, {TEXT: _partition(".txt"), **beside})
+    with pytest.raises(DataError, match=f"no images .*{re.escape(hint.format(x=tmp_path))}$"):
+        celeba(str(tmp_path))
+
+
+def test_faces_that_are_only_links_are_rejects_and_other_files_are_counted(tmp_path: Path) -> None:
+    folder = _folder(tmp_path)
+    write_files(folder, {"notes.txt": b""})
+    (folder / _name(1)).unlink()
+    (folder / _name(1)).symlink_to("../.git/annex/objects/nowhere")
+    source = celeba(str(folder))
+    assert [item.flaw != "" for item in source.splits["train"]] == [True, False, False, False]
+    assert [(kind.suffix, kind.files) for kind in source.left_out] == [(".txt", 1)]
+    assert "git annex get" in source.notes[0]

@@ -205,3 +205,19 @@ def test_broken_archives_are_refused_in_one_line(tmp_path: Path) -> None:
             read_source("cifar10", 32, str(tmp_path / "c.tar.gz"))
     with pytest.raises(DataError, match="no such file"):
         read_source("cifar10", 32, str(tmp_path / "absent.tar.gz"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_batches_that_python_3_has_pickled_again_with_bytes_as_names(tmp_path: Path, protocol: int) -> None:
+    def again(batch: dict[str, Any]) -> bytes:
+        """Pickle as after loading with encoding="bytes"."""
+        asbytes = {
+            key.encode(): [v.encode() if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+            for key, value in batch.items()
+        }
+        return pickle.dumps(asbytes, protocol)
+
+    source = read_source("cifar10", 32, str(write_files(tmp_path, _python(again))))
+    assert source.classes == tuple(CLASSES)
+    assert [item.label for item in source.splits["test"]] == _labels("test_batch")
+    assert [(kind.suffix, kind.first) for kind in source.left_out] == [(".html", "readme.html")]

@@ -292,3 +292,15 @@ def test_a_sidecar_without_counts_is_read(tmp_path: Path) -> None:
     assert main(["folder", *arguments, "--workers", "1"]) == 0
     assert "changed" not in json.loads((output / "train-000000.json").read_text())
     assert load_sidecar(str(output), "train-000000.tar").changed == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "tool"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"/annex/objects/SHA256E-1.jpg\n", "annex"),
+    ],
+)
+def test_a_pointer_in_place_of_an_image_is_named_with_what_fetches_it(content: bytes, tool: str) -> None:
+    with pytest.raises(Undecodable, match=tool):
+        fit(content, "a.jpg", Preprocess(8))

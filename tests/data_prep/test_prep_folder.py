@@ -139,7 +139,7 @@ def test_a_stray_file_beside_the_splits_is_left_out_by_name(tmp_path: Path) -> N
             path.write_bytes(zip_of(_images(*names)))
         source = _read(path)
         assert _labels(source) == {"train": ["cat", "dog"], "test": ["cat"]}
-        assert source.left_out == (LeftOut(".png", "outside the splits", 1, "ds/preview.png"),)
+        assert source.left_out == (LeftOut(".png", "an image outside the layout", 1, "ds/preview.png"),)
         assert "ds/preview.png" in source.notes[0]
 
 
@@ -177,7 +177,7 @@ def test_unusual_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*command, "--dry-run"]) == 0
     said = capsys.readouterr().err.splitlines()
     assert said == [
-        "data_prep: 1 of 5 images of split 'train' have no label, the others have",
+        "data_prep: 1 of 5 images of split 'train' have no label, the others have; the first: 2.png",
         "data_prep: split 'test' has no labels",
         "data_prep: 3 of 5 classes have images in split 'train' alone: 'Bee', 'bee', 'cat'",
         "data_prep: a class has images in split 'val' alone: 'elk'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 import zipfile
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_shards_are_the_same_bytes_from_every_layout(tmp_path: Path) -> None:
         output = tmp_path / str(i) / "set"
         prepare("imagenet", str(output), 32, path=str(write_files(tmp_path / layout, files)), workers=1)
         written[layout] = {p.name: p.read_bytes() for p in output.iterdir()}
+        manifest = json.loads(written[layout]["manifest.json"])
+        written[layout]["manifest.json"] = manifest | {"left_out": []}  # files that other layouts do not have
     assert {"train-000000.tar", "val-000000.tar"} < set(written["Kaggle"])
     assert all(files == written["Kaggle"] for files in written.values())
     assert load_manifest(str(output)).protocol.startswith("ImageNet 2012, resized here")
@@ -208,3 +211,43 @@ def test_val_labels_are_refused_where_labels_are_known(tmp_path: Path) -> None:
     for files in (ORIGINALS["class folders"], DOWNSAMPLED["npz"], SMALL["tars"]):
         with pytest.raises(DataError, match="val labels"):
             read_imagenet(write_files(tmp_path / uuid.uuid4().hex, files), val_labels="labels.txt")
+
+
+def test_images_that_no_class_folder_holds_directly_are_counted(tmp_path: Path) -> None:
+    strays = {
+        f"train/{SYNSETS[0]} copy/a.JPEG": image_file("a"),
+        f"train/{SYNSETS[0]}/deeper/b.JPEG": image_file("b"),
+        f"val/{SYNSETS[0]}/.DS_Store": b"",
+    }
+    source = read_imagenet(write_files(tmp_path / "a", ORIGINALS["class folders"] | strays))
+    _check_original(source)
+    assert {(kind.suffix, kind.reason, kind.files) for kind in source.left_out} == {
+        (".jpeg", "an image outside the layout", 3),
+        (".txt", "not an image", 2),
+        ("", "hidden", 1),
+    }
+    assert source.notes == (
+        "2 images are not directly in the folder of a class, and are left out; the first: "
+        f"train/{SYNSETS[0]}/deeper/b.JPEG",
+    )
+
+
+def test_links_to_nothing_are_rejects_and_a_class_that_is_one_stops_the_work(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "a", ORIGINALS["class folders"])
+    (root / "train" / SYNSETS[0] / "gone.JPEG").symlink_to("nowhere")
+    flaws = {item.source: item.flaw for item in read_imagenet(root).splits["train"] if item.flaw}
+    assert flaws == {f"{SYNSETS[0]}/gone.JPEG": "a link to a file that is not there"}
+    (root / "train" / "n09999999").symlink_to("nowhere")
+    with pytest.raises(DataError, match="train/n09999999 is a link to a file that is not there"):
+        read_imagenet(root)
+
+
+def test_another_layout_with_images_is_sent_to_the_folder_source(tmp_path: Path) -> None:
+    tiny = {f"train/{SYNSETS[0]}/images/{SYNSETS[0]}_0.JPEG": b"", "val/images/val_0.JPEG": b""}
+    with pytest.raises(DataError, match=r"not a known layout.* python -m data_prep folder --source"):
+        read_imagenet(write_files(tmp_path / "a", tiny))
+
+
+def test_labels_can_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    files = ORIGINALS["Kaggle"] | {"LOC_val_solution.csv": b"\xef\xbb\xbf" + kaggle_csv()}
+    _check_original(read_imagenet(write_files(tmp_path / "a", files)))

@@ -28,6 +28,7 @@ from data_prep import prepare
 from data_prep.formats.lmdb_values import list_values
 from data_prep.formats.ranges import ByteRange
 from data_prep.sources import lsun as module
+from data_prep.sources import read_source
 from data_prep.sources.lsun import lsun
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_sidecar
@@ -369,3 +370,21 @@ def test_a_damaged_tree_is_an_error_of_one_line_or_harmless(whole: bytes, data: 
     rest = data.draw(st.sampled_from([bytes(PAGE), b"\xff" * PAGE, other, random.Random(keep).randbytes(PAGE)]))
     pages[page] = pages[page][:keep] + rest[keep:]
     _listed_or_refused(b"".join(pages))
+
+
+def test_exported_images_are_named_with_the_source_that_reads_them(tmp_path: Path) -> None:
+    for name in ("012abc", "345def"):
+        folder = tmp_path / "tower_train" / "/".join(name[:3])
+        folder.mkdir(parents=True)
+        (folder / f"{name}.webp").write_bytes(_image(1, "WEBP"))
+    with pytest.raises(DataError, match=re.escape(f"python -m data_prep folder --source {tmp_path}")):
+        lsun(str(tmp_path))
+    source = read_source("folder", 8, str(tmp_path / "tower_train"), split="own")
+    assert [item.label for item in source.splits["train"]] == [-1, -1]  # 0 and 3 are no classes
+
+
+def test_an_lmdb_that_is_only_a_link_stops_the_work(scenes: Path, tmp_path: Path) -> None:
+    shutil.copytree(scenes, tmp_path / "copy")
+    (tmp_path / "copy" / "ferry_train_lmdb").symlink_to("nowhere")
+    with pytest.raises(DataError, match="ferry_train_lmdb is a link to a file that is not there; fetch or remove it"):
+        lsun(str(tmp_path / "copy"))

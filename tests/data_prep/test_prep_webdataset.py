@@ -18,8 +18,11 @@ from PIL import Image
 from data_prep import prepare
 from data_prep.__main__ import main
 from data_prep.items import Source
+from data_prep.pixels import Preprocess
 from data_prep.sources import read_source
+from data_prep.splits import apply_rule
 from data_prep.verify import verify
+from data_prep.writer import make_plan
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 
@@ -89,7 +92,8 @@ def test_images_without_label_among_labelled_ones_are_counted(tmp_path: Path) ->
     path = _write(tmp_path / "a.tar", {"png": _image(0), "cls": 1}, {"png": _image(1)}, {"png": _image(2), "json": "x"})
     source = _read(path)
     assert [label for _, label in _labels(source)] == [1, -1, -1]
-    assert source.notes == ("2 of 3 images have no label, the others have; the first: a.tar/0001",)
+    plan = make_plan(apply_rule(source, "own"), str(tmp_path / "set"), Preprocess(4))
+    assert plan.notes == ("2 of 3 images of split 'train' have no label, the others have; the first: 0001",)
 
 
 def test_labels_that_are_no_classes_are_refused(tmp_path: Path) -> None:
@@ -114,6 +118,33 @@ def test_samples_without_an_image_and_repeated_keys_are_counted(tmp_path: Path) 
         _read(_write(tmp_path / "b.tar", {"npy": np.zeros(2)}))
     with pytest.raises(DataError, match=r"sample 0000 has two images, \.jpg and \.png"):
         _read(_write(tmp_path / "c.tar", {"png": _image(0), "jpg": _image(0, "JPEG")}))
+
+
+def test_any_image_is_taken_where_there_is_no_usual_one_and_other_members_are_counted(tmp_path: Path) -> None:
+    samples = [
+        {"gif": _image(0, "GIF"), "cls": 1, "txt": "a caption"},
+        {"jpg": _image(1, "JPEG"), "tiff": _image(2, "TIFF"), "cls": 0, "seg.png": b"mask"},
+        {"heic": b"x" * 99, "cls": 1},
+    ]
+    _write(tmp_path / "a.tar", *samples)
+    (tmp_path / "notes.txt").write_text("n")
+    (tmp_path / "b.tar.gz").write_bytes(b"")
+    source = _read(tmp_path)
+    assert [(i.source, i.label, i.flaw) for i in source.splits["train"]] == [
+        ("0000", 1, ""),
+        ("0001", 0, ""),
+        ("0002", 1, "no decoder here reads .heic"),
+    ]
+    assert {(kind.suffix, kind.reason, kind.first) for kind in source.left_out} == {
+        (".txt", "not an image or a label", "a.tar/0000.txt"),
+        (".png", "not an image or a label", "a.tar/0001.seg.png"),
+        (".tiff", "not an image or a label", "a.tar/0001.tiff"),
+        (".txt", "not an image", "notes.txt"),
+        (".gz", "an archive in the source", "b.tar.gz"),
+    }
+    (tmp_path / "c.tar").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"c\.tar is a link to a file that is not there"):
+        _read(tmp_path)
 
 
 def test_keys_that_repeat_across_tars_are_told_apart(tmp_path: Path) -> None:
