@@ -247,8 +247,15 @@ def _parse(url: str, data: bytes) -> Checkpoint:
         )
     if digest != _digest(raw):
         raise DamagedCheckpoint(f"{manifest}: {len(data)} bytes that are not those written")
-    parts = tuple(Part(**p) for p in raw["parts"])
-    return Checkpoint(url, raw["step"], raw["samples_seen"], parts, raw["state"])
+    try:
+        parts = tuple(Part(**p) for p in raw["parts"])
+        found = Checkpoint(url, int(raw["step"]), int(raw["samples_seen"]), parts, dict(raw["state"]))
+        names = [p.name for p in parts if p.name in (".", "..") or {"/", "\\"} & set(p.name) or "::" in p.name]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise DamagedCheckpoint(f"{manifest}: it does not describe a checkpoint") from None
+    if names:  # a place elsewhere
+        raise DamagedCheckpoint(f"{manifest}: {names[0]!r:.80} names no file of this folder")
+    return found
 
 
 def _whole(found: Checkpoint, there: set[str]) -> Checkpoint:

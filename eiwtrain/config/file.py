@@ -8,21 +8,41 @@ under a second.
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError as PydanticError
 
-from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, leaf_fields
+from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, flatten, leaf_fields
 from eiwtrain.storage import anchored, is_local
 from eiwtrain.storage.database import sqlite_path, sqlite_uri
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
 _RENAMED = {"data.flip": "data.augment"}  # where names are too unlike to be guessed
+_MOST_BYTES = 1 << 16
+_MOST_VALUES, _MOST_ALIASES = 10_000, 20  # aliases that name each other, and merges, multiply
+_TOO_MANY, _TOO_LONG = "too many aliases", "too long"
+_PROBLEMS = {  # parts of PyYAML's messages, which may repeat the text, and what is wrong
+    "mapping values are not allowed": "a second colon; quote the value",
+    "could not find expected ':'": "a colon is missing",
+    "undefined alias": "a value that begins with * must be quoted",
+    "cannot start any token": "a value that begins with this character must be quoted",
+    "could not determine a constructor": "a value that begins with ! must be quoted",
+    "expected <block end>": "the indentation is not that of the lines above, or a quote is missing",
+    "expected ',' or": "a comma or a closing bracket is missing",
+    "escape character": "in double quotes a backslash must be doubled",
+    "unexpected end of stream": "a closing quote or bracket is missing",
+    "found duplicate anchor": "an anchor (&name) is defined twice",
+    _TOO_LONG: f"over {_MOST_BYTES:,} bytes, and a config has some lines",
+    _TOO_MANY: f"over {_MOST_ALIASES} aliases (*name)",
+    "expected a single document": "a second document (---)",
+}
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -36,9 +56,12 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
         ConfigError: with at most `MAX_ERROR_LINES` lines, each a field, what is wrong and what would be right.
     """
     raw = _read_yaml(path)
-    for override in overrides or []:
-        _override(raw, override)
-    raw = _expand(raw, "")
+    for number, override in enumerate(overrides or [], 1):
+        _override(raw, number, override)
+    try:
+        raw = _expand(raw, "", itertools.count())
+    except RecursionError:
+        raise ConfigError(f"{path}: it nests too deeply") from None
     try:
         config = Config.model_validate(raw)
     except PydanticError as e:
@@ -52,7 +75,9 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
 def _read_yaml(path: str) -> dict[str, Any]:
     file = Path(path)
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > _MOST_BYTES:
+            raise yaml.MarkedYAMLError(problem=_TOO_LONG)
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], 1, 0.4)
         hint = f"; did you mean {file.parent / near[0]}?" if near else "; give the path of a YAML file"
@@ -60,17 +85,47 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: {what}{hint}") from None
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror}); it must be a YAML file that you may read") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(e)}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: not valid YAML{_where(e)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold sections (run:, data:, ...), but holds {type(raw).__name__}")
     return raw
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+class _Loader(yaml.SafeLoader):
+    """YAML's plain data, with few aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node; count it if it is an alias."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > _MOST_ALIASES:
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem=_TOO_MANY, problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+def _where(error: Exception) -> str:
+    """Return what is wrong with a YAML text and where, without a word of it: a line may hold a password."""
+    if isinstance(error, UnicodeDecodeError):
+        return f": it is not UTF-8, at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return ": it nests too deeply"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = next((text for part, text in _PROBLEMS.items() if part in str(getattr(error, "problem", ""))), "")
+    line = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return line + (f": {problem}" if problem else "")
+
+
+def _override(raw: dict[str, Any], number: int, text: str) -> None:
+    """Apply the override that is argument `number` of its kind."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{redact(text)!r} is not an override; write section.field=value, e.g. train.max_steps=100")
+    names = {name for field, *_ in leaf_fields(Config) for name in (field, *field.split("."))}
+    if not equals or not re.fullmatch(r"[\w.-]+", key, re.ASCII):
+        plain = text in names or re.fullmatch(r"[a-z_]{1,20}", text)  # else it may be a password
+        named = repr(text) if plain else f"number {number}"
+        raise ConfigError(f"override {named} is not section.field=value; write e.g. train.max_steps=100")
     *sections, field = key.split(".")
     here = raw
     for section in sections:
@@ -79,8 +134,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
         here = here[section]
     try:
         here[field] = _value(key, value)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {redact(value)!r} is not valid YAML; quote it") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{key}: the value is not valid YAML{_where(e)}; quote it") from None
 
 
 def _value(key: str, text: str) -> Any:
@@ -88,7 +145,7 @@ def _value(key: str, text: str) -> Any:
 
     To YAML a word ends before ` #`, where a comment begins, and before a space at its end.
     """
-    node = yaml.compose(text, yaml.SafeLoader)
+    node = yaml.compose(text, _Loader)
     if node is None:
         return text if text.strip() else None
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
@@ -96,15 +153,21 @@ def _value(key: str, text: str) -> Any:
         return text
     if text[: node.start_mark.index].strip() or text[node.end_mark.index :].strip():
         raise ConfigError(f"{key}: YAML takes a part of the value for a comment or a mark; leave it out, or quote all")
-    return yaml.safe_load(text)
+    return yaml.load(text, _Loader)
 
 
-def _expand(value: Any, where: str) -> Any:
-    """Replace `${NAME}` and `${NAME:-default}` in every string below `value`."""
+def _expand(value: Any, where: str, counted: Iterator[int]) -> Any:
+    """Replace `${NAME}` and `${NAME:-default}` in every string below `value`.
+
+    Args:
+        counted: counts the values; few aliases of YAML can stand for billions.
+    """
+    if next(counted) > _MOST_VALUES:
+        raise ConfigError(f"{where}: over {_MOST_VALUES:,} values, by aliases of YAML (*name); write fewer")
     if isinstance(value, dict):
-        return {k: _expand(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        return {k: _expand(v, f"{where}.{k}".lstrip("."), counted) for k, v in value.items()}
     if isinstance(value, list):
-        return [_expand(v, where) for v in value]
+        return [_expand(v, where, counted) for v in value]
     if not isinstance(value, str):
         return value
 
@@ -137,7 +200,18 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{name}: is missing. {meaning or 'A section of the config.'}"
     problem = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}: {redact(repr(error['input'])):.80}: {problem}. {meaning}".strip()
+    given = error["input"]
+    if isinstance(given, dict | list | tuple | set):  # it may hold anything, a password, too
+        return f"{name}: {len(given)} values of its own: {problem}. {meaning}".strip()
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{name}: a single value: {problem}; write its fields below it, or {name}.FIELD=VALUE"
+    quoted = "" if error["type"] != "string_type" or given is None else f"; quote it: {_quoted(name, given)}"
+    return f"{name}: {one_line(repr(given), 80)}: {problem}{quoted}. {meaning}".strip()
+
+
+def _quoted(name: str, value: Any) -> str:
+    """Return how to write a value that YAML takes for a number or a date, in a file and as an override."""
+    return f'{name.rpartition(".")[2]}: "{value}" in the file, {name}=\'"{value}"\' as an override'
 
 
 def _tracked_where_mlflow_says(c: Config) -> Config:
@@ -152,12 +226,14 @@ def _tracked_where_mlflow_says(c: Config) -> Config:
 def _impossible(c: Config) -> list[str]:
     """Return a line for each combination of fields that no run could satisfy."""
     problems = []
-    factor = 2**c.model.levels
-    if c.data.resolution % factor:
-        most = (c.data.resolution & -c.data.resolution).bit_length() - 1
-        right = f"model.levels at most {most}" if most else f"a data.resolution that is a multiple of {factor}"
+    most = (c.data.resolution & -c.data.resolution).bit_length() - 1
+    if c.model.levels > most:
+        factor = f" = {1 << c.model.levels}" if c.model.levels < 64 else ""
+        right = (
+            f"model.levels at most {most}" if most else f"a data.resolution that is a multiple of {1 << c.model.levels}"
+        )
         problems.append(
-            f"model.levels: {c.model.levels} levels need a resolution divisible by 2^{c.model.levels} = {factor}, "
+            f"model.levels: {c.model.levels} levels need a resolution divisible by 2^{c.model.levels}{factor}, "
             f"but data.resolution is {c.data.resolution}; use {right}"
         )
     if c.train.micro_batch > c.train.global_batch:
@@ -186,9 +262,11 @@ def _impossible(c: Config) -> list[str]:
             f"tracking.uri: must be set when run.storage is remote ({redact(c.run.storage)}); "
             "use your MLflow server, e.g. http://host:5000, here or in MLFLOW_TRACKING_URI"
         )
-    for name, url in (("run.storage", c.run.storage), ("data.path", c.data.path), ("tracking.uri", c.tracking.uri)):
-        if url and holds_secret(url):
+    for name, value in flatten(c.model_dump()).items():  # all of them are printed and recorded
+        if isinstance(value, str) and holds_secret(value):
             problems.append(f"{name}: {REFUSAL}")
+        elif name == "data.cache_dir" and value is not None and not is_local(value):
+            problems.append(f"{name}: {one_line(value, 80)} is no folder of this machine; give a local path, or null")
     return problems
 
 
@@ -210,7 +288,7 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
                 f"model.conditioner.heads: {heads} does not divide model.conditioner.hidden = {hidden}; "
                 f"use {max(n for n in range(1, heads) if hidden % n == 0)}"
             )
-        least = resolution // 2**m.levels
+        least = resolution >> m.levels
         if least and least % patch:
             problems.append(
                 f"model.conditioner.patch: {patch} does not divide the last level's side, {least}; "

@@ -57,7 +57,9 @@ class Section(BaseModel):
     @classmethod
     def _a_bool_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("it must be a number or a word, not true or false")
+            raise ValueError(
+                "it must be a number or a word, not true or false; a word that YAML takes so, such as yes: quote it"
+            )
         return value
 
 

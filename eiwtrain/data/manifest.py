@@ -355,6 +355,9 @@ def _check_format(top: _Fields, expected: str) -> None:
 
 
 def _shard(fields: _Fields, sidecar_sha256: str = "") -> Shard:
+    name = fields.text("name")
+    if name in ("", ".", "..") or {"/", "\\"} & set(name) or "::" in name:  # a place elsewhere
+        raise DataError(f"{fields.where}: field '{fields.prefix}name' is {name!r:.60}, not the name of a file")
     return Shard(
         fields.text("name"), fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"), sidecar_sha256
     )

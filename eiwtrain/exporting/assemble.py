@@ -95,7 +95,7 @@ def check_place(url: str, saved: Checkpoint) -> None:
         return
     try:
         there = json.loads(storage.read_bytes(storage.join(url, flow.CONFIG_FILE)))["metadata"].get("checkpoint")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{url} is not empty; name another folder") from None
     if there != models.name_of(saved):
         raise ValueError(f"{url} holds another model; name another folder, or delete it first")
@@ -104,10 +104,11 @@ def check_place(url: str, saved: Checkpoint) -> None:
 def manifest_of(saved: Checkpoint) -> Manifest | None:
     """Return the manifest of a checkpoint's data set, or None if that is not there any more, or has changed."""
     try:
-        manifest = data.load_manifest(saved.state["config"]["data"]["path"])
-    except (data.DataError, storage.StorageError, OSError):
+        path = storage.foreign(saved.state["config"]["data"]["path"], f"the data set's URL in {saved.url}")
+        manifest = data.load_manifest(path)
+        return manifest if manifest.fingerprint == saved.state["data_fingerprint"] else None
+    except (data.DataError, storage.StorageError, OSError, KeyError, TypeError):
         return None
-    return manifest if manifest.fingerprint == saved.state["data_fingerprint"] else None
 
 
 def yardsticks_of(root: str, saved: Checkpoint) -> Yardsticks | None:
@@ -117,7 +118,7 @@ def yardsticks_of(root: str, saved: Checkpoint) -> Yardsticks | None:
         if summary["test_images"] == (saved.state["score"] or {}).get("images"):
             bits = {coder: float(summary[f"{coder}_bits_per_dim"]) for coder in CODERS}
             return Yardsticks(int(summary["yardstick_images"]), bits)
-    except (OSError, ValueError, KeyError, TypeError, storage.StorageError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, storage.StorageError):
         pass
     return None
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,19 @@ from eiwtrain.storage.database import sqlite_path
 from eiwtrain.terminal.lines import one_line
 
 _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[^/@]+))$")
+
+_NUMBER = (int, float)
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("run", "checkpoint", "data", "data_fingerprint", "eval_split", "train_split", "eiwtrain"), str),
+    **dict.fromkeys(("step", "updates", "samples_seen", "eval_images", "workers"), int),
+    **dict.fromkeys(("eval_bits_per_dim", "eval_standard_error", "wall_seconds"), _NUMBER),
+    "class_names": list,
+    "training": dict,
+}
+"""The types of the facts that are printed or computed with; others are kept as they are."""
+
+_MLFLOW_STORES = ("mlflow-artifacts", "runs", "models", "wasbs", "dbfs", "file")
+"""Schemes of places that MLflow itself, or the user's own account, stands for; beside `storage.foreign`."""
 
 _TRAINING = (
     *("global_batch", "optimizer", "betas", "lr", "schedule", "warmup_steps"),
@@ -47,19 +61,24 @@ def open_model(name: str) -> LoadedModel:
     """Open the flow at `name`.
 
     Args:
-        name: folder or URL of an exported model, a checkpoint or a run (its best checkpoint, or the newest if none was
-            evaluated), or `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow Model Registry that
+        name: folder or URL of an exported model (or of its `model.safetensors`), a checkpoint or a run (its best
+            checkpoint, or the newest if none was evaluated), or
+            `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the MLflow Model Registry that
             MLFLOW_TRACKING_URI names.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its weights are not finite.
         storage.StorageError: it cannot be read.
         checkpoints.DamagedCheckpoint: it is not as it was written.
     """
     if _REGISTERED.match(name):
         return _registered(name)
+    if name.endswith(".safetensors"):
+        return _exported(name, name)
     if storage.exists(storage.join(name, flow.MODEL_FILE)):
-        return _exported(name)
+        return _exported(storage.join(name, flow.MODEL_FILE), name)
+    if storage.is_local(name) and Path(storage.absolute(name)).is_file():
+        raise ValueError(f"{name}: this is a file; give its folder, or a model's {flow.MODEL_FILE}")
     if (saved := checkpoints.at(name)) is not None:
         return of_checkpoint(saved)
     found = checkpoints.committed(name)
@@ -128,10 +147,18 @@ def choose(which: str, root: str) -> Checkpoint:
 
 
 def of_checkpoint(saved: Checkpoint) -> LoadedModel:
-    """Load the averaged weights of a checkpoint."""
-    model = flow.EIWFlow(flow.FlowConfig.from_dict(saved.state["flow"]))
-    model.load_state_dict(checkpoints.section(checkpoints.load(saved), "ema"))
-    return LoadedModel(model.eval(), saved.url, metadata_of(saved))
+    """Load the averaged weights of a checkpoint.
+
+    Raises:
+        ValueError: they are not finite, or are not those of the flow that it describes.
+        checkpoints.DamagedCheckpoint: it is not as it was written.
+    """
+    try:
+        config, metadata = saved.state["flow"], _known(metadata_of(saved))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{saved.url}: its manifest does not describe a run ({one_line(repr(e))})") from None
+    model = flow.restore(config, checkpoints.section(checkpoints.load(saved), "ema"), saved.url)
+    return _finite(LoadedModel(model, saved.url, metadata))
 
 
 def name_of(saved: Checkpoint) -> str:
@@ -174,21 +201,44 @@ def _schedule(train: dict[str, Any]) -> list[str]:
     return decay + (["finetune_steps", "finetune_lr"] if train.get("finetune_steps") else [])
 
 
-def _exported(url: str) -> LoadedModel:
+def _exported(url: str, source: str) -> LoadedModel:
     # the header of the weights holds all of config.json: no other file is fetched
     if storage.is_local(url):
-        return _loaded(Path(storage.absolute(url), flow.MODEL_FILE), url)
+        return _loaded(Path(storage.absolute(url)), source)
     with tempfile.TemporaryDirectory() as copy:
-        storage.get_file(storage.join(url, flow.MODEL_FILE), Path(copy, flow.MODEL_FILE))
-        return _loaded(Path(copy, flow.MODEL_FILE), url)
+        storage.get_file(url, Path(copy, flow.MODEL_FILE))
+        return _loaded(Path(copy, flow.MODEL_FILE), source)
 
 
 def _loaded(file: Path, source: str) -> LoadedModel:
-    return LoadedModel(flow.load(file), source, flow.metadata(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # about weights that `_finite` refuses
+        return _finite(LoadedModel(flow.load(file), source, _known(flow.metadata(file))))
+
+
+def _finite(model: LoadedModel) -> LoadedModel:
+    """Return the model; raise ValueError if its weights are not finite."""
+    if bad := flow.not_finite(model.flow):
+        raise ValueError(f"{model.source}: {bad}; a model of an earlier step may be whole")
+    return model
+
+
+def _known(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a file's metadata that are of the types that `metadata_of` writes; another program, or
+    anybody, may have written it."""
+    kept = {
+        key: value
+        for key, value in metadata.items()
+        if key not in _FACTS or (isinstance(value, _FACTS[key]) and not isinstance(value, bool))
+    }
+    if not all(isinstance(name, str) for name in kept.get("class_names", [])):
+        del kept["class_names"]
+    return kept
 
 
 def _registered(name: str) -> LoadedModel:
     import mlflow
+    from mlflow.store.artifact.models_artifact_repo import ModelsArtifactRepository
 
     from eiwtrain.tracking.store import TrackingError, client
 
@@ -202,7 +252,10 @@ def _registered(name: str) -> LoadedModel:
         raise ValueError(f"{name}: {e}") from None
     with tempfile.TemporaryDirectory() as copy:
         try:
+            source = ModelsArtifactRepository.get_underlying_uri(name)
+            if source.partition(":")[0] not in _MLFLOW_STORES:
+                storage.foreign(source, f"the source of {name}")
             file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)
         except Exception as e:
-            raise ValueError(f"{name}: {one_line(e)}") from None
+            raise ValueError(f"{name}: {one_line(e, 300)}") from None
         return _loaded(Path(file), name)

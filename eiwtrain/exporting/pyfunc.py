@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from eiwtrain import __version__
-from eiwtrain.flow import EIWFlow, bits_per_dim, load
+from eiwtrain.flow import EIWFlow, bits_per_dim, load, not_finite
 
 MLMODEL = "MLmodel"
 """The file by which MLflow knows a folder as a model."""
@@ -130,7 +130,10 @@ class Scorer:
 def _load_pyfunc(path: str) -> Scorer:
     """Load the model from its folder, for MLflow."""
     device = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Scorer(load(path).to(device))
+    model = load(path)
+    if bad := not_finite(model):
+        raise ValueError(f"{path}: {bad}")
+    return Scorer(model.to(device))
 
 
 def _noises(

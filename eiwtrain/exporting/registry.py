@@ -18,11 +18,13 @@ from typing import Any
 
 from eiwtrain import flow, storage
 from eiwtrain.exporting import model_card
-from eiwtrain.storage.database import sqlite_uri
+from eiwtrain.storage.database import sqlite_path, sqlite_uri
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking.store import TrackingError, cause_line, client
 
 ALIAS = "best"
 _NAME = re.compile(r"[\w.-][\w. -]*")  # allowed by MLflow, and in `models:/NAME@ALIAS`
+_CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
 _UPLOAD_SECONDS = "600"  # a server's limit for one file, which it passes on before it answers
 _ALIKE = ("data_fingerprint", "image_shape", "n_bits", "eval_split", "eval_images")
 """Facts that two figures must have in common to be compared."""
@@ -92,14 +94,35 @@ def store_of(root: str, config: Mapping[str, Any]) -> str:
         config: of the run, as JSON data.
 
     Raises:
-        TrackingError: it was a database beside the run, which is not there any more.
+        TrackingError: it was a database beside the run, which is not there any more, or the run names a store that is
+            not used unless the user names it.
     """
-    if config["tracking"]["uri"]:
-        return str(config["tracking"]["uri"])
+    tracking = config.get("tracking")
+    if uri := tracking.get("uri") if isinstance(tracking, dict) else None:
+        return _foreign_store(str(uri))
     database = Path(storage.absolute(root)).parent / "mlflow.db"
     if not storage.is_local(root) or not database.is_file():
         raise TrackingError(f"{database if storage.is_local(root) else root}: no MLflow there; give --tracking-uri")
     return sqlite_uri(database)
+
+
+def _foreign_store(uri: str) -> str:
+    """Return the URI of an MLflow that a checkpoint names: an existing database of this machine, or a server that gets
+    no credentials of the user.
+
+    Raises:
+        TrackingError: it is something else.
+    """
+    named = f"the checkpoint names {one_line(uri, 80)} as its MLflow"
+    if (path := sqlite_path(uri)) is not None and uri.isprintable():
+        if not path.is_file():
+            raise TrackingError(f"{named}, which is not there; give --tracking-uri")
+        return uri
+    if not re.fullmatch(r"https?://[^\s@]+", uri) or not uri.isprintable():
+        raise TrackingError(f"{named}; give --tracking-uri to use it")
+    if given := [name for name in _CREDENTIALS if os.environ.get(name)]:
+        raise TrackingError(f"{named}, and {given[0]} is set: give --tracking-uri to say where to send it")
+    return uri
 
 
 def _register(

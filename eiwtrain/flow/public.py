@@ -10,7 +10,7 @@ from .conditioners import (
 )
 from .config import ConditionerConfig, FlowConfig
 from .dequantization import VariationalDequantizer
-from .files import CONFIG_FILE, MODEL_FILE, load, metadata, save
+from .files import CONFIG_FILE, MODEL_FILE, load, metadata, not_finite, restore, save
 from .images import bits_per_dim, dequantize, quantize
 from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
 from .level import Level
@@ -52,8 +52,10 @@ __all__ = [
     "make_conditioner",
     "make_shuffle",
     "metadata",
+    "not_finite",
     "preset",
     "quantize",
+    "restore",
     "run_chain",
     "save",
     "squeeze",

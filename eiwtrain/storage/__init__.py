@@ -17,6 +17,7 @@ from eiwtrain.storage.files import (
     write_bytes,
     write_pieces,
 )
+from eiwtrain.storage.foreign import foreign
 from eiwtrain.storage.removal import abandon_uploads, delete
 from eiwtrain.storage.retry import StorageError, count_faults, faults, impatient, retrying, waited
 from eiwtrain.storage.urls import absolute, anchored, filesystem, is_local, join
@@ -34,6 +35,7 @@ __all__ = [
     "faults",
     "filesystem",
     "find",
+    "foreign",
     "get_file",
     "impatient",
     "is_local",

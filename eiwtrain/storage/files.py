@@ -58,19 +58,24 @@ def size(url: str) -> int:
     return int(retrying(url, lambda: fs.size(path)))
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, most: int | None = None) -> bytes:
     """Return the whole file at `url`.
+
+    Args:
+        most: bytes that it may have, for a file that somebody else may have written; None: any number.
 
     Raises:
         FileNotFoundError: nothing is there.
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, has more bytes, or is no file but a pipe or a device.
     """
     if is_local(url):
-        return retrying(url, Path(absolute(url)).read_bytes)
+        return retrying(url, lambda: _read(absolute(url), most))
     fs, path = filesystem(url)
 
     def read() -> bytes:
         size = fs.size(path)
+        if most is not None and size > most:
+            raise StorageError(f"{url}: it has {size:,} bytes, and such a file has at most {most:,}")
         data: bytes = fs.cat_file(path)
         _check_length(len(data), size)
         return data
@@ -259,6 +264,16 @@ class _Joined:
             cut.append(piece[max(0, start - begin) : max(0, stop - begin)])
             begin += len(piece)
         return b"".join(cut)
+
+
+def _read(path: str, most: int | None) -> bytes:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:  # a pipe would block
+        about = os.fstat(f.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise StorageError(f"{path}: this is no regular file")
+        if most is not None and about.st_size > most:
+            raise StorageError(f"{path}: it has {about.st_size:,} bytes, and such a file has at most {most:,}")
+        return f.read()
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from eiwtrain.terminal.redact import redact
+
+_LONGEST = 20_000  # characters that are looked at
+
 
 def one_line(text: object, limit: int | None = 200) -> str:
-    """Return the text of an error, or any other, with runs of white space as single spaces.
+    """Return the text of an error, or any other, with runs of white space as single spaces, without secrets of URLs and
+    without characters that command a terminal.
 
     Args:
-        limit: the most characters to keep; None: all.
+        limit: the most characters to keep; None: all, up to 20,000.
     """
-    return " ".join(str(text).split())[:limit]
+    line = redact(" ".join(str(text)[:_LONGEST].split()))  # before it is cut, which could hide a URL's end from it
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)[:limit]

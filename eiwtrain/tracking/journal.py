@@ -77,7 +77,7 @@ def joined(points: Iterable[Point]) -> Iterator[Row]:
 
 def read(path: Path) -> Iterator[Row]:
     """Yield the rows of a journal, if it exists, up to the first damaged line, as a killed process may leave one."""
-    damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+    damage = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
     with contextlib.suppress(FileNotFoundError, *damage), open(path, "rb") as file:
         for line in file:
             values = json.loads(line)

@@ -37,6 +37,7 @@ _STATUS_OF: dict[lease.HoldingState, Status] = {"finished": "FINISHED", "failed"
 _BEGIN_SECONDS = 5.0  # for which a beginning run waits for a store that is away: a user may watch
 _END_SECONDS = 30.0  # for which an ending run waits
 _AGAIN_SECONDS = 1.0
+_MOST_IDENTITY = 10_000  # bytes of run.json
 _PAGE = 50  # runs asked for at once
 _ABANDONED_SECONDS = 10.0  # after which the remaining runs are left to the next start
 
@@ -227,7 +228,7 @@ def end_abandoned(run: TrackedRun, watch: Watch | None = None) -> list[str]:
 
 def _end_if_abandoned(run: TrackedRun, tags: Mapping[str, str], watch: Watch) -> Status | None:
     """Return the status with which the run was ended here; None if it was not."""
-    root = tags[ROOT_TAG]
+    root = storage.foreign(tags[ROOT_TAG], f"MLflow's tag {ROOT_TAG}")  # anyone who reaches MLflow may write it
     if _known_uid(root) != tags.get(_UID_TAG):  # a folder of that name that belongs to another run or machine
         return None
     last = watch.look(root)
@@ -267,10 +268,10 @@ def _uid(root: str) -> str:
 def _known_uid(root: str) -> str | None:
     """Return the identity of the run at `root`; None if there is no run."""
     try:
-        return str(json.loads(storage.read_bytes(_identity(root)))["uid"])
+        return str(json.loads(storage.read_bytes(_identity(root), _MOST_IDENTITY))["uid"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise TrackingError(
             f"run.storage: {_identity(root)} is not the run's identity; delete it to begin a new MLflow run"
         ) from None

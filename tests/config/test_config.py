@@ -118,12 +118,74 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("train=3", ["train"]),
         ("nonsense", ["'nonsense'", "section.field=value"]),
         ("train.lr=[", ["train.lr", "not valid YAML"]),
+        ("run.name=123", ["run.name: 123", """run.name='"123"'"""]),
+        ("run.name=2024-01-01", ["run.name", """run.name='"2024-01-01"'"""]),
+        ("data.path=1.5", ["data.path", """data.path='"1.5"'"""]),
+        ("run.name=yes", ["run.name", "quote it"]),
+        ("model.levels=1000000000000", ["model.levels", "at most 3"]),
+        ("data.cache_dir=s3://bucket/x", ["data.cache_dir", "local path"]),
+        ("data.cache_dir=s3://key:hunter2@bucket/x", ["data.cache_dir", "would be logged"]),
+        ("tracking.experiment=http://a:b@c", ["tracking.experiment", "would be logged"]),
+        ("train.lr=1:99:2024-99-99", ["train.lr"]),
+        ("train.lr=2024-99-99", ["train.lr", "not valid YAML"]),
     ],
 )
 def test_a_bad_value_is_one_line_with_field_and_remedy(path, override, words):
     message = error(path, *override.split(" "))
     assert len(message.splitlines()) == 1
     assert [w for w in words if w not in message] == []
+
+
+PLANTED = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"uri: mysql://user:{PLANTED}@host: x",
+        f"uri: *{PLANTED}",
+        f"uri: !{PLANTED} x",
+        f"uri: '{PLANTED}",
+        f'uri: "{PLANTED}\\q"',
+        f"uri: [{PLANTED}",
+        f"{PLANTED}",
+        f"uri: @{PLANTED}",
+        f"uri: &{PLANTED} &{PLANTED} x",
+        f"uri: {{password: {PLANTED}}}",
+        f"uri: [{PLANTED}]",
+        f"uri: http://user:{PLANTED}@host",
+        f"uri: http://host/?pass={PLANTED}",
+        f"uri: mssql+pyodbc:///?odbc_connect={PLANTED}",
+        f"uri: %{PLANTED}",
+        f"uri: `{PLANTED}",
+        f"  uri: x\n {PLANTED}: y",
+        f"uri: x\n---\n{PLANTED}: y",
+        f"uri: {PLANTED}\x00",
+    ],
+)
+def test_no_error_repeats_a_line_of_the_config(path, line):
+    Path(path).write_text(Path(path).read_text() + f"tracking:\n  {line}\n")
+    assert PLANTED not in error(path)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [f"tracking.uri:mysql://user:{PLANTED}@host", f"password {PLANTED}", f"tracking.uri=*{PLANTED}", PLANTED,
+     f"tracking.uri='{PLANTED}", f"tracking.uri={{a: {PLANTED}}}", f"mysql://user:{PLANTED}@host/?a=b"],
+)  # fmt: skip
+def test_no_error_repeats_the_value_of_an_override(path, argument):
+    assert PLANTED not in error(path, argument)
+
+
+def test_a_small_file_that_stands_for_billions_of_values_is_refused_at_once(path):
+    text = Path(path).read_text()
+    lists = "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 2) if i else '1'}]\n" for i in range(10))
+    nested = "".join(
+        f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" if i else "m0: &m0 {x: 1}\n" for i in range(9)
+    )
+    for bomb in (lists, nested, "a: &a [*a]\n", "a: " + "[" * 30_000, "x" * 100_000):
+        Path(path).write_text(f"{text}{bomb}")
+        assert len(error(path).splitlines()) <= MAX_ERROR_LINES
 
 
 def test_many_errors_are_cut_to_four_lines(path):

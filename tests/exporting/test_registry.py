@@ -184,3 +184,45 @@ def test_a_store_that_is_away_is_told_in_one_line(tmp_path):
 def test_a_name_that_a_registered_model_cannot_have_is_refused(name):
     with pytest.raises(ValueError, match="--register"):
         registry.check_name(name)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "mysql+pymysql://host/db",
+        "postgresql://host/db",
+        "databricks://profile",
+        "uc:http://host",
+        "plugin-scheme://host",
+        "sqlite:///{folder}/absent.db",
+        "http://user@host",
+        "http://host\x1b/x",
+        "file:///etc",
+    ],
+)
+def test_an_mlflow_that_only_a_checkpoint_names_is_used_where_it_is_a_server_or_is_here(tmp_path, monkeypatch, uri):
+    def store(uri):
+        return registry.store_of(str(tmp_path), {"tracking": {"uri": uri}})
+
+    for name in ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TrackingError, match="give --tracking-uri") as e:
+        store(uri.format(folder=tmp_path))
+    assert str(e.value).isprintable()
+    (tmp_path / "there.db").touch()
+    for fine in (f"sqlite:///{tmp_path}/there.db", "http://host:5000", "https://host/mlflow"):
+        assert store(fine) == fine
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "x")
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN is set"):
+        store("http://host:5000")
+
+
+@pytest.mark.parametrize("source", ["http://127.0.0.1:1/x", "ftp://127.0.0.1:1/x", "hdfs://host/x", "s3://b::http://x"])
+def test_a_version_whose_files_are_anywhere_is_not_fetched(store, monkeypatch, source):
+    name = f"elsewhere-{source.partition(':')[0]}"
+    store.client.create_registered_model(name)
+    store.client.create_model_version(name, source, await_creation_for=0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lambda **_: pytest.fail("it was fetched"))
+    with pytest.raises(ValueError, match="is not opened"):
+        models.open_model(f"models:/{name}/1")

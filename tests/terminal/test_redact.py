@@ -32,6 +32,24 @@ WITH = [
     f"https://host/x?y=1&auth={PLANTED}#z",
     f"https://host/x?api-key={PLANTED}",
     f"https://host/x#access_token={PLANTED}&token_type=bearer",
+    f"postgresql://host/db?user=a&pass={PLANTED}",
+    f"mysql://host/db?db_pass={PLANTED}&a=1",
+    f"https://host/x?private_key={PLANTED}",
+    f"https://host/x?privateKey={PLANTED}",
+    f"mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BUID%3Da%3BPWD%3D{PLANTED}",
+    f"https://host/x?pw={PLANTED}",
+    f"https://host/x?passphrase={PLANTED}",
+    f"https://account.blob.core.windows.net/c?sas={PLANTED}",
+    f"https://host/x?blob_sas={PLANTED}",
+    f"https://host/x?jwt={PLANTED}",
+    f"jdbc:sqlserver://host;user=a;password={PLANTED};b=1",
+    f"https://host/x?a=1;pwd={PLANTED}",
+    f"https://host/x?p%61ssword={PLANTED}",
+    f"https://host/x?next=https%3A%2F%2Fa%3A{PLANTED}%40host%2F",
+    f"https://host/x?next=%2Fy%3Fapi_key%3D{PLANTED}",
+    f"https://host/x?Authorization=Bearer+{PLANTED}",
+    f"https://host/x?shared-key={PLANTED}",
+    f"s3://key:{PLANTED}@bucket/x?a=1",
 ]
 WITHOUT = [
     "runs",
@@ -49,6 +67,8 @@ WITHOUT = [
     "http://host:5000/#/experiments/1/runs/2?searchFilter=tags.author",
     "https://host/x?design=1&author=a&keyword=b&keys=2&monkey=3#key",
     "s3://bucket/key=1/auth=2/sig=3",
+    "https://host/x?sort_key=a&keyspace=b&pattern=c&path=d%2Fe&next=https%3A%2F%2Fhost%2Fy%3Fa%3D1",
+    "https://host/x;version=1?passage=2&spin=3&assign=4",
 ]
 
 

@@ -386,3 +386,16 @@ def test_a_settling_that_fails_halfway_is_done_by_the_next(config, driver, monke
                 tracking.settle(run, owner, config.root, 1.5e9)
     assert tracking.settle(run, owner, config.root, 1.5e9)
     assert state(run) == ("KILLED", DIED.format("2017-07-14 02:40:00 UTC"))
+
+
+@pytest.mark.parametrize(
+    "root", ["reference://x::http://127.0.0.1:1/x", "http://127.0.0.1:1/x", "filecache::s3://b/x", "memory://x"]
+)
+def test_a_tag_of_another_run_never_makes_a_driver_open_its_url(config, monkeypatch, root):
+    run = tracking.begin(config, {})
+    client = MlflowClient(run.uri)
+    client.create_run(run.experiment_id, tags={"eiwtrain.root": root, "eiwtrain.uid": "x"})
+    opened = []
+    monkeypatch.setattr(storage, "read_bytes", lambda url, *_: opened.append(url))
+    assert tracking.end_abandoned(run) == []
+    assert opened == []
