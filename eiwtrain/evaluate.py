@@ -19,8 +19,7 @@ from typing import Any
 from eiwtrain import storage
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
-from eiwtrain.scoring import evaluation, yardsticks
-from eiwtrain.train import device
+from eiwtrain.scoring import FID_SAMPLES, yardsticks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _check(args)
+    from eiwtrain.scoring import evaluation  # not earlier: torch takes a second, which `--help` need not
+    from eiwtrain.train import device
+
     found = models.open_model(args.model)
     found.flow.to(device.of_command(args.device))
     readers = [models.open_split(found, args.data, args.split)]
@@ -85,7 +87,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     fid = parser.add_argument_group("FID and KID of samples")
     fid.add_argument("--fid-weights", metavar="FILE", help="weights of the feature network: .pth or .safetensors")
-    most = f"{evaluation.FID_SAMPLES:,}"
+    most = f"{FID_SAMPLES:,}"
     fid.add_argument("--fid-samples", type=int, metavar="N", help=f"(default: as many as images, at most {most})")
     fid.add_argument("--temperature", type=float, help="of the samples (default: 1)")
     return parser.parse_args(argv)

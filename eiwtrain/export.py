@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eiwtrain import storage
 from eiwtrain.checkpoints import Checkpoint
-from eiwtrain.exporting import assemble, models, onnx, registry
+from eiwtrain.exporting import models
 from eiwtrain.exporting.command import run_command
 from eiwtrain.exporting.models import LoadedModel
 from eiwtrain.terminal.redact import REFUSAL, holds_secret
@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    # not earlier: torch takes a second, which `--help` need not
+    from eiwtrain.exporting import assemble, onnx, registry
+
     if args.register is not None:
         registry.check_name(args.register)
     if args.tracking_uri and holds_secret(args.tracking_uri):
@@ -71,6 +74,8 @@ def _root(run: str, under: str) -> str:
 def _register(
     args: argparse.Namespace, root: str, saved: Checkpoint, model: LoadedModel, folder: Path, output: str
 ) -> int:
+    from eiwtrain.exporting import registry
+
     config = saved.state["config"]
     name = args.register or config["tracking"].get("registered_model") or config["run"]["name"]
     try:

@@ -11,18 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from eiwtrain import data, storage
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
-from eiwtrain.sampling import drawing, image_sets, pictures
-from eiwtrain.sampling.series import between_images, between_samples, pairs_of, render, samples
-from eiwtrain.train import device
+from eiwtrain.sampling import image_sets, pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _N, _ROWS = 64, 8  # of images; of interpolations, and of images of each class
 
@@ -34,6 +33,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     kind = _check(args)
+    import torch  # not earlier: it takes a second, which `--help` need not
+
+    from eiwtrain.sampling import drawing
+    from eiwtrain.sampling.series import between_images, between_samples, pairs_of, render, samples
+    from eiwtrain.train import device
+
     found = models.open_model(args.model)
     classes = _classes(args, found)
     n, columns, rows = _layout(args, len(classes))

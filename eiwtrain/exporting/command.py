@@ -10,11 +10,9 @@ import math
 import sys
 from collections.abc import Callable
 
-import torch
-
 from eiwtrain import storage
 from eiwtrain.checkpoints import DamagedCheckpoint
-from eiwtrain.sampling.series import BATCH
+from eiwtrain.sampling import BATCH
 from eiwtrain.terminal.lines import one_line
 
 
@@ -24,10 +22,19 @@ def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namesp
         return work(args)
     except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
         why = one_line(e, limit=None)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not _is_out_of_memory(e):
+            raise
         why = f"--batch: {args.batch} images at a time do not fit in the GPU's memory; give fewer"
     print(f"error: {why}", file=sys.stderr)
     return 2
+
+
+def _is_out_of_memory(e: RuntimeError) -> bool:
+    """Whether torch, which `--help` does not import, has found no memory on a GPU."""
+    import torch
+
+    return isinstance(e, torch.OutOfMemoryError)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

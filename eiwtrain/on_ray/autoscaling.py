@@ -6,8 +6,8 @@ size, asking changes nothing.
 Ray keeps one target for the size of a cluster, which every call of its public `request_resources` replaces. Ray Train
 and Ray Data therefore ask an actor of theirs, which sets the target to the sum of its requests every 20 s, whatever it
 was. The public function does not do for a job: the next such sum would erase its request, two jobs would replace each
-other's, and that of a killed job would stay. A job therefore asks the same actor, and has Ray Train, which would ask
-for the workers of one attempt, ask for none (`without_request`): the two would add up.
+other's, and that of a killed job would stay. A job therefore asks the same actor, and keeps Ray Train, which would ask
+for the workers of one attempt, from asking (`without_request`): the two would add up.
 """
 
 from __future__ import annotations
@@ -70,13 +70,19 @@ class NodeRequest:
 
 
 def without_request(policy: Any) -> Any:
-    """Return Ray Train's scaling policy, changed so that it asks for no nodes.
+    """Return Ray Train's scaling policy, changed so that it never asks for nodes.
+
+    Nor does it then start the actor that it would ask, for which an attempt would wait over a second.
 
     Args:
         policy: `ray.train.v2._internal.execution.scaling_policy.FixedScalingPolicy` of Ray 2.60.
     """
-    policy._get_num_workers_for_resource_request = int  # which gives 0, and can be pickled
+    policy.after_controller_start = policy._maybe_send_resource_request = _ask_nothing
     return policy
+
+
+def _ask_nothing(*_: Any) -> None:
+    """Do nothing; a function of a module, as the policy is pickled."""
 
 
 def _ask(requester: str, bundles: list[dict[str, float]]) -> Any:

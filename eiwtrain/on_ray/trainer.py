@@ -74,12 +74,16 @@ class Fit(threading.Thread):
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer, which here starts no detached actor to tidy up after a dead driver: Ray does so itself, and the
-    actor stays in the cluster forever. It also asks for no nodes, which the driver does."""
+    """Ray's trainer without the actors that a run does not need.
+
+    One would tidy up after a dead driver: Ray does so itself, and the actor stays in the cluster forever. Another would
+    hand out Ray's data sets, and its process would start beside the workers. Nor does it ask for nodes, which the
+    driver does.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+        unwanted = ("PlacementGroupCleanerCallback", "DatasetsCallback")
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in unwanted]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = without_request(options["scaling_policy"])

@@ -10,14 +10,17 @@ import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch import Tensor
 
 from eiwtrain import storage
 from eiwtrain.sampling.pictures import png
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WRITERS = 8  # files written at a time: an object store answers slowly, and many at once
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_TILES = 1024
 """The most images in a grid: more is a file for programs, not a picture for people."""
@@ -80,6 +82,8 @@ def rows_by_class(n: int, classes: int) -> tuple[int, int]:
 def by_class(images: Tensor, classes: int) -> Tensor:
     """Reorder images whose classes come in turn, (n, C, H, W), into rows of one class each; rows that a class does not
     fill get white images."""
+    import torch
+
     columns, rows = rows_by_class(len(images), classes)
     panel = torch.full((classes, columns * rows, *images.shape[1:]), 255, dtype=torch.uint8)
     for number in range(classes):

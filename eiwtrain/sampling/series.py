@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from eiwtrain import data, flow
-from eiwtrain.sampling import latents
-
-BATCH = 64
+from eiwtrain.sampling import BATCH, latents
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,12 @@ from torch import Tensor
 from eiwtrain import data, storage
 from eiwtrain.exporting.models import LoadedModel
 from eiwtrain.sampling import series
+from eiwtrain.scoring import FID_SAMPLES
 from eiwtrain.scoring.score_table import ScoreTable, score_images, to_parquet
 from eiwtrain.scoring.scores import mean
 
 if TYPE_CHECKING:
     from eiwtrain.scoring import fidelity
-
-FID_SAMPLES = 10_000
-"""Samples for FID where their number is not given and there are as many images."""
 
 _FIGURES = ("bits_per_dim", "standard_error")
 

@@ -44,7 +44,7 @@ class Tracker:
         journal: str | None = None,
     ) -> None:
         self._run, self._warn, self._guard = run, warn, guard
-        self._client = client(run.uri)
+        self._client: Any = None  # made in the thread: the import of MLflow and SQLAlchemy takes seconds
         self._backlog = Backlog(backlog)
         self._journal = Journal(journal, warn, guard) if journal is not None else None
         self._refused: set[str] = set()  # curves that the store refuses
@@ -101,6 +101,7 @@ class Tracker:
 
     def _work(self) -> None:
         try:
+            self._client = client(self._run.uri)
             if self._until_done(self._look) is not None:
                 self._backlog.skip_logged({}, {})
             while (chunk := self._backlog.take()) is not None:

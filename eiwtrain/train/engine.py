@@ -7,9 +7,11 @@ any world size and ZeRO stage.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from eiwtrain import flow
 from eiwtrain.config import Train
 
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read when `torch.compile` decorates a function
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
 """Modules that ZeRO 3 must gather whole, as their forward uses parameters of submodules that it does not call.
@@ -247,9 +250,41 @@ def _import_deepspeed() -> Any:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
+    with _without_mlflow(), _without_compiler():
+        import deepspeed
+        from deepspeed.utils import logger
+
+        with contextlib.suppress(ImportError):  # DeepSpeed looks it up whatever the optimizer is
+            import deepspeed.runtime.zero.muon.muon_optimizer
 
     logger.setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """Have MLflow not found, unless it is imported already: DeepSpeed's autotuner would import it, for a second on each
+    rank."""
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Have `torch.compile` do nothing: for the decorators of DeepSpeed's Muon optimizer it would import torch's
+    compiler, which takes another second."""
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_COMPILER]
+        if before is not None:
+            os.environ[_NO_COMPILER] = before

@@ -1,0 +1,66 @@
+"""What a process does not import because it does not need it: a heavy library takes a second or two of each start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    "torch",
+    "deepspeed",
+    "mlflow",
+    "ray",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "skimage",
+    "matplotlib",
+    "s3fs",
+    "pyarrow",
+}
+COMPILER = "torch._inductor.lowering"  # a part of torch's compiler that `torch.compile` imports
+
+
+def imported(*words: str) -> set[str]:
+    """Return the names of all modules that Python imports when it is started with these words."""
+    started = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in started.stderr.splitlines() if line.startswith("import time:")]
+    assert started.returncode in (0, 2), started.stderr
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("eiwtrain.run", "--help"),
+        ("eiwtrain.run", "--fields"),
+        ("eiwtrain.run", "configs/quickstart.yaml", "train.steps=1"),
+        ("data_prep", "--help"),
+        ("eiwtrain.evaluate", "--help"),
+        ("eiwtrain.sample", "--help"),
+        ("eiwtrain.export", "--help"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_answers_without_heavy_libraries(words):
+    assert not imported("-m", *words) & HEAVY
+
+
+def test_a_watcher_that_waits_is_small():
+    assert not imported("-c", "import eiwtrain.driver.watcher") & (HEAVY | {"numpy", "fsspec", "yaml"})
+
+
+def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
+    found = imported(
+        "-c",
+        "from eiwtrain.train.engine import _import_deepspeed\n"
+        "_import_deepspeed()\n"
+        "from deepspeed.runtime.zero import stage3\n"
+        "from deepspeed.runtime.zero.muon import muon_optimizer  # by all ranks at ZeRO 1 to 3",
+    )
+    assert "deepspeed" in found
+    assert not found & {"mlflow.tracking", COMPILER}
