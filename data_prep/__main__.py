@@ -29,7 +29,7 @@ from eiwtrain.data.left_out import left_out_table
 from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
 from eiwtrain.on_ray import session
 from eiwtrain.storage import anchored
-from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.lines import one_line, printable
 from eiwtrain.terminal.signals import exit_on_signals
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _write(args)
     except (DataError, storage.StorageError, OSError) as e:
-        print(f"data_prep: {e}", file=sys.stderr)
+        print(printable(f"data_prep: {e}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_STOPPED, file=sys.stderr)
@@ -208,7 +208,7 @@ def _write(args: argparse.Namespace) -> None:
         )
     if outcome.rejects:
         first = outcome.rejects[0]
-        print(f"left out {len(outcome.rejects)} images; the first: {first['source']} ({first['reason']})")
+        print(printable(f"left out {len(outcome.rejects)} images; the first: {first['source']} ({first['reason']})"))
     if outcome.duplicates:
         d = outcome.duplicates[0]
         print(

@@ -24,6 +24,7 @@ from data_prep.writer import Plan
 from eiwtrain import storage
 from eiwtrain.data.left_out import left_out_table
 from eiwtrain.data.manifest import DataError, Manifest, Sidecar, Split, load_sidecar
+from eiwtrain.terminal.lines import printable
 
 _READERS = 16  # sidecars that are read side by side
 _REASONS = 3  # how many of the most frequent reasons are printed
@@ -63,7 +64,7 @@ def describe(manifest: Manifest, where: str) -> str:
     made = manifest.preprocessing
     lines.append(f"  preprocessing: {made['name']} v{made['version']} {json.dumps(made['params'], sort_keys=True)}")
     lines.append(f"  fingerprint: {manifest.fingerprint}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def contact_sheet(

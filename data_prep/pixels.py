@@ -17,10 +17,9 @@ from PIL import Image, ImageColor
 
 from data_prep.decode import NotRead, Pixels, Undecodable, decode
 from data_prep.items import Box, Loaded
-from eiwtrain.data.manifest import ENCODINGS, DataError
+from eiwtrain.data.manifest import ENCODINGS, MAX_RESOLUTION, DataError
 
 VERSION = 3  # raise it when the same image would give other pixels
-MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
 RESAMPLING = {
     "box": Image.Resampling.BOX,
     "lanczos": Image.Resampling.LANCZOS,

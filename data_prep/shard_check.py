@@ -29,8 +29,9 @@ from eiwtrain.data.manifest import (
     sidecar_from_json,
     sidecar_name,
 )
-from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.lines import one_line, printable
 
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0\x80", b"\x28\xb5\x2f\xfd")
 _HEADER = {  # fields that are equal in every header: nothing depends on the machine or the moment
     "mtime": 0,
     "uid": 0,
@@ -86,7 +87,9 @@ class Problems:
         self._found: dict[tuple[str, str], list[str]] = {}
 
     def add(self, file: str, problem: str, kind: str | None = None) -> None:
-        self._found.setdefault((file, kind if kind is not None else problem), []).append(f"{file}: {problem}")
+        self._found.setdefault((file, kind if kind is not None else problem), []).append(
+            printable(f"{file}: {problem}")
+        )
 
     def lines(self) -> list[str]:
         return [
@@ -180,6 +183,9 @@ def _check_tar(check: ShardCheck, path: Path, sidecar: Sidecar | None, found: Pr
         rows = dict(zip(sidecar.keys, zip(*columns, strict=True), strict=True))
     names, end = [], 0
     with open(path, "rb") as tar:
+        if tar.read(8).startswith(_COMPRESSED):  # webdataset would unpack it, however large that is
+            found.add(name, "is compressed, and no plain tar")
+            return
         for member, data in _read_files(path, name, found):
             names.append(member)
             if not _check_header(name, tar, end, member, found):
@@ -208,7 +214,7 @@ def _read_files(path: Path, name: str, found: Problems) -> Iterator[tuple[str, b
             for file in tar_file_iterator(tar):
                 yield file["fname"], file["data"]
                 count += 1
-        except (tarfile.TarError, ValueError) as e:
+        except (tarfile.TarError, ValueError, RecursionError) as e:
             cause = str(e).partition(" @ ")[0]  # webdataset appends the file object
             found.add(name, f"cannot be followed after {count} members ({cause})")
 
@@ -259,7 +265,7 @@ def _check_about(check: ShardCheck, member: str, data: bytes, row: Row | None, f
     about: Any
     try:
         about = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         about = None
     label, source = (about.get("label"), about.get("source")) if isinstance(about, dict) else (None, None)
     if type(label) is not int or not isinstance(source, str) or not source:

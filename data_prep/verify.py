@@ -87,7 +87,14 @@ def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
             problems.append(f"{MANIFEST_NAME}: the fingerprint is not that of the shards and the preprocessing")
         content["fingerprint"] = fingerprint(splits, content["preprocessing"])
         return manifest_from_json(json.dumps(content).encode(), MANIFEST_NAME), problems
-    except (DataError, ValueError, TypeError, KeyError, AttributeError):  # more than the totals is wrong
+    except (
+        DataError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # more than the totals is wrong
         return None, [problem]
 
 

@@ -200,7 +200,7 @@ def label_of(kind: str, data: bytes) -> str:
     if kind == "json":
         try:
             content = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return ""
         value = content.get("label", content.get("cls")) if isinstance(content, dict) else None
     if isinstance(value, int) and not isinstance(value, bool):

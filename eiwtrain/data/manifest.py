@@ -19,17 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eiwtrain import storage
+from eiwtrain.data.fields import DataError, Fields, parse_object
 from eiwtrain.data.left_out import LeftOut
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "eiwtrain-data-2"
 SIDECAR_FORMAT = "eiwtrain-shard-2"
 ENCODINGS = ("png", "npy")
+MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
+_SAMPLE = 4 * 512  # bytes of a tar that an image takes at least: two members, each a header and a block
 _USUAL_SPLITS = ("train", "val", "test", "valid", "validation", "testing", "eval")
-
-
-class DataError(ValueError):
-    """A data set is absent, damaged or not the one that was asked for; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,10 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
     Raises:
         DataError: it is not JSON, has another format, lacks a field, has one of a wrong type, or contradicts itself.
     """
-    top = _Fields(_parse(text, where), where)
+    top = Fields(parse_object(text, where), where)
     _check_format(top, MANIFEST_FORMAT)
     preprocessing = top.mapping("preprocessing")
+    preprocessing.check_depth()
     preprocessing.mapping("params")
     for key in ("name", "version"):
         if key not in preprocessing.values:
@@ -237,6 +237,8 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         shards = tuple(_shard(s, s.text("sidecar_sha256")) for s in split.mappings("shards"))
         if sum(s.samples for s in shards) != split.integer("samples"):
             raise DataError(f"{where}: field 'splits.{name}.samples' is not the sum over its shards")
+        for shard in shards:
+            _check_shard(shard, where)
         splits[name] = Split(name, split.integer("samples"), shards)
     manifest = Manifest(
         name=top.text("name"),
@@ -253,6 +255,9 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
             for kind in (top.mappings("left_out") if "left_out" in top.values else ())  # earlier versions had none
         ),
     )
+    if not 1 <= manifest.resolution <= MAX_RESOLUTION or manifest.channels != 3:
+        size = f"{manifest.resolution} pixels, {manifest.channels} channels"
+        raise DataError(f"{where}: images of {size}; this version reads 1 to {MAX_RESOLUTION} pixels, 3 channels")
     if manifest.encoding not in ENCODINGS:
         raise DataError(f"{where}: images are stored as '{manifest.encoding}', this version reads {ENCODINGS}")
     if manifest.fingerprint != fingerprint(splits, manifest.preprocessing):
@@ -300,10 +305,10 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
     Raises:
         DataError: as `manifest_from_json`.
     """
-    top = _Fields(_parse(text, where), where)
+    top = Fields(parse_object(text, where), where)
     _check_format(top, SIDECAR_FORMAT)
     index = top.mapping("index")
-    changed = top.mapping("changed") if "changed" in top.values else _Fields({}, where)
+    changed = top.mapping("changed") if "changed" in top.values else Fields({}, where)
     sidecar = Sidecar(
         shard=_shard(top),
         plan=top.text("plan"),
@@ -333,71 +338,30 @@ def _columns(sidecar: Sidecar) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _texts(entries: list[_Fields], *names: str) -> tuple[dict[str, str], ...]:
+def _texts(entries: list[Fields], *names: str) -> tuple[dict[str, str], ...]:
     """Return the entries; each must have strings of these names."""
     return tuple({name: entry.text(name) for name in names} for entry in entries)
 
 
-def _parse(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as e:
-        raise DataError(f"{where}: not JSON ({e})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{where}: not a JSON object")
-    return content
-
-
-def _check_format(top: _Fields, expected: str) -> None:
+def _check_format(top: Fields, expected: str) -> None:
     found = top.values.get("format")
     if found != expected:
         raise DataError(f"{top.where}: format is {found!r}, this version reads '{expected}'")
 
 
-def _shard(fields: _Fields, sidecar_sha256: str = "") -> Shard:
+def _check_shard(shard: Shard, where: str) -> None:
+    """Check what a manifest says of a shard before any file is opened by it."""
+    if shard.samples * _SAMPLE > shard.bytes:
+        few = f"{shard.samples} samples cannot be in {shard.bytes} bytes"
+        raise DataError(f"{where}: {few}, as is said of shard {shard.name!r:.60}")
+    if not all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in (shard.sha256, shard.sidecar_sha256)):
+        raise DataError(f"{where}: the checksums of shard {shard.name!r:.60} are no SHA-256")
+
+
+def _shard(fields: Fields, sidecar_sha256: str = "") -> Shard:
     name = fields.text("name")
     if name in ("", ".", "..") or {"/", "\\"} & set(name) or "::" in name:  # a place elsewhere
         raise DataError(f"{fields.where}: field '{fields.prefix}name' is {name!r:.60}, not the name of a file")
     return Shard(
         fields.text("name"), fields.integer("samples"), fields.integer("bytes"), fields.text("sha256"), sidecar_sha256
     )
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """A JSON object whose fields are read by name and type; an error names the field and the file."""
-
-    values: dict[str, Any]
-    where: str
-    prefix: str = ""
-
-    def _take(self, name: str, kind: type, what: str) -> Any:
-        if name not in self.values:
-            raise DataError(f"{self.where}: field '{self.prefix}{name}' is missing")
-        value = self.values[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise DataError(f"{self.where}: field '{self.prefix}{name}' is {value!r:.60}, not {what}")
-        return value
-
-    def text(self, name: str) -> str:
-        return str(self._take(name, str, "a string"))
-
-    def integer(self, name: str) -> int:
-        value = int(self._take(name, int, "a whole number"))
-        if value < 0:
-            raise DataError(f"{self.where}: field '{self.prefix}{name}' is negative")
-        return value
-
-    def mapping(self, name: str) -> _Fields:
-        return _Fields(self._take(name, dict, "an object"), self.where, f"{self.prefix}{name}.")
-
-    def mappings(self, name: str) -> list[_Fields]:
-        entries = self.listed(name, dict)
-        return [_Fields(e, self.where, f"{self.prefix}{name}[{i}].") for i, e in enumerate(entries)]
-
-    def listed(self, name: str, kind: type) -> list[Any]:
-        values = self._take(name, list, "a list")
-        for i, value in enumerate(values):
-            if not isinstance(value, kind):
-                raise DataError(f"{self.where}: field '{self.prefix}{name}[{i}]' is {value!r:.60}, not {kind.__name__}")
-        return list(values)

@@ -15,4 +15,9 @@ def one_line(text: object, limit: int | None = 200) -> str:
         limit: the most characters to keep; None: all, up to 20,000.
     """
     line = redact(" ".join(str(text)[:_LONGEST].split()))  # before it is cut, which could hide a URL's end from it
-    return "".join(c if c.isprintable() else "\ufffd" for c in line)[:limit]
+    return printable(line)[:limit]
+
+
+def printable(text: str) -> str:
+    """Return a text without line breaks and other characters that command a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -51,6 +51,14 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def _nested(depth: int) -> Any:
+    """Return lists in one another."""
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -68,6 +76,14 @@ def _set(path: list[Any], value: Any) -> Callable[[dict[str, Any]], None]:
         (_set(["classes"], [1]), r"field 'classes\[0\]' is 1, not str"),
         (_set(["preprocessing", "version"], None), "field 'preprocessing.version' is missing"),
         (_set(["preprocessing", "version"], 2), "field 'fingerprint' does not match"),
+        (_set(["preprocessing", "params", "x"], _nested(900)), "field 'preprocessing' nests more than"),
+        (_set(["name"], _nested(900)), "field 'name' is a list, not a string"),
+        (_set(["resolution"], 1 << 20), "images of 1048576 pixels"),
+        (_set(["channels"], 1 << 40), "1099511627776 channels"),
+        (_set(["splits", "train", "shards", 0, "bytes"], 1 << 70), "shards.0..bytes' is negative, or far too large"),
+        (_set(["splits", "train", "shards", 0, "bytes"], 100), "20 samples cannot be in 100 bytes"),
+        (_set(["splits", "train", "shards", 0, "name"], "../x.tar"), "'../x.tar', not the name of a file"),
+        (_set(["splits", "train", "shards", 0, "sha256"], "../x"), "checksums of shard .* are no SHA-256"),
     ],
 )
 def test_a_wrong_field_is_named_in_one_line(
@@ -79,6 +95,23 @@ def test_a_wrong_field_is_named_in_one_line(
         manifest_from_json(json.dumps(content).encode(), "here/manifest.json")
     assert "here/manifest.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 70), True, 0.5])
+def test_a_sidecar_holds_whole_numbers_that_fit_an_array(data_set: Path, number: Any) -> None:
+    content = json.loads((data_set / "train-000000.json").read_text())
+    content["index"]["offset"][3] = number
+    with pytest.raises(DataError, match=r"field 'index.offset\[3\]' is .*, not int"):
+        sidecar_from_json(json.dumps(content).encode(), "x")
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b'{"a":' * 100_000, b'{"format":' + b"[" * 990 + b"]" * 990 + b"}"])
+def test_brackets_without_end_are_refused_in_one_line(text: bytes) -> None:
+    for parse in (manifest_from_json, sidecar_from_json):
+        with pytest.raises(DataError) as caught:
+            parse(text, "x")
+        assert len(str(caught.value)) < 200
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe"])

@@ -21,6 +21,7 @@ from data_prep.formats.files import list_files
 from data_prep.formats.ranges import ByteRange
 from data_prep.formats.rows import gunzipped, npz_batch, pickled_batch, zip_members
 from data_prep.formats.unpickle import load_batch
+from data_prep.sources.webdataset import webdataset
 from eiwtrain.data.manifest import DataError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -219,3 +220,9 @@ def test_an_npz_whose_labels_are_no_labels_is_refused_in_one_line(tmp_path: Path
     with pytest.raises(DataError, match=r"its labels are not 2 integers|holds no plain arrays") as caught:
         npz_batch(file, "val_data")
     assert "\n" not in str(caught.value)
+
+
+def test_a_sample_whose_json_nests_without_end_has_no_label(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": b"", "a.json": b"[" * 200_000, "b.jpg": b"", "b.cls": b"0"}))
+    source = webdataset(str(tmp_path / "x.tar"))
+    assert [item.label for item in source.splits["train"]] == [-1, 0]

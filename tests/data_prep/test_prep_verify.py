@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -507,3 +508,29 @@ def test_a_shard_check_returns_what_the_whole_needs(sound: Path) -> None:
     assert found.problems == ()
     assert found.sidecar is not None
     assert len(found.sidecar.digests) == checks[0].shard.samples
+
+
+def test_files_of_brackets_are_problems_of_one_line(folder: Path) -> None:
+    (folder / SHARD.replace(".tar", ".json")).write_bytes(b"[" * 200_000)
+    _expect(
+        verify(str(folder))[:2],
+        r"train-000001.json: has another SHA-256 than the manifest says",
+        r"train-000001.json: not JSON that can be read .*",
+    )
+    (folder / "manifest.json").write_bytes(b'{"splits":' * 100_000)
+    _expect(verify(str(folder)), r"manifest.json: not JSON that can be read .*")
+
+
+def test_a_compressed_shard_is_not_unpacked(folder: Path) -> None:
+    (folder / SHARD).write_bytes(gzip.compress((folder / SHARD).read_bytes()))
+    _expect(
+        verify(str(folder)),
+        rf"{SHARD}: has .* bytes, in the manifest .*",
+        rf"{SHARD}: is compressed, and no plain tar",
+    )
+
+
+def test_names_in_a_shard_do_not_command_a_terminal(folder: Path) -> None:
+    members = _members(folder / SHARD)
+    _rewrite(folder, SHARD, [("\x1b[2Jx.png", b""), *members])
+    assert all(line.isprintable() for line in verify(str(folder)))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import eiwtrain
-from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.lines import one_line, printable
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ def test_no_other_file_joins_words_into_a_line_by_itself():
     files = [f for package in ("eiwtrain", "data_prep", "cluster") for f in (root / package).rglob("*.py")]
     joins = re.compile(r"""["'] ["']\.join\(.*\.split\(\)\)""")
     assert [f.name for f in files if joins.search(f.read_text())] == ["lines.py"]
+
+
+def test_names_of_others_do_not_command_a_terminal() -> None:
+    assert printable("  ok\x1b[2J\nnext\r\x9b") == "  ok\ufffd[2J\ufffdnext\ufffd\ufffd"
+    assert printable("höhe-写真 \\ x") == "höhe-写真 \\ x"
