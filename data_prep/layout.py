@@ -6,7 +6,7 @@ Not for reading folders or labels in files: that is in `data_prep.sources.folder
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from data_prep.split_names import SplitName, split_name
@@ -83,6 +83,17 @@ def find_layout(path: str, names: Sequence[Parts]) -> Layout:
         DataError: it is not clear which folders are splits, or images are in folders beside them.
     """
     tree = _Tree(names)
+    layout = _find(path, names, tree)
+    labels = sorted({place.label for place in layout.places if place and place.label})
+    layout.notes.extend(
+        f"'{label}' is taken as a class, as {_list(other for other in labels if other != label)} are beside it"
+        for label in labels
+        if label.lower() in _CONTAINERS and len(labels) > 1
+    )
+    return layout
+
+
+def _find(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
     levels: list[Parts] = []
     for folder in sorted(tree.folders, key=len):
         if tree.is_level(folder) and not any(folder[: len(level)] == level for level in levels):
@@ -104,29 +115,55 @@ def _of_splits(path: str, names: Sequence[Parts], tree: _Tree, level: Parts) -> 
     called = _called(path, known)
     splits = {(*level, name): split for name, split in called.items()}
     depth = len(level) + 1
-    strays = [parts for parts in names if parts[:depth] not in splits or len(parts) == depth]
-    folders = {parts[: _common(parts[:-1], level) + 1] for parts in strays if parts[:-1] != level[: len(parts) - 1]}
-    if folders:
+    outside = [folder for folder in tree.direct if folder[:depth] not in splits]
+    if folders := {folder[: _common(folder, level) + 1] for folder in outside if folder != level[: len(folder)]}:
         both = " and ".join(repr(name) for name in list(dict.fromkeys([*_first(known, "train"), *known]))[:2])
         raise DataError(
             f"source {path}: {both} look like splits, but there are also images in "
             f"{_list('/'.join(folder) for folder in folders)}; move them away, or rename what is a split to train, "
             "val or test"
         )
-    notes = []
-    if strays:
-        notes.append(f"{len(strays):,} images outside the splits are left out; the first: {'/'.join(min(strays))}")
     classes = {name for folder in splits if len(tree.below(folder)) > 1 for name in tree.below(folder)}
     tops = {folder: _class_level(tree, folder, classes) for folder in splits}
     if nested := [folder for folder in tops.values() if tree.is_level(folder)]:
         raise DataError(f"source {path}: {'/'.join(nested[0])!r} in a split holds splits of its own; give one of them")
-    places: list[Place | None] = []
-    for parts in names:
-        split = splits.get(parts[:depth]) if len(parts) > depth else None
-        above = len(tops[parts[:depth]]) if split else 0
-        label = parts[above] if split and len(parts) > above + 1 else ""
-        places.append(Place(split, label, "/".join(parts[depth:])) if split else None)
+
+    def place(folder: Parts) -> Place | None:
+        top = tops.get(folder[:depth])
+        if top is None:
+            return None
+        label = folder[len(top)] if len(folder) > len(top) else ""
+        return Place(splits[folder[:depth]], label, _prefix(folder[depth:]))
+
+    places, notes = _place_all(names, place)
     return Layout(_unsharded(places, notes), notes, splits)
+
+
+def _place_all(names: Iterable[Parts], place: Callable[[Parts], Place | None]) -> tuple[list[Place | None], list[str]]:
+    """Return the place of each image, and a note on those without.
+
+    Args:
+        place: returns the place of a folder, whose name is what the names of its images begin with.
+    """
+    known: dict[Parts, Place | None] = {}
+    places: list[Place | None] = []
+    strays = []
+    for parts in names:
+        folder = parts[:-1]
+        if folder not in known:
+            known[folder] = place(folder)
+        of_folder = known[folder]
+        if of_folder is None:
+            strays.append(parts)
+        places.append(of_folder and Place(of_folder.split, of_folder.label, of_folder.name + parts[-1]))
+    if not strays:
+        return places, []
+    first = "/".join(min(strays))
+    return places, [f"{len(strays):,} images outside the splits are left out; the first: {first}"]
+
+
+def _prefix(folder: Parts) -> str:
+    return "".join(f"{part}/" for part in folder)
 
 
 def _without_level(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
@@ -153,11 +190,14 @@ def _without_level(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
     if _classes_have_splits(tree, node, []):
         return _of_classes(path, names, tree, node)
     notes = _doubts(path, tree, node) if len(below) > 1 else []
-    places: list[Place | None] = []
-    for parts in names:
-        inside = parts[: len(node)] == node
-        name = "/".join(parts[len(node) :]) if inside else "../" * (len(node) - len(parts) + 1) + parts[-1]
-        places.append(Place("train", parts[len(node)] if inside and len(parts) > len(node) + 1 else "", name))
+    depth = len(node)
+
+    def place(folder: Parts) -> Place:
+        if folder[:depth] != node:  # a folder above
+            return Place("train", "", "../" * (depth - len(folder)))
+        return Place("train", folder[depth] if len(folder) > depth else "", _prefix(folder[depth:]))
+
+    places = _place_all(names, place)[0]
     return Layout(_unsharded(places, notes), notes, {(): "train"})
 
 
@@ -201,16 +241,14 @@ def _of_classes(path: str, names: Sequence[Parts], tree: _Tree, above: Parts) ->
     """Place images of classes that have the splits in them."""
     known = {name: about for folder in tree.below(above) for name, about in tree.known((*above, folder)).items()}
     called = _called(path, known, merge=True)
-    notes = ["the classes are the folders that the splits are in"]
     depth = len(above)
-    places: list[Place | None] = []
-    for parts in names:
-        inside = len(parts) > depth + 2
-        places.append(Place(called[parts[depth + 1]], parts[depth], "/".join(parts[depth:])) if inside else None)
-    strays = [parts for parts, place in zip(names, places, strict=True) if place is None]
-    if strays:
-        notes.append(f"{len(strays):,} images outside the splits are left out; the first: {'/'.join(min(strays))}")
-    return Layout(places, notes, {})
+
+    def place(folder: Parts) -> Place | None:
+        inside = len(folder) > depth + 1
+        return Place(called[folder[depth + 1]], folder[depth], _prefix(folder[depth:])) if inside else None
+
+    places, notes = _place_all(names, place)
+    return Layout(places, ["the classes are the folders that the splits are in", *notes], {})
 
 
 def _called(path: str, known: dict[str, SplitName], merge: bool = False) -> dict[str, str]:
@@ -240,16 +278,17 @@ def _class_level(tree: _Tree, split: Parts, classes: set[str]) -> Parts:
 
 def _unsharded(places: list[Place | None], notes: list[str]) -> list[Place | None]:
     """Remove classes that only repeat the beginnings of the files' names, as folders of an exported LSUN do."""
-    deep = [place.name.split("/") for place in places if place is not None and place.label]
-    if not deep or not all(
-        len(parts) > _SHARD_OF_NAMES
-        and max(map(len, parts[:-1])) <= _SHARD_OF_NAMES
-        and parts[-1].startswith("".join(parts[:-1]))
-        for parts in deep
-    ):
+    labelled = [place for place in places if place is not None and place.label]
+    if not labelled or not all(map(_repeats, labelled)):
         return places
     notes.append("the folders repeat the beginnings of the names in them, so they are no classes")
     return [None if place is None else place._replace(label="") for place in places]
+
+
+def _repeats(place: Place) -> bool:
+    """Return whether two folders or more, of a few characters each, are the beginning of the name of the file."""
+    *folders, name = place.name.split("/")
+    return len(folders) > 1 and max(map(len, folders)) <= _SHARD_OF_NAMES and name.startswith("".join(folders))
 
 
 def _common(one: Parts, other: Parts) -> int:

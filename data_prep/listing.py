@@ -65,4 +65,4 @@ def _reason(file: FoundFile) -> str:
         return file.flaw
     if suffix_of(file.parts[-1]) in ARCHIVES:
         return "an archive in the source"
-    return OUTSIDE if is_image_name(file.parts[-1]) else "not an image"
+    return OUTSIDE if is_image_name(file.parts[-1]) else "no suffix of an image"

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from data_prep.formats.files import FoundFile, list_files
+from data_prep.formats.files import LOST, FoundFile, list_files
 from data_prep.formats.ranges import ByteRange
 from data_prep.items import Item, Source
 from data_prep.layout import Layout, Place, find_layout
@@ -72,6 +72,8 @@ def _notes(places: Iterable[Place | None], rest: Sequence[FoundFile]) -> Iterabl
         if place and forms.setdefault(_plain(place.label), place.label) != place.label:
             yield f"folders called '{_plain(place.label)}' in two forms of Unicode are one class"
             break
+    if lost := [file for file in rest if file.flaw == LOST]:
+        yield f"{len(lost):,} other names are links to nothing; the first: {'/'.join(lost[0].parts)}"
     if archives := sorted("/".join(file.parts) for file in rest if suffix_of(file.parts[-1]) in ARCHIVES):
         yield f"{len(archives):,} archives are in the source, and are not looked into; the first: {archives[0]}"
 
@@ -136,6 +138,8 @@ def _instead(path: str, rest: Sequence[FoundFile]) -> str:
     what = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in kinds.most_common(5))
     hint = f", only files of other kinds ({what})" if what else ""
     archives = sorted(name for name in names if suffix_of(name) in ARCHIVES)
+    if archives and not any(isinstance(file.load, ByteRange) and file.load.size < 0 for file in rest):
+        return f"{hint}; unpack it, and give what is in it"
     if zips := [name for name in archives if name.startswith("img_align_celeba")]:
         return f"{hint}; use python -m data_prep celeba --source {first[zips[0]]}"
     for marks, source in ((("data.mdb",), "lsun"), (("data_batch_1", "data_batch_1.bin"), "cifar10")):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from data_prep.formats.files import FoundFile, list_files, list_tar, range_of
 from data_prep.formats.rows import gunzipped
 from data_prep.items import Item, Source
-from data_prep.listing import all_image_suffixes, count_others, flaw_of, notes_on_lost, refuse_lost, take_lost
+from data_prep.listing import ARCHIVES, all_image_suffixes, count_others, flaw_of, notes_on_lost, refuse_lost, take_lost
 from data_prep.sources.downsampled import CLASSES, is_batch, read_downsampled
 from data_prep.text import decode_text
 from eiwtrain import storage
@@ -108,6 +108,7 @@ def imagenet(path: str, val_labels: str | None = None) -> Source:
     params = {"variant": variant} | ({} if side is None else {"side": side})
     protocol = describe(variant, side, len(splits["train"]), len(splits["val"]))
     unused = [file for file in files if file.parts not in used and file.parts[-1] not in _ABOUT]
+    strays = (*unused, *(file for file in rest if not file.flaw))
     return Source(
         "imagenet",
         splits,
@@ -115,18 +116,19 @@ def imagenet(path: str, val_labels: str | None = None) -> Source:
         protocol,
         remote=remote,
         params=params,
-        notes=(*notes_on_lost(files), *_notes(unused)),
+        notes=(*notes_on_lost(files), *_notes(strays)),
         left_out=count_others([*unused, *rest]),
     )
 
 
 def _notes(unused: Sequence[FoundFile]) -> list[str]:
-    """Return a note on images of the splits that are not directly in the folder of a class."""
-    strays = [f for f in unused if {"train", "val"}.intersection(f.parts[:-1]) and is_image_name(f.parts[-1])]
+    """Return a note on images and archives of the splits that are not directly in the folder of a class."""
+    suffixes = (*all_image_suffixes(), *ARCHIVES)
+    inside = [file for file in unused if {"train", "val"}.intersection(file.parts[:-1])]
+    strays = ["/".join(file.parts) for file in inside if file.parts[-1].lower().endswith(suffixes)]
     if not strays:
         return []
-    first = "/".join(strays[0].parts)
-    return [f"{len(strays):,} images are not directly in the folder of a class, and are left out; the first: {first}"]
+    return [f"{len(strays):,} files are not in the folder of a class, and are left out; the first: {strays[0]}"]
 
 
 def describe(variant: str, side: int | None, train: int, val: int) -> str:
@@ -229,6 +231,8 @@ def _images(
                 found.append(("", name, entry))
             elif _SYNSET.fullmatch(synset := name.removesuffix(".tar")):
                 tars[synset] = entry
+            else:
+                others.append(entry._replace(parts=(*whole[0].parts, *entry.parts)))
     used.update(entry.parts for _, _, entry in found)
     unpacked = {synset for synset, _, _ in found}
     packed = [synset for synset in tars if synset not in unpacked]

@@ -253,6 +253,8 @@ def _notes(samples: Sequence[_Sample], images: Sequence[_Sample]) -> Iterable[st
     if without := [sample for sample in samples if sample.image is None]:
         first = f"{without[0].tar}/{without[0].key}"
         yield f"{len(without):,} samples have no image ({', '.join(IMAGES)}) and are left out; the first: {first}"
+    if not any(sample.label for sample in images) and len({sample.key.rpartition("/")[0] for sample in images}) > 1:
+        yield "no sample has a label; if the folders in the tars are classes, the folder source reads them"
     counts = Counter((sample.tar, sample.key) for sample in images)
     if repeated := [name for name, count in counts.items() if count > 1]:
         yield f"{len(repeated):,} keys come more than once in a tar; all are kept; the first: {'/'.join(repeated[0])}"

@@ -19,7 +19,7 @@ from data_prep.sources import read_source
 from eiwtrain.data.left_out import FOLDER, LeftOut, count_left_out, left_out_table
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar, manifest_from_json
 
-SHOWN = ("left out:", "not an image", "hidden")
+SHOWN = ("left out:", "no suffix of an image", "hidden")
 
 
 def _image(kind: str = "PNG", value: int = 0) -> bytes:
@@ -81,9 +81,9 @@ def test_every_file_is_an_image_a_reject_or_counted(tmp_path: Path, kind: str) -
     }
     assert [(kind.suffix, kind.reason, kind.files, kind.first) for kind in source.left_out] == [
         ("", "hidden", 1, "dog/.DS_Store"),
-        ("", "not an image", 1, "dog/LICENSE"),
-        (".db", "not an image", 1, "dog/Thumbs.db"),
-        (".txt", "not an image", 1, "dog/notes.txt"),
+        ("", "no suffix of an image", 1, "dog/LICENSE"),
+        (".db", "no suffix of an image", 1, "dog/Thumbs.db"),
+        (".txt", "no suffix of an image", 1, "dog/notes.txt"),
         (".zip", "an archive in the source", 1, "more.zip"),
         (FOLDER, "hidden", 1, "__MACOSX/"),
     ]
@@ -122,7 +122,7 @@ def test_the_manifest_keeps_what_was_left_out_and_the_sidecars_the_rejects(
 
 
 def test_counts_do_not_depend_on_the_order_and_stay_small() -> None:
-    files = [(f"{n % 7}/{n}.x{n % 300}", "not an image") for n in range(3000)] + [(f"a.{n}", "r") for n in range(500)]
+    files = [(f"{n % 7}/{n}.x{n % 300}", "why") for n in range(3000)] + [(f"a.{n}", "r") for n in range(500)]
     counted = count_left_out(files)
     assert counted == count_left_out(reversed(files))
     assert len(counted) <= 100
@@ -214,7 +214,7 @@ def test_samples_of_a_webdataset_are_refused_with_the_command_that_reads_them(
 
 def test_json_files_that_hold_no_label_are_counted(tmp_path: Path) -> None:
     write_files(tmp_path / "x", {"a.jpg": _image("JPEG"), "a.json": b'{"shapes": []}'})
-    assert _counted(_read(tmp_path / "x")) == {".json": (1, "not an image")}
+    assert _counted(_read(tmp_path / "x")) == {".json": (1, "no suffix of an image")}
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,7 @@ def test_json_files_that_hold_no_label_are_counted(tmp_path: Path) -> None:
         (["Img/img_align_celeba.zip", "a.txt"], "data_prep celeba --source {x}/Img/img_align_celeba.zip"),
         (["a.tar", "b.tar"], "data_prep webdataset --source {x}, else give one of them: --source {x}/a.tar"),
         (["sub/images.zip", "readme.md"], "give an archive itself: --source {x}/sub/images.zip"),
+        (["sub/images.zip"], "--source {x}/sub/images.zip"),
         (["church_train_lmdb/data.mdb", "church_train_lmdb/lock.mdb"], "data_prep lsun --source {x}"),
         (["data_batch_1", "test_batch"], "data_prep cifar10 --source {x}"),
         (["images.dvc"], "dvc pull"),
@@ -241,4 +242,10 @@ def test_a_source_without_images_says_what_it_holds_and_what_reads_that(
 def test_prepare_counts_as_the_command_does(tmp_path: Path) -> None:
     write_files(tmp_path / "x", _images("1.png", "2.png") | {"readme.md": b""})
     manifest = prepare("folder", str(tmp_path / "out"), 8, path=str(tmp_path / "x"), of_source={"split": "all"})
-    assert manifest.left_out == (LeftOut(".md", "not an image", 1, "readme.md"),)
+    assert manifest.left_out == (LeftOut(".md", "no suffix of an image", 1, "readme.md"),)
+
+
+def test_archives_in_an_archive_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(zip_of({"train.zip": b"PK", "test.zip": b"PK"}))
+    with pytest.raises(DataError, match=r"2 \.zip\); unpack it, and give what is in it"):
+        _read(tmp_path / "x.zip")

@@ -223,12 +223,11 @@ def test_images_that_no_class_folder_holds_directly_are_counted(tmp_path: Path) 
     _check_original(source)
     assert {(kind.suffix, kind.reason, kind.files) for kind in source.left_out} == {
         (".jpeg", "an image outside the layout", 3),
-        (".txt", "not an image", 2),
+        (".txt", "no suffix of an image", 2),
         ("", "hidden", 1),
     }
     assert source.notes == (
-        "2 images are not directly in the folder of a class, and are left out; the first: "
-        f"train/{SYNSETS[0]}/deeper/b.JPEG",
+        f"2 files are not in the folder of a class, and are left out; the first: train/{SYNSETS[0]}/deeper/b.JPEG",
     )
 
 

@@ -139,7 +139,7 @@ def test_any_image_is_taken_where_there_is_no_usual_one_and_other_members_are_co
         (".txt", "not an image or a label", "a.tar/0000.txt"),
         (".png", "not an image or a label", "a.tar/0001.seg.png"),
         (".tiff", "not an image or a label", "a.tar/0001.tiff"),
-        (".txt", "not an image", "notes.txt"),
+        (".txt", "no suffix of an image", "notes.txt"),
         (".gz", "an archive in the source", "b.tar.gz"),
     }
     (tmp_path / "c.tar").symlink_to("nowhere")
