@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from benchmarks.shuffle_candidates import BASE, VARIANTS, BenchmarkFlow, parameters, recipe_of
 from eiwtrain import data, flow
-from eiwtrain.data.manifest import digest
+from eiwtrain.data.fingerprint import digest
 from eiwtrain.on_ray.session import WORKER_ENV
 
 _PENALTY = 1e-3  # the weight of the regulariser, and

@@ -17,6 +17,7 @@ from PIL import Image, ImageColor
 
 from data_prep.decode import NotRead, Pixels, Undecodable, decode
 from data_prep.items import Box, Loaded
+from eiwtrain.data.fingerprint import image_digest
 from eiwtrain.data.manifest import ENCODINGS, MAX_RESOLUTION, DataError
 
 VERSION = 3  # raise it when the same image would give other pixels
@@ -126,7 +127,7 @@ def fit_image(loaded: Loaded | NotRead, name: str, preprocess: Preprocess) -> Fi
 
 def digest(pixels: Pixels) -> str:
     """Return 24 hex characters that are equal for equal pixels and, but for one chance in 2^96, for no others."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:24]
+    return image_digest(np.ascontiguousarray(pixels)).hex()
 
 
 def encode(pixels: Pixels, encoding: str) -> bytes:

@@ -21,7 +21,7 @@ from eiwtrain.data.manifest import (
     Shard,
     Sidecar,
     Split,
-    fingerprint,
+    fingerprint_for,
     is_shard_file,
     manifest_from_json,
     read_manifest,
@@ -83,9 +83,10 @@ def _read_manifest(url: str) -> tuple[Manifest | None, list[str]]:
                 problems.append(f"{MANIFEST_NAME}: split '{name}' has {said}")
             split["samples"] = samples
         splits = {n: Split(n, 0, tuple(Shard(**s) for s in split["shards"])) for n, split in content["splits"].items()}
-        if content["fingerprint"] != fingerprint(splits, content["preprocessing"]):
-            problems.append(f"{MANIFEST_NAME}: the fingerprint is not that of the shards and the preprocessing")
-        content["fingerprint"] = fingerprint(splits, content["preprocessing"])
+        right = fingerprint_for(content["format"], splits, content["preprocessing"], content["classes"])
+        if content["fingerprint"] != right:
+            problems.append(f"{MANIFEST_NAME}: the fingerprint is not that of shards, sidecars, classes, preprocessing")
+        content["fingerprint"] = right
         return manifest_from_json(json.dumps(content).encode(), MANIFEST_NAME), problems
     except (
         DataError,

@@ -18,13 +18,12 @@ from data_prep.progress import Progress
 from data_prep.shard import ShardDone, ShardTask, item_key, run_task
 from data_prep.splits import TRAIN, notes_on_labels
 from eiwtrain import storage
+from eiwtrain.data.fingerprint import canonical_json, fingerprint
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     DataError,
     Manifest,
     Split,
-    canonical_json,
-    fingerprint,
     is_shard_file,
     load_manifest,
     load_sidecar,
@@ -243,7 +242,10 @@ def run_plan(
     shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
     own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
     _clear(plan.output, plan.orders, keep=own)  # files that an attempt with other settings has left
-    if _manifest_at(plan.output) != manifest:  # otherwise its file is left alone
+    there = _manifest_at(plan.output)
+    if there is not None and there.splits == manifest.splits and there.preprocessing == manifest.preprocessing:
+        manifest = replace(manifest, fingerprint=there.fingerprint)  # may be of an earlier version, and runs know it
+    if there != manifest:  # otherwise its file is left alone
         storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
     dropped = sum(len(d.sidecar.dropped) for done in finished.values() for d in done.values())
     total = sum(plan.shards().values())
@@ -292,7 +294,7 @@ def _make_manifest(
         channels=3,
         preprocessing=plan.preprocessing,
         splits=splits,
-        fingerprint=fingerprint(splits, plan.preprocessing),
+        fingerprint=fingerprint(splits, plan.preprocessing, plan.source.classes),
         classes=plan.source.classes,
         plan=plan.digest,
         duplicates={split: sum(d.split == split for d in duplicates) for split in splits},

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
                 planned = dry_run.plan(config, console) if args.dry_run else None
                 preflight.check_gpus(config, session.joins_cluster())
                 preflight.check_cluster()
+                preflight.check_folders(config)
                 manifest = planned or preflight.find_data(config)
                 if args.dry_run:
                     return dry_run.look(config, manifest, console)

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import os
+import stat
 import struct
 import zipfile
 import zlib
@@ -24,9 +25,11 @@ import numpy as np
 
 from data_prep.formats.unpickle import load_batch
 from eiwtrain import storage
-from eiwtrain.data.cache import file_lock, private_folder
 from eiwtrain.data.manifest import DataError
+from eiwtrain.storage.private import file_lock, private_folder
 
+_CHECKSUM = ".sha256"  # suffix of the file beside an unpacked one that says what it is
+_known: dict[Path, tuple[int, ...]] = {}  # unpacked files that this process has compared with their checksum
 GZIP, PICKLE = "\0gzip", "\0pickle"  # no names of members
 ALWAYS_UNPACKED = 1 << 28  # bytes that anything may unpack to
 _MOST_TIMES = 20  # its size to which a larger one may unpack: photographs hardly shrink
@@ -111,15 +114,18 @@ def unpacked(packed: PackedFile) -> Path:
     """
     folder = private_folder("eiwtrain-unpacked", "TMPDIR")
     path = folder / _file_name(packed)
-    if path.exists():
+    if _is_as_unpacked(path):
         return path
     try:
         with file_lock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not _is_as_unpacked(path):
                 part = path.with_suffix(".part")
+                part.unlink(missing_ok=True)
                 try:
-                    with open(part, "wb") as out:
+                    with open(part, "xb") as out:  # a link is not followed
                         _unpack(packed, out)
+                    path.unlink(missing_ok=True)  # before its checksum is another's
+                    storage.write_bytes(str(path.with_suffix(_CHECKSUM)), storage.sha256_file(part).encode())
                     part.replace(path)
                 finally:
                     part.unlink(missing_ok=True)  # what a failure leaves fills the disk
@@ -127,6 +133,21 @@ def unpacked(packed: PackedFile) -> Path:
         cause = e.strerror or e
         raise storage.StorageError(f"{packed.name()} cannot be unpacked to {folder}: {cause}") from None
     return path
+
+
+def _is_as_unpacked(path: Path) -> bool:
+    """Return whether the file is there with the bytes that were unpacked. Each process reads it once to know."""
+    try:
+        about = path.lstat()
+        state = about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+        if _known.get(path) != state:
+            expected = path.with_suffix(_CHECKSUM).read_text()
+            if not stat.S_ISREG(about.st_mode) or storage.sha256_file(path) != expected:
+                return False
+            _known[path] = state
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

@@ -1,13 +1,15 @@
 """Keep files of a remote data set on local disk, within a bound and shared by all processes of the node.
 
-Not for local data sets, which are read in place; only a note that their checksum was right is kept here.
+A file is checked when it arrives. What a disk does to it later is found by the reader, image by image, which has it
+dropped and fetched again. Not for local data sets, which are read in place; only a note that their checksum was right
+is kept here.
 """
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import os
-import tempfile
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,40 +18,20 @@ from pathlib import Path
 
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
+from eiwtrain.storage.private import file_lock, private_folder
 
 DEFAULT_CACHE_BYTES = 64 << 30
+_KEPT = re.compile(r"[0-9a-f]{64}\.(tar|json)")
+_HALF = re.compile(r"[0-9a-f]{64}\.(tar|json)\.[0-9a-f]{32}\.part|\..+\.[0-9a-f]{32}\.tmp")
 _ABANDONED = 3600.0  # seconds after which a partial download counts as left by a killed process
+_TRIES = 3  # of a sidecar that another process evicts, or that is damaged, before it is read
+
+_log = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
     """Return the folder of `private_folder` for fetched shards."""
     return private_folder("eiwtrain-cache", "data.cache_dir")
-
-
-def private_folder(name: str, setting: str) -> Path:
-    """Return this user's folder `name-UID` in the machine's temporary folder, which nobody else can read.
-
-    Args:
-        name: what the folder is for.
-        setting: names another folder; for the error.
-
-    Raises:
-        StorageError: it belongs to somebody else, who could put other images there.
-    """
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    if folder.lstat().st_uid not in (0, os.getuid()):  # root, which could do so anyway, creates volumes
-        raise storage.StorageError(f"{setting}: {folder} belongs to somebody else; name another folder")
-    return folder
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Let one process of the machine at a time into the block; the lock's file stays."""
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)  # released by the kernel, also when this process is killed
-        yield
 
 
 class ShardCache:
@@ -79,7 +61,16 @@ class ShardCache:
 
     def has(self, shard: Shard) -> bool:
         """Return whether the shard is on this machine."""
-        return self.path(shard).exists()
+        return _size(self.path(shard)) == shard.bytes
+
+    def drop_damaged(self, shard: Shard) -> None:
+        """Delete the local copy of a shard if its checksum is no longer the manifest's."""
+        path = self.path(shard)
+        with self._lock(f"fetch-{path.name[:3]}"), suppress(FileNotFoundError):
+            try:
+                check_shard(path, shard)
+            except DataError as e:
+                self._drop(path, str(e))
 
     def sidecar(self, url: str, shard: Shard) -> Sidecar:
         """Return the verified sidecar of a shard, cached like it if the data set is remote. Raises as `fetch`."""
@@ -89,20 +80,31 @@ class ShardCache:
             _check_sidecar(text, shard)
             return sidecar_from_json(text, where)
         path = self.folder / f"{shard.sidecar_sha256}.json"
-        while True:
-            self._fetch(where, path, 0, lambda part: _check_sidecar(part.read_bytes(), shard))
+        for _ in range(_TRIES):
+            self._fetch(where, path, None, lambda part: _check_sidecar(part.read_bytes(), shard))
             with suppress(FileNotFoundError):  # another process may evict it in between
-                return sidecar_from_json(path.read_bytes(), where)
+                text = path.read_bytes()
+                try:
+                    _check_sidecar(text, shard)
+                    return sidecar_from_json(text, where)
+                except DataError as e:
+                    if storage.sha256_bytes(text) == shard.sidecar_sha256:
+                        raise
+                    self._drop(path, str(e))
+        raise storage.StorageError(f"data.cache_dir {self.folder} does not keep {path.name} as it is written there")
 
-    def _fetch(self, url: str, path: Path, size: int, check: Callable[[Path], None]) -> Path:
-        """Bring the file of `size` bytes at `url` to `path` and check it; if it arrives damaged, fetch it once more."""
+    def _fetch(self, url: str, path: Path, size: int | None, check: Callable[[Path], None]) -> Path:
+        """Bring the file of `size` bytes (None: not known) at `url` to `path` and check it; if it arrives damaged,
+        fetch it once more."""
         began = time.monotonic()
         with self._lock(f"fetch-{path.name[:3]}"), storage.waited(time.monotonic() - began):
             for last in (False, True):
-                if path.exists():
-                    break
+                if (there := _size(path)) is not None:
+                    if size in (None, there):
+                        break
+                    self._drop(path, f"{there} bytes, and {size} arrived")
                 with self._lock("evict"):
-                    self._evict(size)
+                    self._evict(size or 0)
                 part = self.folder / f"{path.name}.{uuid.uuid4().hex}.part"
                 try:
                     storage.get_file(url, part)
@@ -131,7 +133,8 @@ class ShardCache:
         except OSError as e:
             raise DataError(f"shard {shard.name} is missing from {path.parent}: {e.strerror}") from None
         seen = self.folder / f"{shard.sha256}.ok"
-        state = f"{path} {stat.st_size} {stat.st_mtime_ns}"
+        # the last two change with any replacement, whatever time it is given
+        state = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         with suppress(OSError):
             if stat.st_size == shard.bytes and seen.read_text() == state:
                 return
@@ -139,15 +142,26 @@ class ShardCache:
         with suppress(OSError, storage.StorageError):  # without the note, other processes just check again
             storage.write_bytes(str(seen), state.encode())
 
+    def forget(self, shard: Shard) -> None:
+        """Have a shard that is read in place checked again at its next `verify_local`."""
+        with suppress(OSError):
+            (self.folder / f"{shard.sha256}.ok").unlink()
+
+    def _drop(self, path: Path, why: str) -> None:
+        """Delete a local copy that is not what arrived; it counts as a fault of storage."""
+        path.unlink(missing_ok=True)
+        storage.count_faults(1)
+        _log.warning("data.cache_dir: %s is no longer what was fetched (%s); it is fetched again", path, why)
+
     def _evict(self, incoming: int) -> None:
         """Make room for `incoming` bytes. Partial downloads count; those that a killed process left are deleted."""
         files = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
                 stat = entry.stat()
-                if entry.name.endswith((".tar", ".json")):
+                if _KEPT.fullmatch(entry.name):  # the folder may hold other files, which are somebody's
                     files.append((stat.st_mtime, stat.st_size, entry.path))
-                elif entry.name.endswith((".part", ".tmp")):
+                elif _HALF.fullmatch(entry.name):
                     if time.time() - stat.st_mtime > _ABANDONED:
                         Path(entry.path).unlink(missing_ok=True)
                     else:
@@ -189,6 +203,14 @@ def check_shard(path: Path, shard: Shard) -> None:
 def _check_sidecar(text: bytes, shard: Shard) -> None:
     if storage.sha256_bytes(text) != shard.sidecar_sha256:
         raise DataError(f"shard {shard.name}: its sidecar is not the one of the manifest, or damaged")
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file in bytes; None if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def touch(path: Path) -> None:

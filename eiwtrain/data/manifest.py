@@ -11,7 +11,6 @@ A data set is a folder at any fsspec URL:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,13 @@ from typing import Any
 
 from eiwtrain import storage
 from eiwtrain.data.fields import DataError, Fields, parse_object
+from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.left_out import LeftOut
 
 MANIFEST_NAME = "manifest.json"
-MANIFEST_FORMAT = "eiwtrain-data-2"
+MANIFEST_FORMAT = "eiwtrain-data-3"
+_FIRST_FORMAT = "eiwtrain-data-2"
+_FINGERPRINTS = {_FIRST_FORMAT: first_fingerprint, MANIFEST_FORMAT: fingerprint}
 SIDECAR_FORMAT = "eiwtrain-shard-2"
 ENCODINGS = ("png", "npy")
 MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
@@ -64,7 +66,8 @@ class Manifest:
         channels: 3 (RGB).
         preprocessing: {"name", "version", "params"}: what was done to the pixels.
         splits: by name.
-        fingerprint: SHA-256 over the shards' checksums and the preprocessing: equal exactly when the bytes are.
+        fingerprint: SHA-256 over the checksums of shards and sidecars, the preprocessing and the classes: equal
+            exactly when images and labels are.
         classes: class names; a sample's label is an index into them, -1 where it has none.
         plan: SHA-256 of the task of `data_prep`; shows whether an unfinished data set belongs to the same task.
         duplicates: by split, how many of its images have exactly the pixels of an earlier one, in any split; the
@@ -159,23 +162,11 @@ def is_shard_file(name: str, splits: Iterable[str]) -> bool:
     return re.fullmatch(rf"({known})-\d{{6,}}\.(tar|json)", name) is not None
 
 
-def fingerprint(splits: Mapping[str, Split], preprocessing: Mapping[str, Any]) -> str:
-    """Return the hex SHA-256 over the checksums of all shards, in order, and the preprocessing."""
-    content = {
-        "preprocessing": preprocessing,
-        "splits": {name: [s.sha256 for s in split.shards] for name, split in splits.items()},
-    }
-    return storage.sha256_bytes(canonical_json(content))
-
-
-def canonical_json(content: Any) -> bytes:
-    """Return the same bytes for equal content: sorted keys, no spaces, ASCII."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def digest(content: Any) -> str:
-    """Return the hex SHA-256 of the canonical JSON of `content`."""
-    return hashlib.sha256(canonical_json(content)).hexdigest()
+def fingerprint_for(
+    form: str, splits: Mapping[str, Split], preprocessing: Mapping[str, Any], classes: Iterable[str]
+) -> str:
+    """Return the fingerprint of a data set whose manifest has the format `form`."""
+    return _FINGERPRINTS[form](splits, preprocessing, classes)
 
 
 def load_manifest(url: str) -> Manifest:
@@ -197,9 +188,10 @@ def read_manifest(url: str) -> bytes:
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:
-    """Return the bytes of `manifest.json`."""
+    """Return the bytes of `manifest.json`, in the format that the fingerprint is of."""
+    first = first_fingerprint(manifest.splits, manifest.preprocessing) == manifest.fingerprint
     content = {
-        "format": MANIFEST_FORMAT,
+        "format": _FIRST_FORMAT if first else MANIFEST_FORMAT,
         "name": manifest.name,
         "resolution": manifest.resolution,
         "channels": manifest.channels,
@@ -224,7 +216,7 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         DataError: it is not JSON, has another format, lacks a field, has one of a wrong type, or contradicts itself.
     """
     top = Fields(parse_object(text, where), where)
-    _check_format(top, MANIFEST_FORMAT)
+    _check_format(top, *_FINGERPRINTS)
     preprocessing = top.mapping("preprocessing")
     preprocessing.check_depth()
     preprocessing.mapping("params")
@@ -260,8 +252,8 @@ def manifest_from_json(text: bytes, where: str) -> Manifest:
         raise DataError(f"{where}: images of {size}; this version reads 1 to {MAX_RESOLUTION} pixels, 3 channels")
     if manifest.encoding not in ENCODINGS:
         raise DataError(f"{where}: images are stored as '{manifest.encoding}', this version reads {ENCODINGS}")
-    if manifest.fingerprint != fingerprint(splits, manifest.preprocessing):
-        raise DataError(f"{where}: field 'fingerprint' does not match the shards and the preprocessing")
+    if manifest.fingerprint != fingerprint_for(top.text("format"), splits, manifest.preprocessing, manifest.classes):
+        raise DataError(f"{where}: field 'fingerprint' does not match the shards, sidecars, classes and preprocessing")
     return manifest
 
 
@@ -343,10 +335,10 @@ def _texts(entries: list[Fields], *names: str) -> tuple[dict[str, str], ...]:
     return tuple({name: entry.text(name) for name in names} for entry in entries)
 
 
-def _check_format(top: Fields, expected: str) -> None:
+def _check_format(top: Fields, *expected: str) -> None:
     found = top.values.get("format")
-    if found != expected:
-        raise DataError(f"{top.where}: format is {found!r}, this version reads '{expected}'")
+    if found not in expected:
+        raise DataError(f"{top.where}: format is {found!r}, this version reads {' and '.join(map(repr, expected))}")
 
 
 def _check_shard(shard: Shard, where: str) -> None:

@@ -1,9 +1,9 @@
-"""Read images by index: which shard, which bytes, decoded. Not for order, ranks or batches."""
+"""Read images by index: which shard, which bytes, decoded and checked. Not for order, ranks or batches."""
 
 from __future__ import annotations
 
 import io
-import mmap
+import logging
 import os
 import time
 from array import array
@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -19,29 +19,34 @@ import numpy.typing as npt
 
 from eiwtrain import storage
 from eiwtrain.data.cache import DEFAULT_CACHE_BYTES, ShardCache, default_cache_dir, touch
+from eiwtrain.data.fingerprint import DIGEST_BYTES, image_digest
 from eiwtrain.data.manifest import DataError, Manifest
 
 Pixels = npt.NDArray[np.uint8]
 
-_OPEN_SHARDS = 256  # mapped at a time: each holds a file descriptor, and a common limit is 1,024 a process
+_OPEN_SHARDS = 256  # at a time: each holds a file descriptor, and a common limit is 1,024 a process
 _TOUCH_EVERY = 30.0  # seconds between two marks of use on a cached shard
+
+_log = logging.getLogger(__name__)
 
 
 class _Index(NamedTuple):
-    """The places of the bytes of a shard's images, and their classes."""
+    """The places of the bytes of a shard's images, their classes, and the digests of their pixels one after another
+    (none for a data set that another program wrote)."""
 
     offsets: array[int]
     sizes: array[int]
     labels: array[int]
+    digests: bytes
 
 
 @dataclass
 class _Open:
-    """A mapped shard with its index. The index is dropped with it: at 24 bytes an image, indices of all shards would
-    fill a loader's memory."""
+    """An open shard with its index. The index is dropped with it: at 36 bytes an image, indices of all shards would
+    fill a loader's memory. The file is not mapped: a mapped file that is cut short kills the process."""
 
     path: Path
-    data: mmap.mmap
+    file: BinaryIO
     index: _Index
     touched: float
 
@@ -49,8 +54,9 @@ class _Open:
 class ShardReader:
     """The images of one split.
 
-    It can be pickled and opens shards lazily, so it can be sent to loader workers as it is. Local shards are mapped in
-    place; remote ones are downloaded to `cache_dir`, verified, and kept within `cache_bytes`.
+    It can be pickled and opens shards lazily, so it can be sent to loader workers as it is. Local shards are read in
+    place; remote ones are downloaded to `cache_dir`, verified, and kept within `cache_bytes`. Each image is compared
+    with its digest in the sidecar whenever it is read: if they differ, a shard on local disk is fetched again.
 
     Args:
         url: of the data set: a path or any fsspec URL.
@@ -127,15 +133,43 @@ class ShardReader:
         numbers, rows = self.place(indices)
         labels = np.empty(len(indices), np.int64)
         for i, (number, row) in enumerate(zip(numbers.tolist(), rows.tolist(), strict=True)):
-            data, index = self._map(number)
-            start = index.offsets[row]
-            labels[i] = index.labels[row]
-            try:
-                self._decode(data[start : start + index.sizes[row]], out[i])
-            except (ValueError, RuntimeError) as e:  # PngError is a RuntimeError
-                name, problem = self.split.shards[number].name, str(e).splitlines()[0]
-                raise DataError(f"shard {name}: image {row} cannot be decoded ({problem})") from None
+            shard = self._opened(number)
+            if problem := self._read_image(shard, row, out[i]):
+                shard = self._reopened(number, f"image {row} {problem}")
+                if problem := self._read_image(shard, row, out[i]):
+                    raise DataError(f"shard {self.split.shards[number].name}: image {row} {problem}")
+            labels[i] = shard.index.labels[row]
         return labels
+
+    def _read_image(self, shard: _Open, row: int, out: Pixels) -> str:
+        """Read an image into `out`, (H, W, C), and check it; return what is wrong, or nothing."""
+        index = shard.index
+        try:
+            self._decode(os.pread(shard.file.fileno(), index.sizes[row], index.offsets[row]), out)
+        except OSError as e:
+            return f"cannot be read ({e.strerror})"
+        except (ValueError, RuntimeError) as e:  # PngError is a RuntimeError
+            return f"cannot be decoded ({next(iter(str(e).splitlines()), type(e).__name__)})"
+        if index.digests and image_digest(out) != index.digests[DIGEST_BYTES * row : DIGEST_BYTES * (row + 1)]:
+            return "is not the one that was written"
+        return ""
+
+    def _reopened(self, number: int, problem: str) -> _Open:
+        """Open shard `number` once more, of which an image was not as it should be.
+
+        Raises:
+            DataError: it is read in place, and its checksum is not the manifest's.
+        """
+        shard = self.split.shards[number]
+        self._open.pop(number).file.close()
+        if self.is_local:
+            self.cache.forget(shard)
+        else:
+            self.cache.drop_damaged(shard)
+        found = self._opened(number)
+        _log.warning("shard %s: %s; it is read again", shard.name, problem)
+        storage.count_faults(1)
+        return found
 
     def place(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the numbers of the images' shards, and the images' numbers inside them; (n,) each.
@@ -159,15 +193,15 @@ class ShardReader:
             self.cache.fetch(self.url, self.split.shards[number])
 
     def close(self) -> None:
-        """Unmap all shards; the next read maps them again."""
+        """Close all shards; the next read opens them again."""
         while self._open:
-            self._open.popitem()[1].data.close()
+            self._open.popitem()[1].file.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def _map(self, number: int) -> tuple[mmap.mmap, _Index]:
-        """Map shard `number` unless it is mapped; return its bytes and the places of its images."""
+    def _opened(self, number: int) -> _Open:
+        """Return shard `number`, which is opened unless it is open."""
         remote = not self.is_local
         if number in self._open:
             self._open.move_to_end(number)
@@ -175,24 +209,23 @@ class ShardReader:
             if remote and time.monotonic() - found.touched > _TOUCH_EVERY:
                 found.touched = time.monotonic()
                 touch(found.path)
-            return found.data, found.index
+            return found
         index = self._read_index(number)
         for attempt in range(3):  # another process may evict the shard between fetch and open
             path = self._local_path(number)
             try:
-                with open(path, "rb") as f:
-                    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                file = open(path, "rb", buffering=0)  # noqa: SIM115  # kept open
                 break
             except FileNotFoundError:
                 if attempt == 2:
                     raise
-        self._open[number] = _Open(path, data, index, time.monotonic())
-        if remote:  # unmap evicted shards: only that frees their disk space
+        self._open[number] = _Open(path, file, index, time.monotonic())
+        if remote:  # close evicted shards: only that frees their disk space
             for other in [n for n, o in self._open.items() if n != number and not o.path.exists()]:
-                self._open.pop(other).data.close()
+                self._open.pop(other).file.close()
         while len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)[1].data.close()
-        return data, index
+            self._open.popitem(last=False)[1].file.close()
+        return self._open[number]
 
     def _local_path(self, number: int) -> Path:
         shard = self.split.shards[number]
@@ -207,8 +240,17 @@ class ShardReader:
         sidecar = self.cache.sidecar(self.url, shard)
         if replace(sidecar.shard, sidecar_sha256=shard.sidecar_sha256) != shard:
             raise DataError(f"shard {shard.name}: its sidecar describes other bytes than the manifest")
-        columns = sidecar.offsets, sidecar.sizes, sidecar.labels
-        return _Index(*(array("q", column) for column in columns))
+        for row, (start, size) in enumerate(zip(sidecar.offsets, sidecar.sizes, strict=True)):
+            if start < 0 or size < 0 or start + size > shard.bytes:
+                raise DataError(f"shard {shard.name}: its sidecar has image {row} outside the shard")
+        try:
+            digests = bytes.fromhex("".join(sidecar.digests))
+        except ValueError:
+            digests = b"-"
+        if len(digests) not in (0, DIGEST_BYTES * len(sidecar.digests)):
+            raise DataError(f"shard {shard.name}: its sidecar has digests of another kind")
+        offsets, sizes, labels = (array("q", c) for c in (sidecar.offsets, sidecar.sizes, sidecar.labels))
+        return _Index(offsets, sizes, labels, digests)
 
 
 def _decode_png(data: bytes, out: Pixels) -> None:

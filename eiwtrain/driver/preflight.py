@@ -13,8 +13,10 @@ from typing import Any
 
 from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config, ConfigError
+from eiwtrain.data.cache import default_cache_dir
 from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
 from eiwtrain.on_ray import session
+from eiwtrain.storage.private import private_folder
 
 
 def check_gpus(config: Config, joins_cluster: bool) -> None:
@@ -60,6 +62,16 @@ def check_cluster() -> None:
     try:
         session.check()
     except session.RayError as e:
+        raise ConfigError(str(e)) from None
+
+
+def check_folders(config: Config) -> None:
+    """Check that nobody else can write to the folders in the temporary folder that this user's jobs trust."""
+    try:
+        private_folder("eiwtrain-ray", "TMPDIR")
+        if config.data.cache_dir is None:
+            default_cache_dir()
+    except storage.StorageError as e:
         raise ConfigError(str(e)) from None
 
 

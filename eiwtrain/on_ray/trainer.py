@@ -5,13 +5,10 @@ Not for what the workers do (`eiwtrain.train.loop`), nor for when they start and
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -21,6 +18,7 @@ from eiwtrain.config import Workers
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.autoscaling import without_request
 from eiwtrain.on_ray.network import NodeTorchConfig
+from eiwtrain.storage.private import private_folder
 
 _MOST_WORDS = 300  # characters of a cause
 
@@ -41,6 +39,7 @@ class Fit(threading.Thread):
         """
         super().__init__(daemon=True, name="fit")
         self._call, self._settings, self._config, self._workers, self._name = call, settings, config, workers, name
+        self._notes = private_folder("eiwtrain-ray", "TMPDIR")  # Ray's own, of no use to us, but Ray trusts them
         self._error: BaseException | None = None
         self.start()
 
@@ -50,7 +49,6 @@ class Fit(threading.Thread):
         return cause_of(self._error)
 
     def run(self) -> None:
-        notes = Path(tempfile.gettempdir(), f"eiwtrain-ray-{os.getuid()}")  # Ray's own, of no use to us
         try:
             _Trainer(
                 self._call,
@@ -63,14 +61,14 @@ class Fit(threading.Thread):
                 ),
                 run_config=RunConfig(
                     name=self._name,
-                    storage_path=str(notes),
+                    storage_path=str(self._notes),
                     failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                     worker_runtime_env={"env_vars": session.worker_environment()},
                 ),
             ).fit()
         except BaseException as e:
             self._error = e
-        shutil.rmtree(notes / self._name, ignore_errors=True)
+        shutil.rmtree(self._notes / self._name, ignore_errors=True)
 
 
 class _Trainer(TorchTrainer):

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from eiwtrain import storage
+from eiwtrain.data.fingerprint import fingerprint, image_digest
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     Shard,
     Sidecar,
     Split,
-    fingerprint,
     manifest_to_json,
     shard_name,
     sidecar_name,
@@ -61,14 +61,15 @@ def write_data_set(url: str, sizes: dict[str, list[int]]) -> Manifest:
             data = buffer.getvalue()
             shard = Shard(shard_name(split, number), count, len(data), storage.sha256_bytes(data))
             labels = tuple(i % 3 for i in range(index - count, index))
-            sidecar = Sidecar(shard, "plan", (), tuple(keys), labels, tuple(offsets), tuple(lengths), ("",) * count)
+            digests = tuple(image_digest(pixels(split, i)).hex() for i in range(index - count, index))
+            sidecar = Sidecar(shard, "plan", (), tuple(keys), labels, tuple(offsets), tuple(lengths), digests)
             text = sidecar_to_json(sidecar)
             storage.write_bytes(storage.join(url, shard.name), data)
             storage.write_bytes(storage.join(url, sidecar_name(shard.name)), text)
             shards.append(replace(shard, sidecar_sha256=storage.sha256_bytes(text)))
         splits[split] = Split(split, sum(counts), tuple(shards))
     manifest = Manifest(
-        "noise", SIDE, 3, preprocessing, splits, fingerprint(splits, preprocessing), ("a", "b", "c"), "plan"
+        "noise", SIDE, 3, preprocessing, splits, fingerprint(splits, preprocessing, "abc"), ("a", "b", "c"), "plan"
     )
     storage.write_bytes(storage.join(url, MANIFEST_NAME), manifest_to_json(manifest))
     return manifest

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import eiwtrain.data
+from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.manifest import (
     DataError,
     Manifest,
-    fingerprint,
     load_manifest,
     load_sidecar,
     manifest_from_json,
@@ -62,7 +62,10 @@ def _nested(depth: int) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set(["format"], "other-9"), "format is 'other-9', this version reads 'eiwtrain-data-2'"),
+        (
+            _set(["format"], "other-9"),
+            "format is 'other-9', this version reads 'eiwtrain-data-2' and",
+        ),
         (_set(["resolution"], None), "field 'resolution' is missing"),
         (_set(["resolution"], "32"), "field 'resolution' is '32', not a whole number"),
         (_set(["channels"], True), "field 'channels' is True"),
@@ -120,13 +123,44 @@ def test_a_manifest_that_is_not_json_is_refused(text: bytes) -> None:
         manifest_from_json(text, "x")
 
 
-def test_fingerprint_follows_bytes_and_preprocessing_only(data_set: Path, tmp_path: Path, new_data_set: Any) -> None:
+def test_fingerprint_follows_images_labels_and_preprocessing_only(
+    data_set: Path, tmp_path: Path, new_data_set: Any
+) -> None:
     manifest = load_manifest(str(data_set))
     elsewhere = new_data_set(str(tmp_path / "other-name"), {"train": [20, 0, 13, 17], "test": [10, 13]})
     assert elsewhere.fingerprint == manifest.fingerprint
     assert new_data_set(str(tmp_path / "x"), {"train": [20], "test": [10]}).fingerprint != manifest.fingerprint
     other = {**manifest.preprocessing, "version": 2}
-    assert fingerprint(manifest.splits, other) != manifest.fingerprint
+    assert fingerprint(manifest.splits, other, manifest.classes) != manifest.fingerprint
+    assert fingerprint(manifest.splits, manifest.preprocessing, "bac") != manifest.fingerprint
+    train = manifest.splits["train"]
+    relabelled = replace(train, shards=(replace(train.shards[0], sidecar_sha256="0" * 64), *train.shards[1:]))
+    splits = {**manifest.splits, "train": relabelled}
+    assert fingerprint(splits, manifest.preprocessing, manifest.classes) != manifest.fingerprint
+
+
+@pytest.mark.parametrize("change", ["a sidecar", "the classes"])
+def test_swapped_labels_are_not_the_same_data_set(data_set: Path, change: str) -> None:
+    content = json.loads((data_set / "manifest.json").read_text())
+    if change == "the classes":
+        content["classes"].reverse()
+    else:
+        content["splits"]["train"]["shards"][0]["sidecar_sha256"] = "0" * 64
+    with pytest.raises(DataError, match="field 'fingerprint' does not match"):
+        manifest_from_json(json.dumps(content).encode(), "x")
+
+
+def test_a_data_set_of_the_first_format_keeps_its_fingerprint(data_set: Path) -> None:
+    new = load_manifest(str(data_set))
+    content = json.loads((data_set / "manifest.json").read_text())
+    old = content | {"format": "eiwtrain-data-2", "fingerprint": first_fingerprint(new.splits, new.preprocessing)}
+    read = manifest_from_json(json.dumps(old).encode(), "x")
+    assert read == replace(new, fingerprint=old["fingerprint"])
+    assert manifest_from_json(manifest_to_json(read), "x") == read
+    assert json.loads(manifest_to_json(read))["format"] == "eiwtrain-data-2"
+    for wrong in ({"format": "eiwtrain-data-3"}, {"fingerprint": new.fingerprint}):
+        with pytest.raises(DataError, match="fingerprint"):
+            manifest_from_json(json.dumps(old | wrong).encode(), "x")
 
 
 def test_an_absent_or_empty_split_is_refused_with_a_list(tmp_path: Path, new_data_set: Any) -> None:

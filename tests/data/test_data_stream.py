@@ -23,9 +23,9 @@ import data_prep
 from eiwtrain import storage
 from eiwtrain.data import cache as cache_module
 from eiwtrain.data import stream as stream_module
+from eiwtrain.data.fingerprint import fingerprint
 from eiwtrain.data.manifest import (
     DataError,
-    fingerprint,
     load_manifest,
     load_sidecar,
     manifest_to_json,
@@ -143,7 +143,7 @@ def test_a_bound_below_one_shard_still_reads(remote: str, tmp_path: Path, image_
 
 def test_partial_downloads_of_killed_processes_are_removed(remote: str, tmp_path: Path, new_data_set: Any) -> None:
     new_data_set(remote, {"train": [2]})
-    old, new = tmp_path / "a.part", tmp_path / "b.part"
+    old, new = (tmp_path / f"{c * 64}.tar.{c * 32}.part" for c in "ab")
     for path in (old, new):
         path.write_bytes(b"x")
     os.utime(old, (1, 1))
@@ -270,7 +270,9 @@ def _update_checksums(folder: Path) -> None:
     (folder / "train-000000.json").write_bytes(text)
     shards = (replace(new, sidecar_sha256=storage.sha256_bytes(text)),)
     splits = {"train": replace(manifest.splits["train"], shards=shards)}
-    changed = replace(manifest, splits=splits, fingerprint=fingerprint(splits, manifest.preprocessing))
+    changed = replace(
+        manifest, splits=splits, fingerprint=fingerprint(splits, manifest.preprocessing, manifest.classes)
+    )
     (folder / "manifest.json").write_bytes(manifest_to_json(changed))
 
 
@@ -317,17 +319,152 @@ def _suppressed(cache: Any, url: str, shard: Any) -> None:
         cache.fetch(url, shard)
 
 
-def test_the_cache_folder_is_private_and_a_foreign_one_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module.tempfile, "tempdir", str(tmp_path))
-    folder = cache_module.default_cache_dir()
-    assert folder.parent == tmp_path
-    assert folder.stat().st_mode & 0o077 == 0
-    assert cache_module.default_cache_dir() == folder
-    owner = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    folder.rename(cache_folder := tmp_path / f"eiwtrain-cache-{owner + 1}")  # it now belongs to another user
-    if owner == 0:  # a folder of root is accepted: root creates the volumes of pods
-        assert cache_module.default_cache_dir() == cache_folder
-        os.chown(cache_folder, owner + 2, -1)
-    with pytest.raises(storage.StorageError, match=f"data.cache_dir: {cache_folder} belongs to somebody else"):
-        cache_module.default_cache_dir()
+def _flip(path: Path, where: int) -> None:
+    """Flip a bit of a file in place, and leave its times as they are."""
+    about = path.stat()
+    with open(path, "rb+") as f:
+        f.seek(where)
+        byte = f.read(1)[0]
+        f.seek(where)
+        f.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def _truncate(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def _remove(path: Path, where: int) -> None:
+    path.unlink()
+
+
+@pytest.fixture(params=["png", "npy"])
+def images(request: pytest.FixtureRequest, remote: str, tmp_path: Path) -> Any:
+    """A remote data set of one shard, a cache that has it, and its pixels."""
+    write_images(tmp_path / "images", 6)
+    options: dict[str, Any] = {"path": str(tmp_path / "images"), "of_source": {"split": "all"}}
+    data_prep.prepare("folder", remote, 8, preprocess={"encoding": request.param}, **options)
+    reader = _reader(remote, "train", tmp_path / "cache")
+    pixels = reader.read(range(6))
+    reader.close()
+    return remote, tmp_path / "cache", pixels
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("damage", [_flip, _truncate, _remove])
+def test_what_a_disk_does_to_a_cached_shard_is_found_and_it_is_fetched_again(
+    images: Any, damage: Any, is_open: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, cache, pixels = images
+    (path,), (sidecar,) = cache.glob("*.tar"), cache.glob("*.json")
+    places = load_sidecar(url, "train-000000.tar")
+    for number, where in ((0, 0), (2, places.offsets[2] + places.sizes[2] - 20), (5, places.offsets[5] + 150)):
+        reader = _reader(url, "train", cache)
+        if is_open:
+            reader[number]
+        damage(path, where)
+        before = storage.faults()
+        assert np.array_equal(reader.read(range(6)), pixels)
+        assert np.array_equal(reader.read(range(6)), pixels)
+        if damage is not _remove and where:
+            assert storage.faults() > before
+            assert str(path) in caplog.text
+            assert storage.sha256_file(path) == path.stem
+        reader.close()
+        reader.fetch(0)  # where it was removed and is open, it was still there to read
+    assert sidecar.exists()
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate])
+def test_a_cached_sidecar_is_checked_whenever_it_is_read(images: Any, damage: Any) -> None:
+    url, cache, pixels = images
+    (sidecar,) = cache.glob("*.json")
+    for where in (sidecar.read_bytes().index(b'"label":[') + 9, 0):
+        damage(sidecar, where)
+        before = storage.faults()
+        assert np.array_equal(_reader(url, "train", cache).read(range(6)), pixels)
+        assert storage.faults() == before + 1
+        assert storage.sha256_file(sidecar) == sidecar.stem
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_local_shard_that_is_replaced_is_found_whatever_its_size_and_time(
+    data_set: Path, tmp_path: Path, is_open: bool
+) -> None:
+    copy = _copy(data_set, tmp_path)
+    shard = copy / "train-000000.tar"
+    reader = _reader(copy, "train", tmp_path / "cache")
+    assert np.array_equal(reader[3], _reader(data_set, "train", tmp_path / "cache")[3])
+    if not is_open:
+        reader.close()
+    places = load_sidecar(str(copy), shard.name)
+    _flip(shard, places.offsets[3] + places.sizes[3] - 20)
+    with pytest.raises(DataError, match=r"shard train-000000\.tar is damaged or replaced: sha256"):
+        reader[3]
+    _truncate(shard, 0)
+    with pytest.raises(DataError, match=r"shard train-000000\.tar is damaged or replaced: 0 bytes"):
+        reader[0]
+
+
+def test_one_bad_read_of_a_whole_shard_is_read_again(
+    data_set: Path, tmp_path: Path, image_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread, bad, before = os.pread, [True], storage.faults()
+
+    def bad_at_first(*args: int) -> bytes:
+        return b"\0" * args[1] if bad.pop(0) else pread(*args)
+
+    bad.extend([False] * 9)
+    monkeypatch.setattr(os, "pread", bad_at_first)
+    assert np.array_equal(_reader(data_set, "train", tmp_path)[1], image_of("train", 1).transpose(2, 0, 1))
+    assert storage.faults() == before + 1
+
+
+def _resealed(folder: Path, **changes: Any) -> None:
+    """Change the sidecar of the first training shard, and make the checksums of the whole fit."""
+    manifest = load_manifest(str(folder))
+    train = manifest.splits["train"]
+    text = sidecar_to_json(replace(load_sidecar(str(folder), train.shards[0].name), **changes))
+    (folder / "train-000000.json").write_bytes(text)
+    shards = (replace(train.shards[0], sidecar_sha256=storage.sha256_bytes(text)), *train.shards[1:])
+    splits = {**manifest.splits, "train": replace(train, shards=shards)}
+    made = fingerprint(splits, manifest.preprocessing, manifest.classes)
+    (folder / "manifest.json").write_bytes(manifest_to_json(replace(manifest, splits=splits, fingerprint=made)))
+
+
+def test_a_sidecar_that_does_not_fit_its_shard_is_named(data_set: Path, tmp_path: Path, image_of: Any) -> None:
+    copy = _copy(data_set, tmp_path)
+    there = load_sidecar(str(copy), "train-000000.tar")
+    for changes, problem in (
+        ({"digests": there.digests[::-1]}, "image 0 is not the one that was written"),
+        ({"digests": ("xyz", *there.digests[1:])}, "its sidecar has digests of another kind"),
+        ({"offsets": (1 << 40, *there.offsets[1:])}, "its sidecar has image 0 outside the shard"),
+        ({"sizes": (-1, *there.sizes[1:])}, "its sidecar has image 0 outside the shard"),
+    ):
+        _resealed(copy, **{"digests": there.digests, "offsets": there.offsets, "sizes": there.sizes} | changes)
+        with pytest.raises(DataError, match=rf"shard train-000000\.tar: {problem}"):
+            _reader(copy, "train", tmp_path / "cache")[0]
+    _resealed(copy, digests=("",) * 20, sizes=there.sizes)  # as other programs may write it
+    assert np.array_equal(_reader(copy, "train", tmp_path / "cache")[0], image_of("train", 0).transpose(2, 0, 1))
+
+
+def test_other_files_in_the_cache_folder_are_left_alone(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+    new_data_set(remote, {"train": [5, 5]})
+    mine = [tmp_path / name for name in ("photos.tar", "config.json", "old.part", "notes.tmp")]
+    for path in mine:
+        path.write_bytes(b"mine")
+        os.utime(path, (1, 1))
+    reader = _reader(remote, "train", tmp_path, cache_bytes=1)
+    reader.read([0, 9, 0])
+    assert all(path.read_bytes() == b"mine" for path in mine)
+
+
+def test_a_link_in_the_cache_folder_is_not_followed(remote: str, tmp_path: Path, new_data_set: Any) -> None:
+    manifest = new_data_set(remote, {"train": [5]})
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "cache").mkdir()
+    lock = f"fetch-{manifest.splits['train'].shards[0].sidecar_sha256[:3]}.lock"
+    (tmp_path / "cache" / lock).symlink_to(tmp_path / "precious")
+    with pytest.raises(storage.StorageError, match=r"data\.cache_dir .* cannot be used: "):
+        _reader(remote, "train", tmp_path / "cache")[0]
+    assert (tmp_path / "precious").read_bytes() == b"precious"

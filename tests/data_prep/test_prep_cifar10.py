@@ -16,6 +16,7 @@ from containers import Files, below, tar_of, write_files
 from PIL import Image
 
 from data_prep import prepare
+from data_prep.formats import ranges
 from data_prep.formats.unpickle import load_batch
 from data_prep.sources import read_source
 from eiwtrain.data.manifest import DataError, load_sidecar
@@ -122,6 +123,33 @@ def test_an_archive_is_unpacked_once_a_machine_and_again_if_changed(tmp_path: Pa
     assert np.array_equal(item.load(), _pixels("data_batch_1")[0].transpose(1, 2, 0))
     path.write_bytes(gzip.compress(tar_of(below("bin", _binary())), compresslevel=0))
     _check(str(path))
+
+
+@pytest.mark.parametrize("planted", ["before", "a flipped bit", "emptied", "a link", "a link for the part"])
+def test_a_file_in_place_of_an_unpacked_one_is_not_its_content(
+    tmp_path: Path, temporary_folder: Path, planted: str
+) -> None:
+    path = tmp_path / "c.tar.gz"
+    path.write_bytes(gzip.compress(tar_of(below("py", _python()))))
+    read_source("cifar10", 32, str(path))
+    (unpacked,) = [p for p in temporary_folder.rglob("*") if p.is_file() and not p.suffix]
+    ranges._known.clear()  # as in another process
+    data = unpacked.read_bytes()
+    (precious := tmp_path / "precious").write_bytes(bytes(len(data)))
+    if planted == "before":
+        unpacked.with_suffix(".sha256").unlink()
+        unpacked.write_bytes(bytes(len(data)))
+    elif planted == "a flipped bit":
+        unpacked.write_bytes(data[:2000] + bytes([data[2000] ^ 1]) + data[2001:])
+    elif planted == "emptied":
+        unpacked.write_bytes(b"")
+    else:
+        unpacked.unlink()
+        unpacked.with_suffix(".part" if "part" in planted else "").symlink_to(precious)
+    _check(str(path))
+    assert unpacked.read_bytes() == data
+    assert not unpacked.is_symlink()
+    assert precious.read_bytes() == bytes(len(data))
 
 
 def test_a_changed_batch_of_columns_is_unpacked_again(tmp_path: Path) -> None:

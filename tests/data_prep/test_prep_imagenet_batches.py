@@ -121,7 +121,7 @@ def test_a_folder_of_somebody_else_is_not_unpacked_to(
 ) -> None:
     path = write_files(tmp_path / "a", DOWNSAMPLED["zips of pickles"])
     owner = os.getuid()
-    (folder := temporary_folder / f"eiwtrain-unpacked-{owner + 1}").mkdir()
+    (folder := temporary_folder / f"eiwtrain-unpacked-{owner + 1}").mkdir(mode=0o700)
     if owner == 0:  # a folder of root is accepted
         os.chown(folder, owner + 2, -1)
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)

@@ -26,7 +26,8 @@ from data_prep.pixels import encode
 from data_prep.shard_check import ShardCheck, ShardFound, verify_shard
 from data_prep.verify import verify
 from eiwtrain import storage
-from eiwtrain.data.manifest import DataError, Shard, Split, fingerprint
+from eiwtrain.data.fingerprint import fingerprint
+from eiwtrain.data.manifest import DataError, Shard, Split
 
 Members = list[tuple[str, bytes]]
 
@@ -82,7 +83,7 @@ def _seal(folder: Path) -> None:
                 _edit(sidecar, lambda content, facts=facts: content.update(facts))
                 shard |= facts | {"sidecar_sha256": storage.sha256_file(sidecar)}
         splits = {n: Split(n, 0, tuple(Shard(**s) for s in split["shards"])) for n, split in manifest["splits"].items()}
-        manifest["fingerprint"] = fingerprint(splits, manifest["preprocessing"])
+        manifest["fingerprint"] = fingerprint(splits, manifest["preprocessing"], manifest["classes"])
 
     _edit(folder / "manifest.json", seal_manifest)
 
@@ -412,7 +413,7 @@ def test_figures_of_the_manifest_that_are_wrong_are_all_named(folder: Path) -> N
     _expect(
         verify(str(folder)),
         r"manifest\.json: split 'train' has 33 images, its shards 32",
-        r"manifest\.json: the fingerprint is not that of the shards and the preprocessing",
+        r"manifest\.json: the fingerprint is not that of shards, sidecars, classes, preprocessing",
         rf"{SHARD}: is not there",
         r"manifest\.json: split 'train' has 2 duplicates, the manifest says 7",
     )
