@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import secrets
 import shutil
@@ -19,12 +20,17 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import botocore.session
 from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from eiwtrain.terminal.signals import exit_on_signals
 
@@ -48,12 +54,17 @@ _OFF = (
     "-s3.port.lance=0",
     "-s3.autoCreateBucket=false",  # as on AWS
     "-master.telemetry=false",
+    "-disableHttp",  # of master and filer, which would give, take and delete without keys
 )
+_TOKENS = ("JWT_SIGNING_KEY", "JWT_SIGNING_READ_KEY", "JWT_FILER_SIGNING_KEY", "JWT_FILER_SIGNING_READ_KEY")
+_SERVICES = ("VOLUME", "MASTER", "FILER", "S3", "ADMIN", "WORKER", "MSG_BROKER", "MSG_AGENT", "MQ", "CLIENT")
+"""Parts of SeaweedFS that talk to each other by gRPC, as its environment variables call them."""
 _TRIES = 5  # sets of free ports, any of which another program may take before the server does
 _START_SECONDS = 60.0
 _STOP_SECONDS = 5.0  # then it is killed: it takes two or, just after its start, now and then forever
 _OWNED = ("BucketAlreadyExists", "BucketAlreadyOwnedByYou")
 _HOST = "127.0.0.1"
+_VALID = timedelta(days=3650)  # before and after its start, as clocks may be wrong
 
 
 class S3Error(RuntimeError):
@@ -63,8 +74,9 @@ class S3Error(RuntimeError):
 class S3Server:
     """SeaweedFS over a folder. A context manager: started on entry, stopped on exit.
 
-    Objects and credentials are kept in the folder, ports in the instance: after `stop()` or `kill()` a `start()` gives
-    the same server again.
+    Objects and credentials are kept in the folder, which is closed to other users, ports in the instance: after
+    `stop()` or `kill()` a `start()` gives the same server again. Only the S3 endpoint answers, and asks for keys: the
+    server's other ports need a certificate or a token that its own parts have.
 
     Args:
         folder: where all of it is kept; made if absent.
@@ -168,10 +180,19 @@ class S3Server:
     def _log(self) -> Path:
         return self.folder / "weed.log"
 
+    @property
+    def _certificate(self) -> Path:
+        return self.folder / "parts.pem"
+
     def _prepare_folder(self) -> None:
         config = self.folder / "s3.json"
         try:
-            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            names = {path.name for path in self.folder.iterdir()}
+            if names and config.name not in names:
+                raise S3Error(f"{self.folder}: holds other files, and would be closed to others; name a new folder")
+            self.folder.chmod(0o700)
+            (self.folder / "data").mkdir(mode=0o700, exist_ok=True)
             if not config.exists():
                 keys = {"accessKey": secrets.token_hex(8), "secretKey": secrets.token_hex(16)}
                 identity = {"name": "eiwtrain", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List"]}
@@ -179,6 +200,7 @@ class S3Server:
                 config.write_text(json.dumps({"identities": [identity]}))
             keys = json.loads(config.read_text())["identities"][0]["credentials"][0]
             self._key, self._secret = keys["accessKey"], keys["secretKey"]
+            _write_certificate(self._certificate)
         except (OSError, ValueError, LookupError) as e:
             raise S3Error(f"{self.folder}: cannot keep a server's files here ({type(e).__name__}: {e})") from None
 
@@ -186,10 +208,23 @@ class S3Server:
         command = [weed, "mini", f"-dir={self.folder / 'data'}", f"-ip={_HOST}", f"-ip.bind={_HOST}", *_OFF]
         command += [f"-{name}={port}" for name, port in ports.items()]
         command += [f"-s3.config={self.folder / 's3.json'}"]
+        own = {name: value for name, value in os.environ.items() if not name.startswith("WEED_")}
         with self._log.open("wb") as log:  # in a session of its own, which Ctrl-C does not reach
             return subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                env=own | self._closed(),
+                cwd=self.folder,  # where it looks for a security.toml
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
+
+    def _closed(self) -> dict[str, str]:
+        """Return the settings that close the ports between the server's parts to everybody else."""
+        tokens = {f"WEED_{name}": secrets.token_hex(32) for name in _TOKENS}
+        files = [f"WEED_GRPC_{service}_{kind}" for service in _SERVICES for kind in ("CERT", "KEY")]
+        return tokens | dict.fromkeys(["WEED_GRPC_CA", *files], str(self._certificate))
 
     def _wait(self, ports: dict[str, int]) -> None:
         """Wait until the server has made the bucket, which it does as soon as it can do anything."""
@@ -229,6 +264,24 @@ class S3Server:
 
 class _PortTakenError(RuntimeError):
     pass
+
+
+def _write_certificate(path: Path) -> None:
+    """Write a new private key and its own certificate into one file, for its owner alone."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(timezone.utc)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "eiwtrain")])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - _VALID)
+        .not_valid_after(now + _VALID)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    path.unlink(missing_ok=True)
+    path.touch(0o600)
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    path.write_bytes(certificate.public_bytes(pem) + private)
 
 
 def _find_weed() -> str:

@@ -21,6 +21,7 @@ from eiwtrain import storage
 from eiwtrain.data.fields import DataError, Fields, parse_object
 from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.left_out import LeftOut
+from eiwtrain.terminal.lines import one_line
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "eiwtrain-data-3"
@@ -105,7 +106,7 @@ class Manifest:
     @property
     def title(self) -> str:
         """The name to print beside a score, with the protocol where there is one."""
-        return f"{self.name} ({self.protocol})" if self.protocol else self.name
+        return one_line(f"{self.name} ({self.protocol})" if self.protocol else self.name)
 
     def split(self, name: str) -> Split:
         """Return the split of that name.

@@ -15,6 +15,8 @@ import yaml
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.flow import FlowConfig
 from eiwtrain.scoring.yardsticks import Yardsticks
+from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.markdown import code, text
 
 CARD_FILE = "README.md"
 SAMPLES_FILE = "samples.png"
@@ -85,7 +87,7 @@ def render(
     """
     known = {key: value for key, value in metadata.items() if value is not None}
     sections = [
-        f"# {known.get('run', 'An image flow')}\n\n{summary(config, parameters, known)}\n",
+        f"# {text(known.get('run', 'An image flow'))}\n\n{summary(config, parameters, known)}\n",
         f"![Samples of this model]({SAMPLES_FILE})\n",
         _score(config, known, yardsticks),
         _bullets("Data", _data(known, manifest)),
@@ -102,10 +104,10 @@ def summary(config: FlowConfig, parameters: int, metadata: Mapping[str, Any]) ->
     """Describe the model in a sentence or two of Markdown."""
     channels, height, width = config.image_shape
     kind = "class-conditional normalizing flow" if config.classes else "normalizing flow"
-    data = f", trained on {metadata['data']}" if metadata.get("data") else ""
-    text = f"An exact-likelihood model of {height}x{width} images of {channels} channels: a {kind} of "
-    text += f"{parameters:,} parameters{data}"
-    return text + f" with eiwtrain {metadata['eiwtrain']}." if metadata.get("eiwtrain") else text + "."
+    data = f", trained on {text(metadata['data'])}" if metadata.get("data") else ""
+    said = f"An exact-likelihood model of {height}x{width} images of {channels} channels: a {kind} of "
+    said += f"{parameters:,} parameters{data}"
+    return said + f" with eiwtrain {text(metadata['eiwtrain'])}." if metadata.get("eiwtrain") else said + "."
 
 
 def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, A
     }
     if not config.classes:
         front["pipeline_tag"] = _TASK
-    title, bits = metadata.get("data"), metadata.get("eval_bits_per_dim")
+    title, bits = one_line(metadata.get("data") or ""), metadata.get("eval_bits_per_dim")
     if title:
         # on the hub a data set's id has no spaces; the protocol, after the name, is in the model index
         data_id = re.sub(r"[^\w.-]+", "-", title.partition(" (")[0]).strip("-.") or "unnamed"
@@ -125,12 +127,12 @@ def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, A
         front["metrics"] = ["bits_per_dim"]
         of = {"name": title, "type": data_id}
         if metadata.get("eval_split"):
-            of["split"] = metadata["eval_split"]
+            of["split"] = one_line(metadata["eval_split"])
         if metadata.get("data_fingerprint"):
-            of["revision"] = metadata["data_fingerprint"]
+            of["revision"] = one_line(metadata["data_fingerprint"])
         measured = {"type": "bits_per_dim", "name": "bits/dim (lower is better)", "value": round(bits, 6)}
         result = {"task": {"type": _TASK, "name": "density estimation"}, "dataset": of, "metrics": [measured]}
-        front["model-index"] = [{"name": metadata.get("run", "flow"), "results": [result]}]
+        front["model-index"] = [{"name": one_line(metadata.get("run", "flow")), "results": [result]}]
     return front
 
 
@@ -141,7 +143,7 @@ def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Yardsticks 
     if "eval_standard_error" in known:
         bits += f" ± {known['eval_standard_error']:.4f}"
     where = f" on {known['eval_images']:,} images" if "eval_images" in known else ""
-    where += f" of split `{known['eval_split']}`" if "eval_split" in known else ""
+    where += f" of split {code(known['eval_split'])}" if "eval_split" in known else ""
     noise = "variational" if config.dequantization == "variational" else "uniform"
     lines = [
         f"## Bits per dimension\n\n{bits}** bits/dim{where}: the mean and its standard error over images. One draw of "
@@ -159,22 +161,24 @@ def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Yardsticks 
 def _data(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
     facts = []
     if "data" in known:
-        facts.append(f"{known['data']}")
+        facts.append(text(known["data"]))
     if manifest is not None:
         params = dict(manifest.preprocessing["params"])
         source = params.pop("source", None)
-        made = ", ".join(f"{key} {value}" for key, value in params.items())
+        made = manifest.preprocessing
         facts.append(
-            f"preprocessing: {manifest.preprocessing['name']}, version {manifest.preprocessing['version']}"
-            + (f" ({made})" if made else "")
+            f"preprocessing: {text(made['name'])}, version {text(made['version'])}"
+            + (f" ({_pairs(params)})" if params else "")
         )
         if isinstance(source, dict):
-            facts.append("source: " + ", ".join(f"{key} {value}" for key, value in source.items()))
-        facts.append("images: " + ", ".join(f"{name} {s.samples:,}" for name, s in manifest.splits.items()))
+            facts.append("source: " + _pairs(source))
+        facts.append("images: " + ", ".join(f"{text(name)} {s.samples:,}" for name, s in manifest.splits.items()))
         if (split := known.get("eval_split")) and manifest.duplicates.get(split):
-            facts.append(f"of {split}, {manifest.duplicates[split]:,} have the pixels of another image of the data set")
+            facts.append(
+                f"of {text(split)}, {manifest.duplicates[split]:,} have the pixels of another image of the data set"
+            )
     if "data_fingerprint" in known:
-        facts.append(f"fingerprint: `{known['data_fingerprint']}`")
+        facts.append(f"fingerprint: {code(known['data_fingerprint'])}")
     return facts
 
 
@@ -191,9 +195,9 @@ def _training(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
         hours = f"{known['wall_seconds'] / 3600:.3g} hours of wall time over all attempts"
         facts.append(hours + (f"; {known['workers']} workers at the end" if "workers" in known else ""))
     if "training" in known:
-        facts.append(", ".join(f"{key} {value}" for key, value in known["training"].items()))
+        facts.append(_pairs(known["training"]))
     if "checkpoint" in known:
-        facts.append(f"averaged weights of checkpoint `{known['checkpoint']}`")
+        facts.append(f"averaged weights of checkpoint {code(known['checkpoint'])}")
     return facts
 
 
@@ -226,6 +230,10 @@ def _use(config: FlowConfig) -> str:
     ]
     params = ', params={"labels": labels}' if config.classes else ""
     return _USE.format(sample="\n".join(sample), height=height, width=width, channels=channels, labels=params)
+
+
+def _pairs(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{text(key)} {text(value)}" for key, value in facts.items())
 
 
 def _bullets(title: str, facts: list[str]) -> str:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from eiwtrain import storage
 from eiwtrain.config import Config
+from eiwtrain.terminal.markdown import text
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
@@ -165,7 +166,7 @@ def description(config: Config, manifest: Manifest, command: str, parameters: in
     preset = f"preset `{m.preset}`, " if m.preset else ""
     return "\n".join(
         [
-            f"A normalizing flow, trained on **{manifest.title}**.",
+            f"A normalizing flow, trained on **{text(manifest.title)}**.",
             "",
             f"- **Data**: {counts} images of {size} pixels at `{d.path}`, fingerprint `{manifest.fingerprint[:12]}`",
             f"- **Model**: {preset}{m.levels} levels of {m.steps} steps, {m.conditioner.kind} conditioners of "

@@ -176,7 +176,7 @@ def test_a_suspended_holder_is_replaced_and_knows_it_later(root, holder, quick, 
 def test_a_server_that_goes_away_and_returns_costs_nobody_the_lease(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(lease, "_STALE_SECONDS", 4.0)
     monkeypatch.setattr(retry, "_IMPATIENT", 0.3)
-    with S3Server(tmp_path, bucket="bucket") as server, pytest.MonkeyPatch.context() as patch:
+    with S3Server(tmp_path / "s3", bucket="bucket") as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.env.items():
             patch.setenv(name, value)
         root = f"s3://bucket/{tmp_path.name}/tiny"

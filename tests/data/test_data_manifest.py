@@ -15,6 +15,8 @@ from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.manifest import (
     DataError,
     Manifest,
+    Shard,
+    Sidecar,
     load_manifest,
     load_sidecar,
     manifest_from_json,
@@ -197,3 +199,18 @@ def test_the_protocol_stands_beside_the_name() -> None:
 )
 def test_the_protocol_names_the_visible_part_of_an_image(params: dict[str, object], protocol: str) -> None:
     assert Manifest("images", 8, 3, {"name": "x", "version": 1, "params": params}, {}, "f").protocol == protocol
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000])
+def test_nested_json_is_no_manifest_and_no_sidecar(text: bytes) -> None:
+    for parse in (manifest_from_json, sidecar_from_json):
+        with pytest.raises(DataError, match="not JSON"):
+            parse(text, "here")
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a\\b.tar", "x::http://127.0.0.1/y", "..", ""])
+def test_a_shard_is_a_file_of_its_folder(name: str) -> None:
+    shard = Shard(name, 1, 1, "0" * 64, "0" * 64)
+    text = sidecar_to_json(Sidecar(shard, "", keys=("a",), labels=(0,), offsets=(0,), sizes=(1,), digests=("0",)))
+    with pytest.raises(DataError, match="not the name of a file"):
+        sidecar_from_json(text, "here")

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from eiwtrain import checkpoints
 from eiwtrain.data.manifest import Manifest, Shard, Split
 from eiwtrain.exporting import model_card, models
 from eiwtrain.scoring.yardsticks import Yardsticks
+from eiwtrain.terminal import markdown
 
 MANIFEST = Manifest(
     name="photos",
@@ -122,3 +124,40 @@ def test_yardsticks_of_fewer_images_than_the_score_say_so(metadata):
 
 def test_skipped_steps_are_told(metadata):
     assert "6 optimizer steps, 2 of them skipped" in card(metadata | {"updates": 4})
+
+
+HOSTILE = (
+    "x\n---\nlicense: mit\n---\n# Owned\n<script>alert(1)</script>"
+    "<img src=x onerror=alert(1)> [click](http://evil) ![i](http://evil/i.png) `code` | a | \x1b[2J "
+    "\u202e http://evil www.evil.com"
+)
+
+
+def test_facts_that_others_wrote_are_text_in_the_card_and_nothing_else(metadata):
+    keys = ("run", "data", "eval_split", "train_split", "data_fingerprint", "checkpoint", "eiwtrain")
+    params = {HOSTILE: HOSTILE, "source": {HOSTILE: HOSTILE}}
+    made = {"name": HOSTILE, "version": HOSTILE, "params": params}
+    splits = {HOSTILE: Split(HOSTILE, 8, (Shard("a", 8, 1, "0"),))}
+    manifest = dataclasses.replace(MANIFEST, name=HOSTILE, preprocessing=made, splits=splits, duplicates={HOSTILE: 1})
+    hostile = metadata | dict.fromkeys(keys, HOSTILE) | {"training": {HOSTILE: HOSTILE}}
+    page = card(hostile, manifest=manifest)
+    plain = card(metadata | {"training": {}}, manifest=MANIFEST)
+    read = ModelCard(page)
+    assert read.data.license is None
+    heads = [line for line in page.splitlines() if line.startswith("#")]
+    assert len(heads) == len([line for line in plain.splitlines() if line.startswith("#")])
+    body = re.sub(r"`[^`\n]*`", "", page.partition("\n---\n")[2].partition("## How to use it")[0])
+    for mark in ("<script", "<img", "](http://evil", "![i]", "http://evil", "www.evil", "\x1b", "\u202e"):
+        assert mark not in body.replace("\\<", "").replace("\\]", "")
+    assert "\x1b" not in page
+    assert "\n" not in manifest.title
+    assert "<" not in re.sub(r"\\.", "", model_card.summary(small_flow().config, 1, hostile))
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_one_line_of_markdown(value):
+    for line in (markdown.text(value), markdown.code(value)):
+        assert len(f"a{line}b".splitlines()) == 1
+    assert not re.match(r"[#>+-]", markdown.text(value))
+    assert "<" not in re.sub(r"\\.", "", markdown.text(value))
+    assert markdown.code(value).count("`") == 2
