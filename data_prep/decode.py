@@ -7,6 +7,8 @@ resizing: that is in `data_prep.pixels`.
 from __future__ import annotations
 
 import io
+import re
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,8 +42,10 @@ _MOST_BYTES = 1 << 29  # of a file: more than any image has that is not refused 
 _SMALL = 1 << 25  # pixels, 100 MB as RGB; a larger image has to be as large as a file, too
 _MOST_PIXELS = 1 << 27  # 400 MB as RGB; cameras reach 102 million
 _PIXELS_A_BYTE = 128  # a dull photograph as a small JPEG has 50; one colour as PNG has 340
-_SCANS, _SCAN_BYTES = 100, 1 << 14  # of a progressive JPEG, usually about ten: each takes as long as the whole image
+_SCANS, _SCAN_BYTES = 100, 1 << 14  # of a JPEG, usually one or about ten: each takes as long as the whole image
 _POINTERS = ((b"version https://git-lfs", "git lfs pull"), (b"/annex/objects/", "git annex get"))  # text, no image
+_CODESTREAM = re.compile(rb"\xff\x4f\xff\x51....", re.DOTALL)  # begins a JPEG 2000; its size and its tiles follow
+_TILE_BYTES = 14  # of a tile at least: its two marks
 _TIFF_TILE = (322, 323)  # the tags of a tile's width and length
 
 
@@ -93,7 +97,7 @@ def decode(loaded: Loaded | NotRead, background: tuple[int, ...], accept_damaged
             return _decode_jpeg(loaded, accept_damaged)
         with Image.open(io.BytesIO(loaded), formats=image_formats()) as opened:
             check_pixels(opened.size, len(loaded))
-            _check_tiles(opened, len(loaded))
+            _check_tiles(opened, loaded)
             if opened.mode.split(";")[0] in _DEEP_MODES:
                 raise Undecodable(f"mode {opened.mode}: more than 8 bits a channel")
             opened.load()  # turns a TIFF, and forgets its orientation
@@ -124,11 +128,17 @@ def check_pixels(size: tuple[int, int], file: int) -> None:
         raise Undecodable(f"{size[0]}x{size[1]} pixels in {file:,} bytes; at most {most:,} are decoded of such a file")
 
 
-def _check_tiles(opened: Image.Image, file: int) -> None:
-    """Check the tiles of a TIFF, which can be larger than the image, and are decoded whole."""
+def _check_tiles(opened: Image.Image, data: bytes) -> None:
+    """Check the tiles of a TIFF, which can be larger than the image, and of a JPEG 2000, each of which takes memory."""
     tags: Any = getattr(opened, "tag_v2", {})
     width, height = (int(tags.get(tag, 0)) for tag in _TIFF_TILE)
-    check_pixels((width, height), file)
+    check_pixels((width, height), len(data))
+    for found in re.finditer(_CODESTREAM, data) if opened.format == "JPEG2000" else ():
+        right, bottom, left, top, across, down, first_x, first_y = struct.unpack_from(">8I", data, found.end())
+        check_pixels((right - left, bottom - top), len(data))
+        tiles = -(-(right - first_x) // max(across, 1)) * -(-(bottom - first_y) // max(down, 1))
+        if tiles * _TILE_BYTES > len(data):
+            raise Undecodable(f"a JPEG 2000 of {tiles:,} tiles in {len(data):,} bytes")
 
 
 def _on(background: tuple[int, ...], image: Image.Image) -> Decoded:
@@ -148,19 +158,18 @@ class _Frame(NamedTuple):
     """What is said ahead of the pixels of a JPEG; `plain`: three channels, and nothing to turn or convert."""
 
     size: tuple[int, int]
-    progressive: bool
     plain: bool
 
 
 def _decode_jpeg(data: bytes, accept_damaged: bool) -> Decoded:
     """Decode a JPEG to the pixels that Pillow would make of it, which hides all that its decoder warns of."""
     frame = _frame(data)
+    if (scans := data.count(b"\xff\xda")) > _SCANS + len(data) // _SCAN_BYTES:
+        raise Undecodable(f"a JPEG of {scans:,} scans")
     if frame is not None:
         check_pixels(frame.size, len(data))
-        if frame.progressive and (scans := data.count(b"\xff\xda")) > _SCANS + len(data) // _SCAN_BYTES:
-            raise Undecodable(f"a JPEG of {scans:,} scans")
-        if frame.plain and (found := _strictly(data, "RGB", accept_damaged)) is not None:
-            return Decoded(*found)
+        if frame.plain and (strict := _strictly(data, "RGB", accept_damaged)) is not None:
+            return Decoded(*strict)
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:  # takes longer than a small image to decode
         check_pixels(opened.size, len(data))
         found = _strictly(data, "CMYK" if opened.mode == "CMYK" else "RGB", accept_damaged)
@@ -194,11 +203,14 @@ def _frame(data: bytes) -> _Frame | None:
     """Return the frame of a JPEG; None if none is found."""
     at, plain = 2, True
     while at + 10 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xFF:  # fills a gap
+            at += 1
+            continue
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # precision, height, width, channels
             height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
             plain = plain and data[at + 4] == 8 and data[at + 9] == 3
-            return _Frame((width, height), marker not in (0xC0, 0xC1), plain)
+            return _Frame((width, height), plain)
         if marker < 0xC0 or 0xD0 <= marker <= 0xDA:
             return None
         plain = plain and data[at + 4 : at + 8] not in (b"Exif", b"Adob")

@@ -273,6 +273,20 @@ def test_a_progressive_jpeg_of_very_many_scans_is_rejected() -> None:
     scan = data[at:-2]
     with pytest.raises(Undecodable, match="scans"):
         _decoded(data[:-2] + b"".join([scan[:12]] * 2_000) + b"\xff\xd9", accept_damaged=True)
+    filled = data[:2] + b"\xff" + data[2:]
+    np.testing.assert_array_equal(_pixels(_decoded(filled)), _pillow(data))
+
+
+def test_a_jpeg_2000_of_very_many_tiles_is_rejected() -> None:
+    whole = _saved(_noise(), "JPEG2000", no_jp2=True, tile_size=(16, 16))
+    assert np.abs(_pixels(_decoded(whole)).astype(int) - np.asarray(_noise())).max() <= 1
+    at = whole.index(b"\xff\x4f\xff\x51") + 8
+    for size, message in (
+        ((5_000, 5_000, 0, 0, 20, 20, 0, 0), "62,500 tiles"),
+        ((60_000, 60_000, 0, 0, 60_000, 60_000, 0, 0), "pixels"),
+    ):
+        with pytest.raises(Undecodable, match=message):
+            _decoded(whole[:at] + struct.pack(">8I", *size) + whole[at + 32 :])
 
 
 def test_a_file_too_large_for_an_image_is_a_reject_and_is_not_read() -> None:
