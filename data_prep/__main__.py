@@ -228,7 +228,7 @@ def _dry_run(plan: Plan) -> None:
     for line in left_out_table(plan.source.left_out):
         print(f"  {line}")
     if plan.flawed[0]:
-        print(f"  {plan.flawed[0]:,} of the images cannot be decoded; the first: {plan.flawed[1]}")
+        print(printable(f"  {plan.flawed[0]:,} of the images cannot be decoded; the first: {plan.flawed[1]}"))
     size = size_estimate(plan)
     print(f"  about {size.bytes / 1e6:,.1f} MB, from encoding {size.images} of them")
     if other is not None:

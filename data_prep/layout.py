@@ -6,7 +6,7 @@ Not for reading folders or labels in files: that is in `data_prep.sources.folder
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from data_prep.split_names import SplitName, split_name
@@ -84,13 +84,30 @@ def find_layout(path: str, names: Sequence[Parts]) -> Layout:
     """
     tree = _Tree(names)
     layout = _find(path, names, tree)
-    labels = sorted({place.label for place in layout.places if place and place.label})
-    layout.notes.extend(
-        f"'{label}' is taken as a class, as {_list(other for other in labels if other != label)} are beside it"
-        for label in labels
-        if label.lower() in _CONTAINERS and len(labels) > 1
-    )
+    layout.notes.extend(_doubtful(path, layout.places))
     return layout
+
+
+def _doubtful(path: str, places: Iterable[Place | None]) -> Iterator[str]:
+    """Yield a note on each class whose name is mostly that of something else.
+
+    Raises:
+        DataError: its name is that of a split, and no other split has this class.
+    """
+    splits: dict[str, set[str]] = {}
+    for place in places:
+        if place and place.label:
+            splits.setdefault(place.label, set()).add(place.split)
+    for label in sorted(splits):
+        about = split_name(label)
+        if about.only and label.lower() != "train" and len(splits[label]) == 1:
+            raise DataError(
+                f"source {path}: '{label}', among the classes of '{splits[label].pop()}', looks like a split; move it "
+                "beside the folder of that split, or rename it if it is a class"
+            )
+        if about.kind or label.lower() in _CONTAINERS:
+            others = _list(other for other in splits if other != label)
+            yield f"'{label}' is taken as a class" + (f", like {others}" if others else "")
 
 
 def _find(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
@@ -189,7 +206,8 @@ def _without_level(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
         node = child
     if _classes_have_splits(tree, node, []):
         return _of_classes(path, names, tree, node)
-    notes = _doubts(path, tree, node) if len(below) > 1 else []
+    if len(below) > 1:
+        _check_no_splits(path, tree, node)
     depth = len(node)
 
     def place(folder: Parts) -> Place:
@@ -197,16 +215,12 @@ def _without_level(path: str, names: Sequence[Parts], tree: _Tree) -> Layout:
             return Place("train", "", "../" * (depth - len(folder)))
         return Place("train", folder[depth] if len(folder) > depth else "", _prefix(folder[depth:]))
 
-    places = _place_all(names, place)[0]
+    places, notes = _place_all(names, place)
     return Layout(_unsharded(places, notes), notes, {(): "train"})
 
 
-def _doubts(path: str, tree: _Tree, node: Parts) -> list[str]:
-    """Return notes on classes whose names sound like splits.
-
-    Raises:
-        DataError: they may well be splits.
-    """
+def _check_no_splits(path: str, tree: _Tree, node: Parts) -> None:
+    """Check that classes whose names sound like splits can only be classes, as a train among other vehicles."""
     below = tree.below(node)
     about = {name: found for name in below if (found := split_name(name)).kind}
     clear = [name for name, found in about.items() if found.only]
@@ -219,7 +233,6 @@ def _doubts(path: str, tree: _Tree, node: Parts) -> list[str]:
             f"source {path}: {_list(about)} look{'s' if len(about) == 1 else ''} like a split{beside}; name folders "
             "that are splits train and val or test, side by side and with nothing else, and classes otherwise"
         )
-    return [f"'{name}' is taken as a class, as the folders beside it are no splits" for name in about]
 
 
 def _classes_have_splits(tree: _Tree, above: Parts, levels: Sequence[Parts]) -> bool:

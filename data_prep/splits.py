@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from eiwtrain.data.manifest import DataError
 TRAIN, TEST = "train", "test"
 AUTO_SHARE = 0.1  # held out of a source without a split for evaluation
 _NAMED = 3  # classes in a note
+_COPY = re.compile(r"(.+?)[ _-]*(?:copy(?: \d+)?|\(\d+\))")  # as systems call copies of a folder
 RULES = "auto, own, hash:SHARE, last:N or all"
 
 
@@ -82,6 +84,10 @@ def notes_on_labels(
     for name in classes:
         if (other := by_case.setdefault(name.casefold(), name)) != name:
             notes.append(f"'{other}' and '{name}' are two classes, whose names differ by case only")
+            break
+    for name in classes:
+        if (copy := _COPY.fullmatch(name)) and copy[1] in classes:
+            notes.append(f"'{name}' is a class beside '{copy[1]}'; is it a copy?")
             break
     return notes
 

@@ -18,6 +18,12 @@ from eiwtrain.data.left_out import suffix_of
 from eiwtrain.data.manifest import DataError
 
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: name, class and box of each image, separated by tabs
+_MOST_ANNOTATIONS = 1 << 26  # bytes of such a file; Tiny ImageNet's has 360,000
+_MARKS = {  # names of files that other sources read
+    ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"): "imagenet",
+    ("data.mdb",): "lsun",
+    ("data_batch_1", "data_batch_1.bin"): "cifar10",
+}
 _LONGEST = 1 << 20  # bytes of a file of a label; longer ones are not looked into
 
 
@@ -86,6 +92,10 @@ def _annotated(path: str, layout: Layout, images: Sequence[FoundFile], rest: Ite
         mine = [n for n, place in enumerate(places) if place is not None and place.split == split]
         if split is None or any((place := places[n]) is not None and place.label for n in mine):
             continue
+        if file.size > _MOST_ANNOTATIONS:
+            raise DataError(
+                f"source {path}: {'/'.join(file.parts)} has {file.size:,} bytes; no list of classes is so long"
+            )
         classes = _classes_in("/".join(file.parts), file.load())
         for n in mine:
             place = places[n]
@@ -142,7 +152,7 @@ def _instead(path: str, rest: Sequence[FoundFile]) -> str:
         return f"{hint}; unpack it, and give what is in it"
     if zips := [name for name in archives if name.startswith("img_align_celeba")]:
         return f"{hint}; use python -m data_prep celeba --source {first[zips[0]]}"
-    for marks, source in ((("data.mdb",), "lsun"), (("data_batch_1", "data_batch_1.bin"), "cifar10")):
+    for marks, source in _MARKS.items():
         if any(mark in names for mark in marks):
             return f"{hint}; use python -m data_prep {source} --source {path}"
     if archives and kinds[".tar"] == names.total():

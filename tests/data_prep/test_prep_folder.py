@@ -185,6 +185,20 @@ def test_unusual_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_a_copy_of_a_class_and_classes_with_names_of_other_things_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("train/n1/1.png", "train/n1 copy/2.png", "train/images/4.png", "train/test tube/5.png")
+    write_files(tmp_path / "in", _images(*names))
+    command = ["folder", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--resolution", "8"]
+    assert main([*command, "--split", "own", "--dry-run"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "data_prep: 'images' is taken as a class, like 'n1', 'n1 copy', 'test tube'",
+        "data_prep: 'test tube' is taken as a class, like 'images', 'n1', 'n1 copy'",
+        "data_prep: 'n1 copy' is a class beside 'n1'; is it a copy?",
+    ]
+
+
 def test_names_that_differ_by_unicode_form_only_are_one_class(tmp_path: Path) -> None:
     composed, split = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
     (tmp_path / "x.tar").write_bytes(tar_of(_images(f"train/{composed}/1.png", "train/a/2.png", f"val/{split}/3.png")))
@@ -228,6 +242,7 @@ def test_json_files_that_hold_no_label_are_counted(tmp_path: Path) -> None:
         (["church_train_lmdb/data.mdb", "church_train_lmdb/lock.mdb"], "data_prep lsun --source {x}"),
         (["data_batch_1", "test_batch"], "data_prep cifar10 --source {x}"),
         (["images.dvc"], "dvc pull"),
+        (["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"], "data_prep imagenet --source {x}"),
         (["a.txt", "b.npy"], "only files of other kinds (1 .txt, 1 .npy)"),
     ],
 )

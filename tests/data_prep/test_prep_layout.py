@@ -64,6 +64,7 @@ def placed(names: str) -> list[str]:
         ("train/1 plane/2", "train:train train:plane"),
         ("bullet_train/1 cat/2 dog/3", "train:bullet_train train:cat train:dog"),
         ("train/valid/1 train/invalid/2 test/valid/3", "train:valid train:invalid test:valid"),
+        ("train/train/1 train/bus/2 test/bus/3", "train:train train:bus test:bus"),
         ("0/1/2/012ab 3/4/5/345", "train: train:"),  # as an LSUN that was exported
         ("0/0_1 1/1_2 cat/cat_1", "train:0 train:1 train:cat"),
     ],
@@ -88,6 +89,8 @@ def test_splits_and_classes_are_found_at_any_depth(names: str, expected: str) ->
         ("train/1 test/2 test_set/3", "'test', 'test_set' would all be the split 'test'"),
         ("a/train/x/1 a/test/x/2 b/train/x/3 b/test/x/4", "'a', 'b' hold splits of their own"),
         ("train/train/a/1 train/val/a/2 test/a/3", "'train' in a split holds splits of its own"),
+        ("train/cat/1 train/dog/2 train/val/3", "'val', among the classes of 'train', looks like a split"),
+        ("train/cat/1 train/test2/2 test/cat/3", "'test2', among the classes of 'train', looks like a split"),
         ("1 2 3 test/4", "'test' looks like a split, but 3 images are beside it"),
     ],
 )
