@@ -18,7 +18,7 @@ from data_prep.progress import Progress
 from data_prep.shard import ShardDone, ShardTask, item_key, run_task
 from data_prep.splits import TRAIN, notes_on_labels
 from eiwtrain import storage
-from eiwtrain.data.fingerprint import canonical_json, fingerprint
+from eiwtrain.data.fingerprint import canonical_json, fingerprint, first_fingerprint
 from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     DataError,
@@ -28,6 +28,7 @@ from eiwtrain.data.manifest import (
     load_manifest,
     load_sidecar,
     manifest_to_json,
+    read_manifest,
     shard_name,
     sidecar_name,
 )
@@ -166,7 +167,7 @@ def _bytes_of(loaded: Loaded) -> bytes:
 def find_other(plan: Plan) -> str | None:
     """Describe in a few words another data set that the output holds; return None if there is none."""
     names = storage.listdir(plan.output)
-    if MANIFEST_NAME in names:
+    if MANIFEST_NAME in names or storage.exists(storage.join(plan.output, MANIFEST_NAME)):  # a listing may be late
         try:
             manifest = load_manifest(plan.output)
         except DataError as e:
@@ -243,10 +244,15 @@ def run_plan(
     own = {MANIFEST_NAME, *shards, *map(sidecar_name, shards)}
     _clear(plan.output, plan.orders, keep=own)  # files that an attempt with other settings has left
     there = _manifest_at(plan.output)
-    if there is not None and there.splits == manifest.splits and there.preprocessing == manifest.preprocessing:
-        manifest = replace(manifest, fingerprint=there.fingerprint)  # may be of an earlier version, and runs know it
+    if there is not None and (there.splits, there.classes) == (manifest.splits, manifest.classes):
+        first = first_fingerprint(manifest.splits, manifest.preprocessing)
+        if there.fingerprint == first:  # written by an earlier version, and runs know it
+            manifest = replace(manifest, fingerprint=first)
     if there != manifest:  # otherwise its file is left alone
-        storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), manifest_to_json(manifest))
+        text = manifest_to_json(manifest)
+        storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), text)
+        if read_manifest(plan.output) != text:
+            raise storage.StorageError(f"{plan.output}: {MANIFEST_NAME} is not there as it was written")
     dropped = sum(len(d.sidecar.dropped) for done in finished.values() for d in done.values())
     total = sum(plan.shards().values())
     return Written(manifest, len(written), total - len(written), tuple(rejects), tuple(duplicates), dropped)

@@ -257,6 +257,9 @@ def _impossible(c: Config) -> list[str]:
         )
     problems += _impossible_model(c.model, c.data.resolution)
     problems += _impossible_name(c)
+    query = (c.tracking.uri or "").partition("?")[2]
+    if query and sqlite_path(c.tracking.uri or "") and not re.fullmatch(r"\w+=[^=/]*(&\w+=[^=/]*)*", query):
+        problems.append("tracking.uri: what follows ? is no setting of a database; write ? in a path as %3F, % as %25")
     if c.tracking.uri is None and not is_local(c.run.storage):
         problems.append(
             f"tracking.uri: must be set when run.storage is remote ({redact(c.run.storage)}); "

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
@@ -26,6 +27,7 @@ _HALF = re.compile(r"[0-9a-f]{64}\.(tar|json)\.[0-9a-f]{32}\.part|\..+\.[0-9a-f]
 _ABANDONED = 3600.0  # seconds after which a partial download counts as left by a killed process
 _TRIES = 3  # of a sidecar that another process evicts, or that is damaged, before it is read
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -76,9 +78,7 @@ class ShardCache:
         """Return the verified sidecar of a shard, cached like it if the data set is remote. Raises as `fetch`."""
         where = storage.join(url, sidecar_name(shard.name))
         if storage.is_local(url):
-            text = read_sidecar(url, shard.name)
-            _check_sidecar(text, shard)
-            return sidecar_from_json(text, where)
+            return _twice(lambda: _sidecar_in_place(url, shard))
         path = self.folder / f"{shard.sidecar_sha256}.json"
         for _ in range(_TRIES):
             self._fetch(where, path, None, lambda part: _check_sidecar(part.read_bytes(), shard))
@@ -135,10 +135,10 @@ class ShardCache:
         seen = self.folder / f"{shard.sha256}.ok"
         # the last two change with any replacement, whatever time it is given
         state = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        with suppress(OSError):
+        with suppress(OSError, UnicodeDecodeError):
             if stat.st_size == shard.bytes and seen.read_text() == state:
                 return
-        check_shard(path, shard)
+        _twice(lambda: check_shard(path, shard))
         with suppress(OSError, storage.StorageError):  # without the note, other processes just check again
             storage.write_bytes(str(seen), state.encode())
 
@@ -211,6 +211,23 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
+
+
+def _sidecar_in_place(url: str, shard: Shard) -> Sidecar:
+    text = read_sidecar(url, shard.name)
+    _check_sidecar(text, shard)
+    return sidecar_from_json(text, storage.join(url, sidecar_name(shard.name)))
+
+
+def _twice(read: Callable[[], T]) -> T:
+    """Return `read()`; if what it reads is damaged, the read may have been at fault, so read once more."""
+    try:
+        return read()
+    except DataError as e:
+        found = read()
+        storage.count_faults(1)
+        _log.warning("%s, at a first read, and whole at a second", e)
+        return found
 
 
 def touch(path: Path) -> None:

@@ -137,7 +137,8 @@ class ShardReader:
             if problem := self._read_image(shard, row, out[i]):
                 shard = self._reopened(number, f"image {row} {problem}")
                 if problem := self._read_image(shard, row, out[i]):
-                    raise DataError(f"shard {self.split.shards[number].name}: image {row} {problem}")
+                    where = "" if self.is_local else f", in {shard.path}, which was fetched again"
+                    raise DataError(f"shard {self.split.shards[number].name}: image {row} {problem}{where}")
             labels[i] = shard.index.labels[row]
         return labels
 
@@ -216,9 +217,9 @@ class ShardReader:
             try:
                 file = open(path, "rb", buffering=0)  # noqa: SIM115  # kept open
                 break
-            except FileNotFoundError:
-                if attempt == 2:
-                    raise
+            except OSError as e:
+                if attempt == 2 or not isinstance(e, FileNotFoundError):
+                    raise storage.StorageError(f"{path} cannot be opened: {e.strerror}") from None
         self._open[number] = _Open(path, file, index, time.monotonic())
         if remote:  # close evicted shards: only that frees their disk space
             for other in [n for n, o in self._open.items() if n != number and not o.path.exists()]:

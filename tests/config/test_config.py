@@ -343,6 +343,11 @@ def test_a_relative_database_keeps_its_odd_name(path, monkeypatch, tmp_path):
     assert load_config(path, ["tracking.uri=sqlite:////x/m.db?timeout=3"]).tracking.uri.endswith("/x/m.db?timeout=3")
 
 
+def test_a_question_mark_in_the_path_of_a_database_is_refused(path):
+    assert "write ? in a path as %3F" in error(path, "tracking.uri=sqlite:////tmp/a?b/m.db")
+    assert "write ? in a path as %3F" in error(path, "tracking.uri=sqlite:////tmp/a?b=c/m.db")
+
+
 @pytest.mark.parametrize("name", ["mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlartifacts", "x.db"])
 def test_a_run_is_not_where_mlflow_keeps_its_files(path, tmp_path, name):
     more = [f"tracking.uri=sqlite:///{tmp_path}/runs/x.db"] if name == "x.db" else []

@@ -420,6 +420,33 @@ def test_one_bad_read_of_a_whole_shard_is_read_again(
     assert storage.faults() == before + 1
 
 
+def test_one_bad_read_of_a_checksum_stops_nothing(
+    data_set: Path, tmp_path: Path, image_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sha256_file", "sha256_bytes"):
+        right, seen = getattr(storage, name), set()
+
+        def wrong_at_first(of: Any, right: Any = right, seen: set[Any] = seen) -> str:
+            first = of not in seen
+            seen.add(of)
+            return "0" * 64 if first else right(of)
+
+        monkeypatch.setattr(storage, name, wrong_at_first)
+    before = storage.faults()
+    assert np.array_equal(_reader(data_set, "train", tmp_path)[1], image_of("train", 1).transpose(2, 0, 1))
+    assert storage.faults() == before + 2
+
+
+def test_a_cached_shard_that_cannot_be_opened_is_one_line(
+    remote: str, tmp_path: Path, new_data_set: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_data_set(remote, {"train": [5]})
+    reader = _reader(remote, "train", tmp_path)
+    monkeypatch.setattr(reader.cache, "fetch", lambda url, shard: tmp_path / "evicted.tar")
+    with pytest.raises(storage.StorageError, match=r"evicted.tar cannot be opened: No such file"):
+        reader[0]
+
+
 def _resealed(folder: Path, **changes: Any) -> None:
     """Change the sidecar of the first training shard, and make the checksums of the whole fit."""
     manifest = load_manifest(str(folder))

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from data_prep import prepare, writer
 from data_prep.pixels import Preprocess, fit
 from data_prep.progress import Progress
 from data_prep.verify import verify
-from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
+from eiwtrain import storage
+from eiwtrain.data.fingerprint import first_fingerprint
+from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar, manifest_to_json
 
 
 @pytest.fixture(scope="session")
@@ -323,3 +326,31 @@ def test_a_manifest_does_not_depend_on_the_machine(images: Path, tmp_path: Path)
     _prepare(moved, tmp_path / "b" / "set")
     assert _bytes(tmp_path / "a" / "set") == _bytes(tmp_path / "b" / "set")
     assert str(tmp_path) not in json.dumps(json.loads((tmp_path / "a" / "set" / "manifest.json").read_text()))
+
+
+def test_a_rerun_leaves_a_data_set_of_an_earlier_version_as_it_is(images: Path, tmp_path: Path) -> None:
+    made = _prepare(images, tmp_path)
+    old = replace(made, fingerprint=first_fingerprint(made.splits, made.preprocessing))
+    (tmp_path / "manifest.json").write_bytes(manifest_to_json(old))
+    before = _bytes(tmp_path)
+    assert _prepare(images, tmp_path).fingerprint == old.fingerprint != made.fingerprint
+    assert _bytes(tmp_path) == before
+    assert verify(str(tmp_path)) == []
+
+
+def test_a_manifest_that_storage_lost_is_an_error(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", lambda url, data: "manifest" in url or write(url, data))
+    with pytest.raises(DataError, match=r"manifest\.json is not there"):
+        _prepare(images, tmp_path)
+
+
+def test_another_data_set_is_seen_though_a_listing_is_late(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepare(images, tmp_path)
+    monkeypatch.setattr(storage, "listdir", lambda url: [])
+    with pytest.raises(DataError, match="holds another data set"):
+        _prepare(images, tmp_path, shard_size=20)
