@@ -3,7 +3,8 @@
     python -m eiwtrain.run configs/quickstart.yaml [section.field=value ...] [--dry-run]
 
 Exit codes: 0 finished; 2 the config or the world around it must be fixed; 1 failed; 129, 130 or 143 stopped by SIGHUP,
-SIGINT or SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`: the same command resumes.
+SIGINT or SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`, or as storage or MLflow do
+not answer: the same command resumes.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
             outcome, tracked = main_job.train_under_lease(config, began, command, console, stop)
             return _report(outcome, config, tracked, command, console, stop)
     except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_USAGE
+        later = e.passing and not args.dry_run
+        print(f"error: {e}" + ("; the same command may work later" if later else ""), file=sys.stderr)
+        return EXIT_RESUMES_LATER if later else EXIT_USAGE
     except storage.StorageError as e:
         print(f"error: run.storage: {e}; the same command resumes", file=sys.stderr)
         return EXIT_FAILED

@@ -41,6 +41,16 @@ else:
 class ConfigError(ValueError):
     """The config cannot be used; the message is at most `MAX_ERROR_LINES` lines, each naming a field and the remedy."""
 
+    passing = False
+    """Whether the same command may work later: a server does not answer now."""
+
+    @classmethod
+    def because(cls, text: str, cause: Exception) -> ConfigError:
+        """Return an error whose cause may pass, if that says so."""
+        error = cls(text)
+        error.passing = bool(getattr(cause, "passing", False))
+        return error
+
 
 Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

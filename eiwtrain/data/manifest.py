@@ -106,7 +106,7 @@ class Manifest:
     @property
     def title(self) -> str:
         """The name to print beside a score, with the protocol where there is one."""
-        return one_line(f"{self.name} ({self.protocol})" if self.protocol else self.name)
+        return one_line(f"{self.name} ({self.protocol})" if self.protocol else self.name, limit=None)
 
     def split(self, name: str) -> Split:
         """Return the split of that name.

@@ -93,11 +93,15 @@ def train_under_lease(
         status, detail = _in_mlflow(outcome)
         return outcome, tracked
     except (LeaseHeld, tracking.TrackingError) as e:
-        raise ConfigError(str(e)) from None
+        raise ConfigError.because(str(e), e) from None
     except storage.StorageError as e:
+        detail = f"failed: {one_line(e, _MOST_WORDS)}"
         if stop.training:
             raise
-        raise ConfigError(f"run.storage: {e}") from None
+        raise ConfigError.because(f"run.storage: {e}", e) from None
+    except ConfigError as e:  # Ray cannot be started or joined
+        detail = f"failed: {one_line(e, _MOST_WORDS)}"
+        raise
     except Interrupted:
         status = "KILLED"
         raise

@@ -80,7 +80,7 @@ def check_storage(config: Config) -> None:
     try:
         storage.check_writable(config.root)
     except storage.StorageError as e:
-        raise ConfigError(f"run.storage: {e}") from None
+        raise ConfigError.because(f"run.storage: {e}", e) from None
 
 
 def find_data(config: Config) -> Manifest | None:
@@ -92,7 +92,7 @@ def find_data(config: Config) -> Manifest | None:
             return None
         manifest = load_manifest(d.path)
     except (DataError, storage.StorageError) as e:
-        raise ConfigError(f"data.path: {e}; write one with `python -m data_prep`") from None
+        raise ConfigError.because(f"data.path: {e}; write one with `python -m data_prep`", e) from None
     if manifest.resolution != d.resolution:
         raise ConfigError(
             f"data.resolution: {d.resolution}, but the images at {d.path} are {manifest.resolution} pixels wide; "
@@ -117,7 +117,7 @@ def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Ch
     try:
         found, unreadable = checkpoints.survey(config.root)
     except storage.StorageError as e:
-        raise ConfigError(f"run.storage: {e}") from None
+        raise ConfigError.because(f"run.storage: {e}", e) from None
     if unreadable and not found:
         raise ConfigError(
             f"run.storage: {unreadable[0].why}; no checkpoint can be read: delete {checkpoints.folder(config.root)} to "
@@ -126,6 +126,11 @@ def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Ch
     if not found:
         return None
     problems = checkpoints.differences(found[0], config, manifest.fingerprint if manifest else None)
+    if found[0].step > config.train.max_steps:
+        problems.append(
+            f"train.max_steps: {config.train.max_steps}, and the run has made {found[0].step} steps; give at least "
+            "that, or export an earlier checkpoint with `python -m eiwtrain.export STEP`"
+        )
     if problems:
         raise ConfigError("\n".join(problems[:4]))
     return found[0]

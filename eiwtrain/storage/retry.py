@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
 
+from eiwtrain.storage import surroundings
 from eiwtrain.terminal.lines import one_line
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ _KEYS = "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFIL
 # What may pass, as seen from s3fs with SeaweedFS behind a faulty proxy. A refusal, a wrong name, a full disk do not.
 _PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "NoSuchUpload")
+_CLOCK_CODES = ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture")
 _PASSING_ERRNO = (errno.EAGAIN, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 _PASSING_NAMES = {  # of Python, botocore and aiohttp, by name: the last two need not be installed
     "ConnectionError",
@@ -52,6 +54,9 @@ _counting = threading.Lock()
 
 class StorageError(RuntimeError):
     """Storage cannot be reached or refuses; the message names the URL and the cause in one line."""
+
+    passing = False
+    """Whether it may work later without a change, as when a connection is refused."""
 
 
 def retrying(what: str, call: Callable[[], T]) -> T:
@@ -81,7 +86,9 @@ def retrying(what: str, call: Callable[[], T]) -> T:
             left = first + _patience_seconds() - now
             if left <= 0 or not _may_pass(e):
                 spent = f" (tried for {now - first:.0f} s)" if tries else ""
-                raise StorageError(f"{what}: {_describe(e)}{spent}") from e
+                final = StorageError(f"{what}: {_describe(e)}{spent}")
+                final.passing = _may_pass(e)
+                raise final from e
             if now - said >= _LOG_EVERY:
                 said = now
                 _log.warning("%s: %s; trying again for up to %.0f s", what, _describe(e), left)
@@ -146,6 +153,15 @@ def _answer(e: BaseException | None) -> tuple[int, str, str] | None:
     return None
 
 
+def _date(e: BaseException | None) -> str | None:
+    """Return the time at which the S3 server answered, as it wrote it."""
+    for each in surroundings.causes(e):
+        if isinstance(answer := getattr(each, "response", None), dict) and "Error" in answer:
+            headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+            return next((str(value) for name, value in headers.items() if name.lower() == "date"), None)
+    return None
+
+
 def _code(e: Exception) -> str:
     answer = _answer(e)
     return answer[1] if answer else ""
@@ -156,6 +172,8 @@ def _may_pass(e: Exception) -> bool:
     if answer := _answer(e):
         return answer[0] in _PASSING_STATUS or answer[1] in _PASSING_CODES
     names = {c.__name__ for c in type(e).__mro__}
+    if surroundings.is_final(e):
+        return False
     if "SSLError" in names:  # a wrong certificate or no TLS at all; a reset during the handshake has another name
         return False
     return bool(names & _PASSING_NAMES) or getattr(e, "errno", None) in _PASSING_ERRNO
@@ -166,12 +184,17 @@ def _describe(e: Exception) -> str:
     if answer := _answer(e):
         status, code, message = answer
         text = f"{status} {message}" if code == str(status) else f"{status} {code}: {message}"
-        if code == "NoSuchBucket":
+        skew = surroundings.skew(_date(e)) if status in (400, 401, 403) else ""
+        if skew or code in _CLOCK_CODES:
+            text = f"{skew or 'the clock of this machine is wrong'}, so it refuses requests ({text}); set the clock"
+        elif code == "NoSuchBucket":
             text = f"the bucket does not exist ({text})"
         elif code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"):
             text = f"wrong credentials ({text}); look at {_KEYS}"
         elif status in (401, 403):
             text = f"access is refused ({text}): the credentials are wrong or do not allow it; look at {_KEYS}"
+    elif why := surroundings.at_fault(e):
+        text = why
     else:
         text = f"{type(e).__name__}: {e}"
         if type(e).__name__ in ("NoCredentialsError", "PartialCredentialsError"):

@@ -46,18 +46,28 @@ def check(config: Config) -> None:
     """Check that the tracking store answers. A local database that does not exist yet is not created.
 
     Raises:
-        TrackingError: the store does not answer.
+        TrackingError: the store does not answer, or its experiment was deleted.
     """
     uri = tracking_uri(config)
     database = sqlite_path(uri)
     try:
         if database is not None and not database.exists():
             return check_sqlite(database)
-        client_of(uri).search_experiments(max_results=1)
+        _alive(client_of(uri).get_experiment_by_name(config.tracking.experiment))
     except TrackingError:
         raise
     except Exception as e:
-        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
+        raise TrackingError.because(f"tracking.uri: {uri} cannot be used", e) from None
+
+
+def _alive(experiment: Any) -> Any:
+    """Return the experiment, or None where there is no such; raise TrackingError if it was deleted."""
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"tracking.experiment: {experiment.name!r} was deleted in MLflow; `mlflow experiments restore "
+            f"--experiment-id {experiment.experiment_id}` brings it back, or give another name"
+        )
+    return experiment
 
 
 def begin(
@@ -89,7 +99,9 @@ def begin(
         if begun:
             with contextlib.suppress(Exception):
                 _terminate(begun[-1], "FAILED", f"failed: {cause_line(e)}")
-        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
+        if isinstance(e, TrackingError):
+            raise
+        raise TrackingError.because(f"tracking.uri: {uri} cannot be used", e) from None
 
 
 def _begin(
@@ -105,7 +117,7 @@ def _begin(
     from mlflow.entities import Param, RunTag
 
     uri = tracking_uri(config)
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    experiment = _alive(client.get_experiment_by_name(config.tracking.experiment))
     if experiment is None:
         artifacts = None if uri.startswith("http") else _artifacts(config)
         experiment_id = client.create_experiment(
@@ -133,10 +145,18 @@ def _begin(
     )
     if inputs:
         client.log_inputs(run_id, datasets=list(inputs))
-    client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
-    if environment is not None:
-        client.log_dict(run_id, dict(environment), "environment.json")
+    try:
+        client.log_dict(run_id, config.model_dump(mode="json"), "config.yaml")
+        if environment is not None:
+            client.log_dict(run_id, dict(environment), "environment.json")
+    except Exception as e:  # points of curves go another way
+        where = client.get_run(run_id).info.artifact_uri  # raises if MLflow itself is away
+        raise _ArtifactsError.because(f"MLflow at {uri} answers, and its artifact store {where} does not", e) from e
     return begun[-1]
+
+
+class _ArtifactsError(TrackingError):
+    """MLflow can be used, and the place where it keeps files cannot."""
 
 
 def end(run: TrackedRun, status: Status, detail: str = "") -> bool:
@@ -252,7 +272,8 @@ def _patiently(seconds: float, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except Exception as e:
-            if refused(e) or time.monotonic() + _AGAIN_SECONDS > end:
+            final = refused(e) or (isinstance(e, TrackingError) and not e.passing)
+            if final or time.monotonic() + _AGAIN_SECONDS > end:
                 raise
             time.sleep(_AGAIN_SECONDS)
 

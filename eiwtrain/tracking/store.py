@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sqlite3
 import sys
@@ -12,13 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain.config import Config
+from eiwtrain.storage import surroundings
 from eiwtrain.storage.database import check_sqlite, sqlite_path, sqlite_uri
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.redact import REFUSAL, holds_secret, redact
 
+_AWAY = {"ConnectionError", "Timeout", "TimeoutError", "ProxyError", "gaierror", "EndpointConnectionError"}
+"""Classes of errors, by name, after which a server may answer later."""
+
 
 class TrackingError(RuntimeError):
     """The tracking server or database cannot be used; the message is one line with the URI and the cause."""
+
+    passing = False
+    """Whether it may work later without a change, as when a connection is refused."""
+
+    @classmethod
+    def because(cls, text: str, cause: Exception) -> TrackingError:
+        """Return an error about what MLflow raised."""
+        error = cls(f"{text}: {cause_line(cause)}")
+        error.passing = may_pass(cause)
+        return error
 
 
 @dataclass(frozen=True)
@@ -88,8 +103,19 @@ def refused(e: Exception) -> bool:
     return isinstance(e, MlflowException) and e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 
 
+def may_pass(e: Exception) -> bool:
+    """Return whether the store may answer later: it, or what is between, does not answer now."""
+    if surroundings.is_final(e) and surroundings.at_fault(e):
+        return False
+    names = {kind.__name__ for each in surroundings.causes(e) for kind in type(each).__mro__}
+    return bool(names & _AWAY) or bool(re.search(r"error code (429|50[0234])\b|database is locked", str(e)))
+
+
 def cause_line(e: BaseException) -> str:
-    """Return the innermost cause that the message repeats: a refused connection, without the layers above it."""
+    """Return the innermost cause that the message repeats: a refused connection, without the layers above it; or the
+    setting of the environment that is at fault."""
+    if why := surroundings.at_fault(e):
+        return why
     whole, cause = str(e), e.__cause__ or e.__context__
     while cause is not None:
         if str(cause) and str(cause) in whole:

@@ -49,6 +49,7 @@ class Tracker:
         self._journal = Journal(journal, warn, guard) if journal is not None else None
         self._refused: set[str] = set()  # curves that the store refuses
         self._away = self._full = self._closed = False
+        self._untaken = ""
         self._image_failures = self._caught_up = 0  # failures in a row; points logged since the store was away
         self._thread = threading.Thread(target=self._work, daemon=True, name="tracker")
         self._thread.start()
@@ -83,10 +84,18 @@ class Tracker:
         if self._journal is not None:
             self._journal.flush(max(0.0, end - time.monotonic()))
 
-    def close(self, patience: float | None = None) -> None:
-        """Wait until the queue is logged, for at most `patience` seconds (default: a minute). May be called twice."""
+    def lost_images(self, step: int) -> bool:
+        """Return whether an earlier attempt had images of this step that the store had not confirmed."""
+        return any(s == step for _, s in self._backlog.lost_pictures)
+
+    def close(self, patience: float | None = None) -> str:
+        """Wait until the queue is logged, for at most `patience` seconds (default: a minute). May be called twice.
+
+        Returns:
+            what the store did not take, in words; empty if it took all.
+        """
         if self._closed:
-            return
+            return self._untaken
         self._closed = True
         patience = _DRAIN_SECONDS if patience is None else patience
         end = time.monotonic() + patience
@@ -95,9 +104,11 @@ class Tracker:
         points, images = self._backlog.waiting
         self._backlog.abandon()
         if points or images:
-            self._warn(f"MLflow at {self._run.uri} did not take {points:,} points and {images} images")
+            self._untaken = f"{points:,} points and {images} images"
+            self._warn(f"MLflow at {self._run.uri} did not take {self._untaken}")
         if self._journal is not None:
             self._journal.close(max(end - time.monotonic(), min(patience, _FLUSH_SECONDS)))
+        return self._untaken
 
     def _work(self) -> None:
         try:

@@ -45,7 +45,7 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, train: Train, micro_batch: int, accumulation: int, world_size: int) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(next(module.parameters()).device.type)
         leaves: list[nn.Module] = []
         if train.zero_stage == 3:
             leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)
@@ -242,13 +242,13 @@ def _deepspeed_config(
     }
 
 
-def _import_deepspeed() -> Any:
-    """Return DeepSpeed, made quiet, and kept from compiling its shared-memory collectives on CPU.
+def _import_deepspeed(kind: str = "cpu") -> Any:
+    """Return DeepSpeed for a kind of device, made quiet, and kept from compiling its shared-memory collectives on CPU.
 
     That compilation takes minutes, and a process killed during it leaves a lock on which the next run hangs forever;
     gloo is enough.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["DS_ACCELERATOR"] = kind  # whatever somebody has set for another machine: it would fail here
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with _without_mlflow(), _without_compiler():
         import deepspeed

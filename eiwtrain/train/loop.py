@@ -318,6 +318,8 @@ class Worker:
         """Return the held-out score of the averaged weights at this step; None if stopped meanwhile. Collective."""
         state = self.state
         if state.score is not None:
+            if self.tracker is not None and self.tracker.lost_images(state.step):
+                self.held_out.show(state.score, self.tracker, self.note, self._may_continue)
             return state.score
 
         def stopped() -> bool:
@@ -356,7 +358,12 @@ class Worker:
             raise
         except Exception as e:  # training is done; to start workers again for this would not help
             raise Fatal(f"training is done, but {type(e).__name__}: {e}; the same command tries the end again") from e
-        return self._ended(_ending(*self._wants())) if summary is None else Finished(summary)
+        if summary is None:
+            return self._ended(_ending(*self._wants()))
+        self.watchdog.beat("the last points for MLflow")
+        if untaken := self.tracker.close():  # the checkpoint has them, or this step's evaluation draws them again
+            return Stopped(f"MLflow, which did not take {untaken}", state.step, state.newest.url)
+        return Finished(summary)
 
     def _may_continue(self, what: str) -> bool:
         """Whether this rank knows of no reason to stop before `what`; asked on rank 0 alone."""

@@ -11,7 +11,8 @@ from helpers import tiny_config, write_shards
 from mlflow import MlflowClient
 from small_run import commit
 
-from eiwtrain import run, tracking
+from eiwtrain import run, storage, tracking
+from eiwtrain.config import ConfigError
 from eiwtrain.data import load_manifest
 from eiwtrain.driver import launch, main_job
 from eiwtrain.driver.main_job import resume_command
@@ -214,3 +215,35 @@ def test_data_replaced_meanwhile_is_what_the_workers_must_find(path, monkeypatch
     monkeypatch.setattr(launch, "run_attempts", lambda config, data, *rest: found.append(data) or STOPPED)
     assert run.main([str(path)]) == 75
     assert found == [fingerprint(path)] != [before]
+
+
+def test_fewer_steps_than_were_made_are_refused(path, monkeypatch, capsys):
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: STOPPED)
+    commit(f"{path.parent}/runs/tiny", 5, None, data_fingerprint=fingerprint(path))
+    assert run.main([str(path), "train.max_steps=4"]) == 2
+    assert "train.max_steps: 4, and the run has made 5 steps" in capsys.readouterr().err
+    assert run.main([str(path), "train.max_steps=5"]) == 75
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_a_server_that_does_not_answer_leaves_the_job_in_a_queue(path, monkeypatch, passing):
+    def refuse(_url):
+        error = storage.StorageError("x: ConnectionRefusedError")
+        error.passing = passing
+        raise error
+
+    monkeypatch.setattr(storage, "check_writable", refuse)
+    assert run.main([str(path)]) == (75 if passing else 2)
+    assert run.main([str(path), "--dry-run"]) == 2
+
+
+def test_the_record_of_a_run_that_cannot_join_ray_has_the_reason(path, monkeypatch):
+    def refused(*_args):
+        raise ConfigError("RAY_ADDRESS: nothing answers there")
+
+    monkeypatch.setattr(launch, "run_attempts", refused)
+    assert run.main([str(path)]) == 2
+    client = MlflowClient(f"sqlite:///{path.parent}/runs/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("eiwtrain").experiment_id])
+    assert found.info.status == "FAILED"
+    assert found.data.tags["eiwtrain.status"] == "failed: RAY_ADDRESS: nothing answers there"

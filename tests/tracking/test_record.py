@@ -399,3 +399,28 @@ def test_a_tag_of_another_run_never_makes_a_driver_open_its_url(config, monkeypa
     monkeypatch.setattr(storage, "read_bytes", lambda url, *_: opened.append(url))
     assert tracking.end_abandoned(run) == []
     assert opened == []
+
+
+def test_an_experiment_that_was_deleted_is_named_with_its_remedy_before_anything_starts(config):
+    run = tracking.begin(config, {})
+    tracking.check(config)
+    MlflowClient(run.uri).delete_experiment(run.experiment_id)
+    began = time.monotonic()
+    for look in (lambda: tracking.check(config), lambda: tracking.begin(config, {})):
+        with pytest.raises(tracking.TrackingError, match=f"restore --experiment-id {run.experiment_id}") as e:
+            look()
+        assert not e.value.passing
+    assert time.monotonic() - began < 4
+
+
+def test_an_artifact_store_that_is_down_is_not_said_to_be_mlflow(config, monkeypatch):
+    monkeypatch.setattr(record, "_BEGIN_SECONDS", 0.0)
+
+    def down(*_args, **_kwargs):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(MlflowClient, "log_dict", down)
+    with pytest.raises(tracking.TrackingError, match=r"answers, and its artifact store .*mlartifacts.* does not") as e:
+        tracking.begin(config, {})
+    assert e.value.passing
+    assert "tracking.uri" not in str(e.value)

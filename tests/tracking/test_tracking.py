@@ -170,7 +170,7 @@ def test_a_flush_does_not_wait_for_a_store_that_is_away(config, monkeypatch):
     tracker.metrics(1, {"train/lr": 0.1})
     tracker.flush()
     assert tracker.pending()["points"][0][2] == [["train/lr", 0.1]]
-    tracker.close()
+    assert tracker.close() == tracker.close() == "1 points and 0 images"
     assert said[-1].endswith("did not take 1 points and 0 images")
 
 
@@ -366,6 +366,8 @@ def test_failing_images_do_not_block_curves_and_the_newest_stay(config, monkeypa
     said.clear()
     MlflowClient(run.uri).log_image(run.run_id, Image.new("RGB", (8, 8)), key="samples", step=6)
     tracker = tracking.Tracker(run, warn=said.append, backlog=saved)
+    assert tracker.lost_images(5)
+    assert not tracker.lost_images(4)
     tracker._thread.join(0.0)
     monkeypatch.setattr("eiwtrain.tracking.tracker._DRAIN_SECONDS", 60.0)
     tracker.close()

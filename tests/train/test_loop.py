@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eiwtrain import data, flow
 from eiwtrain.config import Config, Train, batching
-from eiwtrain.on_ray.messages import Assignment, Failed
+from eiwtrain.on_ray.messages import Assignment, Failed, Finished, Stopped
 from eiwtrain.train import device, loop
 from eiwtrain.train.objective import MicroBatch, learning_rate
 from eiwtrain.train.state import flow_config
@@ -212,3 +212,19 @@ def test_a_uniform_model_of_8_bit_images_costs_8_bits_per_dim():
     log_prob = torch.zeros(1)  # density 1 on a unit cube
     assert float(flow.bits_per_dim(log_prob, 192, 8)) == 8.0
     assert math.isclose(float(flow.bits_per_dim(torch.tensor([192 * math.log(2)]), 192, 8)), 7.0)
+
+
+@pytest.mark.parametrize("untaken", ["", "3 points and 1 images"])
+def test_a_run_whose_last_points_mlflow_did_not_take_ends_as_one_to_resume(monkeypatch, untaken):
+    worker = loop.Worker.__new__(loop.Worker)
+    newest = SimpleNamespace(step=5, url="runs/x/checkpoints/step-5")
+    worker.state, worker.watchdog = SimpleNamespace(step=5, newest=newest), SimpleNamespace(beat=lambda _what: None)
+    worker.tracker = SimpleNamespace(close=lambda: untaken)
+    worker.held_out = worker.clock = None
+    worker.job = SimpleNamespace(tracked=None, guard=None)
+    monkeypatch.setattr(loop, "finish", lambda *_: "the summary")
+    ended = worker._finish(None)
+    if untaken:
+        assert ended == Stopped(f"MLflow, which did not take {untaken}", 5, newest.url)
+    else:
+        assert ended == Finished("the summary")
