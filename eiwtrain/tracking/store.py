@@ -91,6 +91,10 @@ def client(uri: str) -> Any:
         for name in ("mlflow", "alembic"):  # after the import, which sets its own levels
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # or it logs a traceback at each try
+        if not uri.startswith("http"):
+            from mlflow.store.db import utils
+
+            utils.MAX_RETRY_COUNT = 3  # of opening a database; by itself MLflow tries for 110 s
         return MlflowClient(tracking_uri=uri)
     except Exception as e:
         raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None

@@ -530,6 +530,14 @@ def test_a_database_that_cannot_be_made_is_one_line_at_once(new_config, tmp_path
     assert time.monotonic() - began < 30
 
 
+def test_mlflow_does_not_try_for_minutes_to_open_a_database(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "check_sqlite", lambda path: None)  # as where only MLflow finds what is wrong
+    began = time.monotonic()
+    with pytest.raises(tracking.TrackingError, match="unable to open database file"):
+        store.client(f"sqlite:///{tmp_path}")
+    assert time.monotonic() - began < 30
+
+
 def test_the_identity_of_a_run_is_in_its_folder(config):
     tracking.begin(config, {})
     assert len(json.loads(storage.read_bytes(storage.join(config.root, "run.json")))["uid"]) == 32
