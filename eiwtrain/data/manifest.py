@@ -317,6 +317,9 @@ def sidecar_from_json(text: bytes, where: str) -> Sidecar:
     for name, column in _columns(sidecar).items():
         if len(column) != sidecar.shard.samples:
             raise DataError(f"{where}: field 'index.{name}' has {len(column)} entries, not {sidecar.shard.samples}")
+    for row, (start, size) in enumerate(zip(sidecar.offsets, sidecar.sizes, strict=True)):
+        if start < 0 or size < 0 or start + size > sidecar.shard.bytes:
+            raise DataError(f"{where}: image {row} would lie outside the shard")
     return sidecar
 
 

@@ -241,9 +241,9 @@ class ShardReader:
         sidecar = self.cache.sidecar(self.url, shard)
         if replace(sidecar.shard, sidecar_sha256=shard.sidecar_sha256) != shard:
             raise DataError(f"shard {shard.name}: its sidecar describes other bytes than the manifest")
-        for row, (start, size) in enumerate(zip(sidecar.offsets, sidecar.sizes, strict=True)):
-            if start < 0 or size < 0 or start + size > shard.bytes:
-                raise DataError(f"shard {shard.name}: its sidecar has image {row} outside the shard")
+        classes = len(self.manifest.classes)
+        if wrong := [label for label in sidecar.labels if not -1 <= label < classes]:
+            raise DataError(f"shard {shard.name}: its sidecar has label {wrong[0]}, but there are {classes} classes")
         try:
             digests = bytes.fromhex("".join(sidecar.digests))
         except ValueError:

@@ -110,6 +110,14 @@ def test_a_sidecar_holds_whole_numbers_that_fit_an_array(data_set: Path, number:
         sidecar_from_json(json.dumps(content).encode(), "x")
 
 
+@pytest.mark.parametrize(("field", "number"), [("offset", -1), ("size", -5), ("size", 1 << 40), ("offset", 1 << 40)])
+def test_a_sidecar_has_its_images_inside_its_shard(data_set: Path, field: str, number: int) -> None:
+    content = json.loads((data_set / "train-000000.json").read_text())
+    content["index"][field][3] = number
+    with pytest.raises(DataError, match=r"^x: image 3 would lie outside the shard$"):
+        sidecar_from_json(json.dumps(content).encode(), "x")
+
+
 @pytest.mark.parametrize("text", [b"[" * 200_000, b'{"a":' * 100_000, b'{"format":' + b"[" * 990 + b"]" * 990 + b"}"])
 def test_brackets_without_end_are_refused_in_one_line(text: bytes) -> None:
     for parse in (manifest_from_json, sidecar_from_json):

@@ -26,6 +26,7 @@ from eiwtrain.data import stream as stream_module
 from eiwtrain.data.fingerprint import fingerprint
 from eiwtrain.data.manifest import (
     DataError,
+    Sidecar,
     load_manifest,
     load_sidecar,
     manifest_to_json,
@@ -447,11 +448,11 @@ def test_a_cached_shard_that_cannot_be_opened_is_one_line(
         reader[0]
 
 
-def _resealed(folder: Path, **changes: Any) -> None:
+def _resealed(folder: Path, there: Sidecar, **changes: Any) -> None:
     """Change the sidecar of the first training shard, and make the checksums of the whole fit."""
     manifest = load_manifest(str(folder))
     train = manifest.splits["train"]
-    text = sidecar_to_json(replace(load_sidecar(str(folder), train.shards[0].name), **changes))
+    text = sidecar_to_json(replace(there, **changes))
     (folder / "train-000000.json").write_bytes(text)
     shards = (replace(train.shards[0], sidecar_sha256=storage.sha256_bytes(text)), *train.shards[1:])
     splits = {**manifest.splits, "train": replace(train, shards=shards)}
@@ -462,16 +463,17 @@ def _resealed(folder: Path, **changes: Any) -> None:
 def test_a_sidecar_that_does_not_fit_its_shard_is_named(data_set: Path, tmp_path: Path, image_of: Any) -> None:
     copy = _copy(data_set, tmp_path)
     there = load_sidecar(str(copy), "train-000000.tar")
-    for changes, problem in (
+    changed: tuple[tuple[dict[str, Any], str], ...] = (
         ({"digests": there.digests[::-1]}, "image 0 is not the one that was written"),
         ({"digests": ("xyz", *there.digests[1:])}, "its sidecar has digests of another kind"),
-        ({"offsets": (1 << 40, *there.offsets[1:])}, "its sidecar has image 0 outside the shard"),
-        ({"sizes": (-1, *there.sizes[1:])}, "its sidecar has image 0 outside the shard"),
-    ):
-        _resealed(copy, **{"digests": there.digests, "offsets": there.offsets, "sizes": there.sizes} | changes)
+        ({"labels": (1_000, *there.labels[1:])}, "its sidecar has label 1000, but"),
+        ({"labels": (-2, *there.labels[1:])}, "its sidecar has label -2, but"),
+    )
+    for changes, problem in changed:
+        _resealed(copy, there, **changes)
         with pytest.raises(DataError, match=rf"shard train-000000\.tar: {problem}"):
             _reader(copy, "train", tmp_path / "cache")[0]
-    _resealed(copy, digests=("",) * 20, sizes=there.sizes)  # as other programs may write it
+    _resealed(copy, there, digests=("",) * 20)  # as other programs may write it
     assert np.array_equal(_reader(copy, "train", tmp_path / "cache")[0], image_of("train", 0).transpose(2, 0, 1))
 
 
