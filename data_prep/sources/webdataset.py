@@ -113,7 +113,7 @@ def webdataset(path: str, labels: str = "auto") -> Source:
 
 def _find_tars(path: str, others: list[FoundFile]) -> list[_Tar]:
     """Find the tars; fill in the other files of a folder."""
-    if "{" in path and not (storage.is_local(path) and storage.exists(path)):
+    if "{" in path and not storage.exists(path):
         try:
             urls = list(dict.fromkeys(storage.absolute(url) for url in braceexpand(path)))
         except ValueError as e:

@@ -23,6 +23,7 @@ from data_prep.sources import read_source
 from data_prep.splits import apply_rule
 from data_prep.verify import verify
 from data_prep.writer import make_plan
+from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 
@@ -159,15 +160,18 @@ def test_keys_that_repeat_across_tars_are_told_apart(tmp_path: Path) -> None:
 def test_a_pattern_and_a_folder_give_the_same_images_at_any_url(tmp_path: Path, remote: bool) -> None:
     folder = tmp_path / "tars"
     folder.mkdir()
+    named = f"{tmp_path}/a {{set}} [1]"  # a folder whose name could be a pattern
     with webdataset.ShardWriter(str(folder / "x-%06d.tar"), maxcount=3, verbose=0) as sink:
         for n in range(10):
             sink.write({"__key__": f"{n:05d}", "png": _image(n), "cls": n % 3})
     where = str(folder)
     if remote:
         fsspec.filesystem("memory").put(str(folder), f"/{tmp_path.name}/tars", recursive=True)
-        where = f"memory://{tmp_path.name}/tars"
+        where, named = f"memory://{tmp_path.name}/tars", f"memory://{tmp_path.name}/a {{set}} [1]"
+    for name, _ in storage.find(where):
+        storage.write_bytes(f"{named}/{name}", storage.read_bytes(f"{where}/{name}"))
     expected = [(f"{n:05d}", n % 3) for n in range(10)]
-    for path in (where, where + "/x-{000000..000003}.tar", where + "/x-00000{0,1,2,3}.tar"):
+    for path in (where, named, where + "/x-{000000..000003}.tar", where + "/x-00000{0,1,2,3}.tar"):
         source = _read(path)
         assert _labels(source) == expected
         assert [item.load() for item in source.splits["train"]] == [_image(n) for n in range(10)]
