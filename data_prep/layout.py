@@ -56,8 +56,11 @@ class _Tree:
         return sorted(self.folders.get(folder, ()))
 
     def known(self, folder: Parts) -> dict[str, SplitName]:
-        """Return the folders in a folder that are splits beyond doubt."""
-        return {name: about for name in self.below(folder) if (about := split_name(name)).sure}
+        """Return the folders in a folder that are splits beyond doubt, also if all have the same words with them."""
+        named = {name: about for name in self.below(folder) if (about := split_name(name)).kind}
+        sure = {name: about for name, about in named.items() if about.sure}
+        alike = len({about.rest for about in named.values()}) == 1 and all(about.rest for about in named.values())
+        return named if alike and len({about.kind for about in named.values()}) > 1 else sure
 
     def is_level(self, folder: Parts) -> bool:
         """Return whether the folders in a folder are splits: one for training and others, or only others."""

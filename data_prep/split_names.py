@@ -40,12 +40,14 @@ class SplitName(NamedTuple):
         sure: whether nothing else is in the name that counts.
         only: whether the rest, if there is any, only makes a version of a split, as in `test2`, and not a class, as
             in `bullet train`.
+        rest: the other words that count; None if the name holds the words of several splits.
     """
 
     kind: Kind | None
     word: str = ""
     sure: bool = False
     only: bool = False
+    rest: tuple[str, ...] | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -59,7 +61,8 @@ def split_name(name: str) -> SplitName:
     if not found:
         return SplitName(None)
     sure = len(found) == 1 and not rest
-    return SplitName(_WORDS[found[0]], found[0], sure, only=all(map(_VERSION.fullmatch, rest)))
+    only = all(map(_VERSION.fullmatch, rest))
+    return SplitName(_WORDS[found[0]], found[0], sure, only, tuple(rest) if len(found) == 1 else None)
 
 
 def split_in(text: str) -> tuple[Kind, str] | None:

@@ -56,7 +56,7 @@ def is_image_name(name: str) -> bool:
 def unreadable(name: str) -> str:
     """Return why an image with this file name is not read; "" if its format can be decoded here."""
     suffix = _suffix(name)
-    return f"no decoder here reads {suffix}" if suffix in _OTHERS and suffix not in image_suffixes() else ""
+    return f"{suffix} is no format that is read here" if suffix in _OTHERS and suffix not in image_suffixes() else ""
 
 
 def _suffix(name: str) -> str:

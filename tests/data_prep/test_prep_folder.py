@@ -76,8 +76,8 @@ def test_every_file_is_an_image_a_reject_or_counted(tmp_path: Path, kind: str) -
     flaws = {item.source: item.flaw for item in source.splits["train"]}
     assert [name for name, flaw in flaws.items() if not flaw] == [name for name in sorted(MIXED) if name[:3] == "cat"]
     assert {name: flaw for name, flaw in flaws.items() if flaw} == {
-        "dog/6.HEIC": "no decoder here reads .heic",
-        "dog/7.nef": "no decoder here reads .nef",
+        "dog/6.HEIC": ".heic is no format that is read here",
+        "dog/7.nef": ".nef is no format that is read here",
     }
     assert [(kind.suffix, kind.reason, kind.files, kind.first) for kind in source.left_out] == [
         ("", "hidden", 1, "dog/.DS_Store"),
@@ -110,8 +110,8 @@ def test_the_manifest_keeps_what_was_left_out_and_the_sidecars_the_rejects(
     reasons = {entry["source"]: entry["reason"] for entry in rejects}
     assert reasons == {
         "cat/gone.png": "a link to a file that is not there",
-        "dog/6.HEIC": "no decoder here reads .heic",
-        "dog/7.nef": "no decoder here reads .nef",
+        "dog/6.HEIC": ".heic is no format that is read here",
+        "dog/7.nef": ".nef is no format that is read here",
     }
     before = (tmp_path / "out" / "manifest.json").read_bytes()
     content = json.loads(before)

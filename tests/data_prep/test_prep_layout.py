@@ -25,12 +25,12 @@ CLASSES = ["cat", "valley", "trains", "testament", "trainer", "n01440764", "deve
 
 
 def test_names_of_splits_are_known_in_any_form_and_no_others() -> None:
-    assert {name for name in TRAIN if split_name(name)[::2] == ("train", True)} == {*TRAIN}
-    assert {name for name in EVAL if split_name(name)[::2] == ("eval", True)} == {*EVAL}
-    assert {name for name in VERSIONS if split_name(name)[2:] == (False, True)} == {*VERSIONS}
+    assert {name for name in TRAIN if split_name(name)[:3:2] == ("train", True)} == {*TRAIN}
+    assert {name for name in EVAL if split_name(name)[:3:2] == ("eval", True)} == {*EVAL}
+    assert {name for name in VERSIONS if split_name(name)[2:4] == (False, True)} == {*VERSIONS}
     assert {name for name in CLASSES if split_name(name).kind is None} == {*CLASSES}
     for name in ("bullet train", "test_tube", "dev board"):
-        assert split_name(name)[2:] == (False, False)
+        assert split_name(name)[2:4] == (False, False)
     assert split_in("imagenet-validation-000012") == ("eval", "validation")
 
 
@@ -50,6 +50,8 @@ def placed(names: str) -> list[str]:
         ("training_set/a/1 test_set/a/2 validation_set/a/3", "train:a test:a validation:a"),
         ("train/1 eval/2", "train: test:"),
         ("val/1 test/2", "val: test:"),
+        ("train2017/1 val2017/2", "train: test:"),  # as COCO
+        ("bedroom_train/0/1/01a bedroom_val/2/3/23b", "train: test:"),  # as an LSUN that was exported
         ("train/train/1 test/test/2", "train: test:"),
         ("test/train/a/1 test/val/a/2", "train:a test:a"),  # all in a folder that happens to be called so
         ("val/a/1 val/b/2", "train:a train:b"),
@@ -81,8 +83,10 @@ def test_splits_and_classes_are_found_at_any_depth(names: str, expected: str) ->
         ("train/1 val/2 test2/3", "'train' and 'val' look like .* images in 'test2'"),
         ("train/a/1 test2/a/2", "'test2', 'train' look like a split"),
         ("train/a/1 extra/a/2", "'train' looks like a split, and beside it 'extra'"),
-        ("train2017/1 val2017/2", "'train2017', 'val2017' look like a split"),
-        ("mine_train/a/1 mine_test/a/2", "'mine_test', 'mine_train' look like a split"),
+        ("train2017/1 val2018/2", "'train2017', 'val2018' look like a split"),
+        ("trainA/1 trainB/2 testA/3 testB/4", "'testA', 'testB', 'trainA', ... look like a split"),
+        ("mine_train/a/1 your_test/a/2", "'mine_train', 'your_test' look like a split"),
+        ("mine_train/a/1 mine_test/a/2 docs/3", "'mine_train' and 'mine_test' look like splits, but .* in 'docs'"),
         ("cat/1 dog/2 dev/3", "'dev' looks like a split, and beside it 'cat', 'dog'"),
         ("cat/1 dog/2 test2/3", "'test2' looks like a split"),
         ("train/1 training/2 val/3", "'train', 'training' would all be the split 'train'"),

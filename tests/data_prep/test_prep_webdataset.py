@@ -134,7 +134,7 @@ def test_any_image_is_taken_where_there_is_no_usual_one_and_other_members_are_co
     assert [(i.source, i.label, i.flaw) for i in source.splits["train"]] == [
         ("0000", 1, ""),
         ("0001", 0, ""),
-        ("0002", 1, "no decoder here reads .heic"),
+        ("0002", 1, ".heic is no format that is read here"),
     ]
     assert {(kind.suffix, kind.reason, kind.first) for kind in source.left_out} == {
         (".txt", "not an image or a label", "a.tar/0000.txt"),
