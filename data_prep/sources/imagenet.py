@@ -5,13 +5,13 @@ Not for what is done to the images: that is in `data_prep.pixels`.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from data_prep.formats.files import FoundFile, list_files, list_tar, range_of
+from data_prep.formats.matlab import load_matlab
 from data_prep.formats.rows import gunzipped
 from data_prep.items import Item, Source
 from data_prep.listing import ARCHIVES, all_image_suffixes, count_others, flaw_of, notes_on_lost, refuse_lost, take_lost
@@ -305,15 +305,15 @@ def _check_number(labels: Sequence[str], names: Sequence[str], what: str) -> Non
 
 def _from_devkit(ground_truth: bytes, meta: bytes) -> list[str]:
     """Return the synset of each validation image; the development kit numbers synsets in an order of its own."""
-    import scipy.io
-
     try:
-        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True, struct_as_record=True)["synsets"]
+        synsets = load_matlab(meta, META)["synsets"]
         of = {
             int(number): str(synset) for number, synset in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)
         }
         return [of[int(word)] for word in ground_truth.split()]
-    except Exception as e:  # scipy raises anything
+    except DataError:
+        raise
+    except Exception as e:  # the fields may be of any type
         raise DataError(f"the development kit is damaged ({type(e).__name__}: {one_line(e)})") from None
 
 

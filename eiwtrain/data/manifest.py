@@ -30,6 +30,7 @@ _FINGERPRINTS = {_FIRST_FORMAT: first_fingerprint, MANIFEST_FORMAT: fingerprint}
 SIDECAR_FORMAT = "eiwtrain-shard-2"
 ENCODINGS = ("png", "npy")
 MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
+_MOST_BYTES = 1 << 28  # of a manifest or a sidecar: of some 2 million images a shard
 _SAMPLE = 4 * 512  # bytes of a tar that an image takes at least: two members, each a header and a block
 _USUAL_SPLITS = ("train", "val", "test", "valid", "validation", "testing", "eval")
 
@@ -183,7 +184,7 @@ def load_manifest(url: str) -> Manifest:
 def read_manifest(url: str) -> bytes:
     """Return the bytes of the manifest of the data set at `url`. Raises as `load_manifest`."""
     try:
-        return storage.read_bytes(storage.join(url, MANIFEST_NAME))
+        return storage.read_bytes(storage.join(url, MANIFEST_NAME), _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no data set at {url}: {MANIFEST_NAME} is not there") from None
 
@@ -272,7 +273,7 @@ def read_sidecar(url: str, shard: str) -> bytes:
     """Return the bytes of the sidecar of the shard named `shard`. Raises as `load_sidecar`."""
     where = storage.join(url, sidecar_name(shard))
     try:
-        return storage.read_bytes(where)
+        return storage.read_bytes(where, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"shard {shard}: its sidecar {where} is not there") from None
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 from batches import python2_pickle
 from containers import tar_of, zip_of
 
 from data_prep.formats import ranges
 from data_prep.formats.files import list_files
+from data_prep.formats.matlab import load_matlab
 from data_prep.formats.ranges import ByteRange
 from data_prep.formats.rows import gunzipped, npz_batch, pickled_batch, zip_members
 from data_prep.formats.unpickle import load_batch
@@ -226,3 +228,21 @@ def test_a_sample_whose_json_nests_without_end_has_no_label(tmp_path: Path) -> N
     (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": b"", "a.json": b"[" * 200_000, "b.jpg": b"", "b.cls": b"0"}))
     source = webdataset(str(tmp_path / "x.tar"))
     assert [item.label for item in source.splits["train"]] == [-1, 0]
+
+
+def _matlab(content: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"synsets": content}, do_compression=True)
+    return buffer.getvalue()
+
+
+def test_a_matlab_file_of_far_too_much_is_refused_before_it_is_loaded() -> None:
+    assert load_matlab(_matlab(np.arange(3)), "meta.mat")["synsets"].tolist() == [0, 1, 2]
+    large = _matlab(np.zeros(1 << 27, np.uint8))
+    assert len(large) < 1 << 18
+    with pytest.raises(DataError, match=r"^meta.mat: its [0-9,]+ bytes unpack to over"):
+        load_matlab(large, "meta.mat")
+    for broken in (b"", bytes(500), large[:1000], b"MATLAB 5.0".ljust(124) + b"\0\1IM" + b"\xff" * 99):
+        with pytest.raises(DataError, match=r"^meta.mat is damaged") as caught:
+            load_matlab(broken, "meta.mat")
+        assert "\n" not in str(caught.value)
