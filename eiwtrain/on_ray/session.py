@@ -87,6 +87,7 @@ def start(cpus: int) -> None:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             os.environ.setdefault(address.CLUSTERS_OF_MANY, "0")
+        os.environ |= WORKER_ENV  # all of its processes inherit them
         where = {
             "address": "local",
             "num_cpus": cpus,

@@ -11,8 +11,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from eiwtrain.config import Workers
 from eiwtrain.on_ray import session
@@ -85,7 +88,26 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = without_request(options["scaling_policy"])
-        return super()._initialize_and_run_controller(**options)
+        if session.joins_cluster():
+            return super()._initialize_and_run_controller(**options)
+        controller = ray.remote(num_cpus=0)(_Controller).remote(**options)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _WorkerGroup(WorkerGroup):
+    """Workers on a Ray that this program has started: they have its environment, and need none of their own.
+
+    Ray starts Python twice for a process with an environment of its own, and keeps none waiting for it.
+    """
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> None:
+        return None
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 def cause_of(error: BaseException | None) -> str:
