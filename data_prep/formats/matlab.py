@@ -19,7 +19,7 @@ def load_matlab(data: bytes, what: str) -> dict[str, Any]:
     """Return the variables of a MATLAB file by name; dimensions of 1 are left out.
 
     Raises:
-        DataError: it is none, is damaged, or unpacks to far too much.
+        DataError: it is another file, is damaged, or unpacks to far too much.
     """
     import scipy.io
 
