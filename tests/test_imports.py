@@ -50,6 +50,10 @@ def test_a_command_answers_without_heavy_libraries(words):
     assert not imported("-m", *words) & HEAVY
 
 
+def test_data_prep_does_without_the_config_of_training():
+    assert "eiwtrain.config" not in imported("-m", "data_prep", "--help")
+
+
 def test_a_watcher_that_waits_is_small():
     assert not imported("-c", "import eiwtrain.driver.watcher") & (HEAVY | {"numpy", "fsspec", "yaml"})
 

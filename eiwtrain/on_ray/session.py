@@ -14,12 +14,14 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eiwtrain.config import Config, Workers
 from eiwtrain.on_ray import address
 from eiwtrain.on_ray.address import RayError
 from eiwtrain.terminal.lines import one_line
+
+if TYPE_CHECKING:
+    from eiwtrain.config import Config, Workers  # which data_prep does not need
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
 _ANSWER_SECONDS = 20.0  # within which a node that lives starts a task
