@@ -37,6 +37,7 @@ _SYSTEM_FOLDERS = ("__macosx", "@eadir", "$recycle.bin", "system volume informat
 # Why a file is not among those asked for, whatever its name.
 HIDDEN, LINK, LOST, SPECIAL = "hidden", "a link", "a link to a file that is not there", "not a regular file"
 REPLACED = "a later file has its name"
+_DEEPEST = 200  # folders in one another
 _LINKS = 8  # rounds, each of which halves the length of a chain of links
 # Bytes that are read beyond a member, whose local extra field can be longer than the directory says. The directory and
 # its end record follow every member, so this many bytes are always there.
@@ -196,6 +197,8 @@ def _in_folder(
     folder: str, parts: tuple[str, ...] = (), above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[FoundFile]:
     """Yield the files of a local folder and those below it; `above` are the folders above, where a link may lead."""
+    if len(parts) > _DEEPEST:
+        raise DataError(f"source {folder}: folders are more than {_DEEPEST} deep in one another")
     try:
         about = Path(folder).stat()
         here = (about.st_dev, about.st_ino)

@@ -368,7 +368,7 @@ def _parse(data: bytes) -> _Record | None:
         raw["holder"], raw["holding"] = Holder(**raw["holder"]), Holding(**raw.pop("attempt"))
         raw["earlier"] = tuple(Holding(*a) for a in raw["earlier"])
         return _Record(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

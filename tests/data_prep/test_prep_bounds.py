@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -79,6 +80,15 @@ def test_tars_of_other_programs_are_whole(tmp_path: Path) -> None:
     for record in (1, 8, 20, 64, 2048):
         size = -(-(len(data) // BLOCK + 2) // record) * record * BLOCK
         assert _listed(tmp_path, data + bytes(size - len(data))) == sorted(MEMBERS)
+
+
+def test_folders_too_deep_to_follow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(300):  # step by step, as the whole path is long
+        Path("a").mkdir()
+        os.chdir("a")
+    with pytest.raises(DataError, match="folders are more than 200 deep"):
+        list_files(str(tmp_path))
 
 
 def _header(name: bytes, kind: bytes, size: int) -> bytes:
