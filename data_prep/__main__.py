@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import NoReturn, TypeVar
 
 from data_prep.inspect import contact_sheet, describe, size_estimate
-from data_prep.parallel import run_tasks
+from data_prep.parallel import NO_MEMORY, run_tasks
 from data_prep.pixels import CROPS, RESAMPLING, Preprocess
 from data_prep.sources import read_source
 from data_prep.sources.webdataset import LABELS
@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             _write(args)
     except (DataError, storage.StorageError, OSError) as e:
         print(printable(f"data_prep: {e}"), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"data_prep: {NO_MEMORY}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(_STOPPED, file=sys.stderr)

@@ -18,6 +18,7 @@ from eiwtrain.storage import StorageError
 T = TypeVar("T")
 R = TypeVar("R")
 
+NO_MEMORY = "there is too little memory for an image; --workers N bounds how many are decoded at a time"
 _IN_FLIGHT = 2  # tasks handed out per CPU: while one is done, another waits
 
 
@@ -79,3 +80,5 @@ def _run_in_worker(call: Callable[[T], R], environment: dict[str, str], task: T)
         return e
     except OSError as e:  # a full disk, say
         return StorageError(str(e))
+    except MemoryError:
+        return StorageError(NO_MEMORY)

@@ -26,6 +26,7 @@ from eiwtrain.data.manifest import (
 )
 
 _LOADING = 16  # items of a remote source that are loaded side by side
+_HELD = 1 << 28  # bytes of items that are loaded ahead; a larger item is loaded alone
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -150,11 +151,17 @@ def _load(task: ShardTask) -> Iterator[tuple[int, Item, Loaded | NotRead]]:
         return
     pool = ThreadPoolExecutor(_LOADING)
     coming: deque[Future[Loaded | NotRead]] = deque()
+    held = 0  # bytes of those that are coming
     try:
         for ahead, (number, item) in enumerate(task.numbered):
             while len(coming) < 2 * _LOADING and ahead + len(coming) < len(task.numbered):
-                coming.append(pool.submit(load, task.numbered[ahead + len(coming)][1]))
+                following = task.numbered[ahead + len(coming)][1]
+                if coming and held + following.size > _HELD:
+                    break
+                held += following.size
+                coming.append(pool.submit(load, following))
             yield number, item, coming.popleft().result()
+            held -= item.size
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # a stop does not wait for storage
 

@@ -8,6 +8,7 @@ import json
 import struct
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from awkward import EXIF_ORIENTATION, quadrants
 from containers import write_files
 from PIL import EpsImagePlugin, Image
 
+from data_prep import shard
 from data_prep.__main__ import main
 from data_prep.decode import DAMAGED, TRANSPARENT, Decoded, NotRead, Undecodable, decode, load
 from data_prep.items import Item
 from data_prep.pixels import Preprocess, fit
+from data_prep.shard import ShardTask
 from eiwtrain.data.manifest import DataError, load_manifest, load_sidecar
 
 ROOT = Path(__file__).parents[2]
@@ -318,3 +321,31 @@ def test_a_sidecar_without_counts_is_read(tmp_path: Path) -> None:
 def test_a_pointer_in_place_of_an_image_is_named_with_what_fetches_it(content: bytes, tool: str) -> None:
     with pytest.raises(Undecodable, match=tool):
         fit(content, "a.jpg", Preprocess(8))
+
+
+def test_large_images_of_a_remote_source_are_not_all_loaded_ahead() -> None:
+    loaded: list[int] = []
+
+    def read(number: int) -> bytes:
+        loaded.append(number)
+        return b""
+
+    numbered = tuple((n, Item(0, "x", 100 << 20, partial(read, n))) for n in range(40))
+    task = ShardTask("", "train", "", "", Preprocess(8), numbered, remote=True)
+    for count, (number, _, _) in enumerate(shard._load(task)):
+        assert number == count
+        assert len(loaded) <= count + 3
+    assert sorted(loaded) == list(range(40))
+
+
+def test_too_little_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decoded(*arguments: Any) -> Decoded:
+        raise MemoryError
+
+    monkeypatch.setattr("data_prep.pixels.decode", decoded)
+    source = write_files(tmp_path / "images", {"a.png": _saved(quadrants(), "PNG")})
+    options = ["--source", str(source), "--resolution", "8", "--split", "all", "--workers", "1"]
+    assert main(["folder", "--output", str(tmp_path / "set"), *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
