@@ -77,6 +77,11 @@ def compose(first: Transformed, second: Transformed) -> Transformed:
     return Transformed(second.y, first.log_det + second.log_det, first.penalty + second.penalty)
 
 
+def halves_of(channels: int) -> tuple[int, int]:
+    """Return the sizes of the two halves of channels; the first is the larger one if their number is odd."""
+    return channels - channels // 2, channels // 2
+
+
 def flatten_chains(bijections: Iterable[Bijection]) -> Iterator[Bijection]:
     """Yield the bijections, and in place of each chain its parts."""
     for bijection in bijections:
@@ -142,8 +147,9 @@ class Coupling(Bijection):
     """One half of the channels passes unchanged and conditions an invertible map of the other
     (NICE, arXiv 1410.8516, section 3.2).
 
-    With C channels the first C // 2 condition and the rest are transformed; `mirrored`: the other way round.
-    A subclass writes `condition` (the only expensive call), `transform` and `untransform`.
+    The first half of the channels conditions, the larger one if their number is odd, and the rest is transformed;
+    `mirrored`: the other way round. A subclass writes `condition` (the only expensive call), `transform` and
+    `untransform`.
     """
 
     def __init__(self, mirrored: bool = False) -> None:
@@ -171,7 +177,7 @@ class Coupling(Bijection):
         channels = x.shape[1]
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels, not {channels}")
-        first, second = x.split((channels // 2, channels - channels // 2), dim=1)
+        first, second = x.split(halves_of(channels), dim=1)
         return (second, first) if self.mirrored else (first, second)
 
     def whole(self, a: Tensor, b: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class ConvConditioner(Conditioner):
         hidden = config.hidden
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.middle = nn.ModuleList(nn.Conv2d(hidden, hidden, 1) for _ in range(config.depth))
-        self.last = _at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.last = at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
 
     def network(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class ResidualConditioner(Conditioner):
         self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(_GatedBlock(hidden, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(hidden)
-        self.last = _at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.last = at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
 
     def network(self, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class TransformerConditioner(Conditioner):
         self.position = nn.Parameter(torch.randn(height // patch * (width // patch), hidden) / math.sqrt(hidden))
         self.blocks = nn.ModuleList(_AttentionBlock(hidden, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(hidden)
-        self.last = _at_zero(nn.Linear(hidden, outputs * patch**2))
+        self.last = at_zero(nn.Linear(hidden, outputs * patch**2))
 
     def network(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -217,6 +217,107 @@ class _AttentionBlock(nn.Module):
         return h + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(h)))))
 
 
+class DenseConditioner(Conditioner):
+    """DenseFlow's network (arXiv 2106.04627): 1x1 -> attention beside densely connected layers, concatenated
+    -> normalisation, activation, 1x1 -> 1x1.
+
+    Two differences to the authors' programs, whose normalisation takes statistics over a batch and whose attention is
+    between runs of one channel's numbers: channels are normalised place by place, so that a sample depends on no
+    other, and attention is between places. With `bfloat16` the normalisation stays in the parameters' dtype.
+
+    Args:
+        inputs, outputs: channels.
+        config: the network's shape.
+        bfloat16: see `Conditioner`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: ConditionerConfig,
+        bfloat16: bool = False,
+        *,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(config.dropout, bfloat16)
+        hidden = config.hidden
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
+        self.first = nn.Conv2d(inputs, hidden, 1)
+        self.layers = DenseLayers(hidden, hidden, config.depth, config.growth, self.activation)
+        self.attention = PlaceAttention(hidden, max(1, hidden // 2)) if config.attention == "places" else None
+        width = hidden if self.attention is None else 2 * hidden
+        self.norm = PlaceNorm(width)
+        self.mix = nn.Conv2d(width, hidden, 1, bias=False)
+        self.last = at_zero(nn.Conv2d(hidden, outputs, 1))
+
+    def network(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        features = self.layers(h)
+        if self.attention is not None:
+            features = torch.cat((self.attention(h), features), dim=1)
+        features = F.dropout(self.activation(self.norm(features.to(self.norm.weight.dtype))), self.dropout, self.training)
+        return self.last(self.mix(features))
+
+
+class DenseLayers(nn.Module):
+    """Layers that each see the input and the outputs of all layers before it, of (B, C, H, W).
+
+    A layer is 1x1 -> activation -> 3x3 (to `growth` channels) -> activation. A gated 1x1 convolution ends them: of
+    three outputs a channel, a + b * sigmoid(c).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, depth: int, growth: int, activation: Callable[[Tensor], Tensor] = F.relu
+    ) -> None:
+        super().__init__()
+        widths = [inputs + i * growth for i in range(depth)]
+        self.narrow = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths)
+        self.wide = nn.ModuleList(nn.Conv2d(width, growth, 3, padding=1) for width in widths)
+        self.gate = nn.Conv2d(inputs + depth * growth, 3 * outputs, 1)
+        self.activation = activation
+
+    def forward(self, h: Tensor) -> Tensor:
+        for narrow, wide in zip(self.narrow, self.wide, strict=True):
+            h = torch.cat((h, self.activation(wide(self.activation(narrow(h)))).to(h.dtype)), dim=1)
+        a, b, c = self.gate(h).chunk(3, dim=1)
+        return a + b * torch.sigmoid(c)
+
+
+class PlaceAttention(nn.Module):
+    """Attention of one head between the places of (B, C, H, W), with the values added to what is attended to."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.queries_keys_values = nn.Conv2d(channels, 3 * width, 1)
+        self.attended = nn.Conv2d(width, channels, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        tokens = self.queries_keys_values(h).flatten(2).mT.unsqueeze(1)  # (B, one head, places, 3 * width)
+        q, k, v = tokens.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v) + v
+        return self.attended(out.squeeze(1).mT.unflatten(2, h.shape[2:]))
+
+
+class PlaceNorm(nn.LayerNorm):
+    """Layer normalisation of the channels of (B, C, H, W) at each place."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NoiseConditioner(Conditioner):
+    """3x3 (to 4 times its inputs) -> activation -> 1x1: the network of a cross-unit coupling (arXiv 2106.04627)."""
+
+    def __init__(self, inputs: int, outputs: int, bfloat16: bool = False) -> None:
+        super().__init__(0.0, bfloat16)
+        self.first = nn.Conv2d(inputs, 4 * inputs, 3, padding=1)
+        self.last = at_zero(nn.Conv2d(4 * inputs, outputs, 1))
+
+    def network(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x)))
+
+
 def make_conditioner(
     inputs: int, outputs: int, grid: tuple[int, int], config: ConditionerConfig, bfloat16: bool = False
 ) -> Conditioner:
@@ -238,7 +339,7 @@ def make_conditioner(
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def _at_zero(layer: Layer) -> Layer:
+def at_zero(layer: Layer) -> Layer:
     """Set the parameters of a layer to zero, and return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

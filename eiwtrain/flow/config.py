@@ -14,6 +14,7 @@ CONDITIONERS = {
     "conv": "ConvConditioner",
     "residual": "ResidualConditioner",
     "transformer": "TransformerConditioner",
+    "dense": "DenseConditioner",
 }
 """Each kind of conditioner and its class in `eiwtrain.flow.conditioners`. To add one, write the class and a line here:
 the checks, the command line, `--fields` and the tests follow."""
@@ -23,7 +24,9 @@ if TYPE_CHECKING:  # a type checker takes no Literal that is computed
 else:
     ConditionerKind = Literal[tuple(CONDITIONERS)]
 
-ShuffleKind = Literal["none", "fixed", "hard", "soft"]
+BackboneKind = Literal["glow", "dense"]
+
+ShuffleKind = Literal["none", "fixed", "hard", "soft", "order"]
 SHUFFLES: tuple[ShuffleKind, ...] = get_args(ShuffleKind)
 
 BackpropMode = Literal["stored", "checkpointed", "invertible", "auto"]
@@ -35,11 +38,17 @@ class ConditionerConfig:
     """The network inside a coupling, and its size. Raises ValueError, naming the field, where it makes no sense."""
 
     kind: ConditionerKind = "conv"
-    """The network inside each coupling: conv (Glow's), residual (gated blocks), transformer (on patches, as Jet's)."""
+    """The network inside each coupling: conv (Glow's), residual (gated blocks), transformer (on patches, as Jet's),
+    dense (DenseFlow's: densely connected layers beside attention)."""
     hidden: Annotated[int, Range(1)] = 128
-    """Channels between the first layer and the last. Glow has 512, Flow++ 96, Jet 512."""
+    """Channels between the first layer and the last. Glow has 512, Flow++ 96, Jet 512, DenseFlow 48."""
     depth: Annotated[int, Range(0)] = 1
-    """conv: 1x1 convolutions between its first and its last 3x3 convolution (Glow has 1); otherwise: blocks."""
+    """conv: 1x1 convolutions between its first and its last 3x3 convolution (Glow has 1); dense: layers (DenseFlow has
+    7); otherwise: blocks."""
+    growth: Annotated[int, Range(1)] = 64
+    """Channels that each layer of a dense network adds."""
+    attention: Literal["places", "none"] = "places"
+    """dense: attention between the places of the grid, beside the layers, or none."""
     activation: Literal["relu", "gelu", "silu"] = "silu"
     """Nonlinearity between convolutions; the smooth ones keep gradients truer in low precision. A transformer always
     has gelu."""
@@ -58,14 +67,40 @@ class ConditionerConfig:
             raise ValueError(f"heads: {self.heads} does not divide hidden = {self.hidden}")
 
 
+@dataclass(frozen=True)
+class DequantizerConfig:
+    """The size of the flow that makes the noise of variational dequantization. Raises ValueError, naming the field,
+    where it makes no sense."""
+
+    couplings: Annotated[int, Range(1)] = 4
+    """Couplings, each after a 1x1 convolution; one more such convolution ends the flow."""
+    hidden: Annotated[int, Range(1)] = 64
+    """Channels of the features of the image that every coupling sees, and of the couplings' networks."""
+    depth: Annotated[int, Range(0)] = 4
+    """Layers of each coupling's dense network."""
+    growth: Annotated[int, Range(1)] = 64
+    """Channels that each of these layers adds."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FlowSettings:
     """The fields of a flow that do not depend on the images."""
 
+    backbone: BackboneKind = "glow"
+    """How levels are made: glow (steps, then a split with a learned prior), or dense (DenseFlow's: units of steps, each
+    of which sees new noise whose distribution depends on the units before it; half leaves right after a squeeze)."""
     levels: Annotated[int, Range(1)] = 3
     """Scales: each halves the side of the image and, except for the last, factors out half of the channels."""
-    steps: Annotated[int, Range(1)] = 8
-    """Flow steps (actnorm, invertible 1x1 convolution, coupling) on each level."""
+    units: Annotated[int, Range(1)] | tuple[Annotated[int, Range(1)], ...] = 1
+    """dense: units on each level; a list has one number for each level."""
+    steps: Annotated[int, Range(1)] | tuple[Annotated[int, Range(1)], ...] = 8
+    """Flow steps (actnorm, invertible 1x1 convolution, coupling) on each level, or dense: in each of its units; a list
+    has one number for each level."""
+    noise_channels: Annotated[int, Range(1)] = 10
+    """dense: channels of noise that join before each unit but a level's first."""
     conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
     """The network inside each coupling and each split's prior."""
     coupling: Literal["affine", "spline"] = "affine"
@@ -74,13 +109,20 @@ class FlowSettings:
     bins: Annotated[int, Range(2, 16)] = 8
     """Bins of each spline; with more it can be steeper, and inverting it in float32 loses precision."""
     shuffle: ShuffleKind = "soft"
-    """Entropy-informed weighting shuffle before each split: none, fixed, hard (per-sample sort), soft (rotation)."""
+    """What happens to the channels before each split: none, fixed (a random permutation), order (EIW-Flow's learned
+    order, the same for every image), or our own, for each image: hard (sort), soft (rotation)."""
+    order_input: Literal["channels", "one"] = "channels"
+    """The constant that the order's network sees: the number of channels, as the authors' program has it, or 1."""
+    kl: Literal["as-published", "true"] = "as-published"
+    """The order's regulariser: what the authors' program computes, or the Kullback-Leibler divergence it stands for."""
     shuffle_block: Annotated[int, Range(0)] = 4
     """Side of the blocks, in places of a level's grid, that the soft shuffle rotates each by itself; 0: whole images.
     Blocks of 4 give a denser model, also at equal time; their edges show in samples of flows trained briefly."""
     dequantization: Literal["uniform", "variational"] = "uniform"
     """Noise added to the pixels: uniform, or from a small flow that is trained along; then log-probabilities are lower
     bounds."""
+    dequantizer: DequantizerConfig = field(default_factory=DequantizerConfig)
+    """The size of that small flow."""
     classes: Annotated[int, Range(0)] = 0
     """Classes of a class-conditional model, as many as the data set has: each has a mean and a scale of its own in the
     prior of each level; 0: labels play no part."""
@@ -116,6 +158,12 @@ class FlowConfig(FlowSettings):
         for size in self.image_shape:
             check_number("image_shape", size, int, Range(1))
         check_fields(self)
+        for name in ("units", "steps"):
+            numbers = getattr(self, name)
+            if isinstance(numbers, tuple) and len(numbers) != self.levels:
+                raise ValueError(f"{name}: {len(numbers)} numbers for {self.levels} levels; give one for each level")
+        if self.backbone == "glow" and set(self.units_of_levels) != {1}:
+            raise ValueError("units: backbone glow has one unit a level; take backbone dense, or more steps")
         _, height, width = self.image_shape
         if height % 2**self.levels or width % 2**self.levels:
             raise ValueError(
@@ -133,9 +181,28 @@ class FlowConfig(FlowSettings):
         return channels * height * width
 
     @property
+    def units_of_levels(self) -> tuple[int, ...]:
+        """The number of units on each level."""
+        return self.units if isinstance(self.units, tuple) else (self.units,) * self.levels
+
+    @property
+    def steps_of_levels(self) -> tuple[int, ...]:
+        """The number of steps in each unit of each level."""
+        return self.steps if isinstance(self.steps, tuple) else (self.steps,) * self.levels
+
+    @property
+    def noise_of_levels(self) -> tuple[tuple[int, int, int], ...]:
+        """The shape (C, H, W) of the noise that joins on each level, for all of its units together; C may be 0."""
+        _, height, width = self.image_shape
+        counts = (self.noise_channels * (units - 1) for units in self.units_of_levels)
+        return tuple((n, height >> level, width >> level) for level, n in enumerate(counts, 1))
+
+    @property
     def noise_shape(self) -> tuple[int, ...]:
-        """Shape of the uniform noise that the flow takes beside an image: (C, H, W) for dequantization alone."""
-        return self.image_shape
+        """The shape of the noise of an image: the image's own where only dequantization needs noise, (n,) where noise
+        joins on the way too. In the second case the first D numbers are dequantization's."""
+        joining = sum(c * h * w for c, h, w in self.noise_of_levels)
+        return (self.dims + joining,) if joining else self.image_shape
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
@@ -145,9 +212,17 @@ class FlowConfig(FlowSettings):
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
         """Make a config of what `to_dict` returned. Raises ValueError for a field that is unknown, missing or wrong."""
         check_known("flow config", values, tuple(f.name for f in fields(cls)))
-        conditioner = values.get("conditioner", {})
-        check_known("flow config's conditioner", conditioner, tuple(f.name for f in fields(ConditionerConfig)))
+        made: dict[str, Any] = {}
+        for name, part in _PARTS.items():
+            given = values.get(name, {})
+            check_known(f"flow config's {name}", given, tuple(f.name for f in fields(part)))
+            made[name] = part(**given)
         shape = values.get("image_shape")
         if not isinstance(shape, (list, tuple)):
             raise ValueError(f"image_shape: {shape!r} is not [C, H, W]")
-        return cls(**{**values, "image_shape": tuple(shape), "conditioner": ConditionerConfig(**conditioner)})
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists, **made})
+
+
+_PARTS: dict[str, type[Any]] = {"conditioner": ConditionerConfig, "dequantizer": DequantizerConfig}
+"""The fields that are configs of their own."""

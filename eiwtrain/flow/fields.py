@@ -46,6 +46,13 @@ def check_fields(config: Any) -> None:
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         if value is None and type(None) in kinds:
             continue
+        if (
+            len(kinds) > 1 and get_origin(kinds[-1]) is tuple and isinstance(value, tuple)
+        ):  # a number, or a tuple of such numbers
+            number, allowed = get_args(kinds[0])
+            for one in value:
+                check_number(name, one, number, allowed)
+            continue
         if get_origin(kinds[0]) is Literal:
             if value not in get_args(kinds[0]):
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(kinds[0]))}")

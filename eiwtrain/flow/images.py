@@ -24,15 +24,20 @@ def dequantize(images: Tensor, noise: Tensor, n_bits: int = 8) -> Tensor:
     Raises:
         ValueError: for images that are not uint8, or noise of another shape.
     """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"dequantize takes uint8 images, not {images.dtype}")
-    if images.shape != noise.shape:
-        raise ValueError(f"noise of shape {tuple(noise.shape)} for images of shape {tuple(images.shape)}")
+    check_pixels(images, noise)
     v = (images >> (8 - n_bits)).to(noise.dtype)
     upper = (v + 1) / 2**n_bits - 0.5
     # Rounding may carry v + u into the next value; to give the pixel back, x stays below.
     below = torch.nextafter(upper, torch.full_like(upper, -1.0))
     return torch.minimum((v + noise) / 2**n_bits - 0.5, below)
+
+
+def check_pixels(images: Tensor, noise: Tensor) -> None:
+    """Raise ValueError unless the images are uint8, and the noise is of the same shape."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"dequantize takes uint8 images, not {images.dtype}")
+    if images.shape != noise.shape:
+        raise ValueError(f"noise of shape {tuple(noise.shape)} for images of shape {tuple(images.shape)}")
 
 
 def quantize(x: Tensor, n_bits: int = 8) -> Tensor:

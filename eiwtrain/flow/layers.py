@@ -16,6 +16,7 @@ from .bijection import (
     Reversed,
     Transformed,
     align_gradients,
+    halves_of,
     trainable,
     with_own_randomness,
     without_autocast,
@@ -57,6 +58,62 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(raw / bound)
 
 
+class Squeeze(Bijection):
+    """`squeeze` as a bijection: (B, C, H, W) to (B, 4C, H/2, W/2)."""
+
+    def forward(self, x: Tensor) -> Transformed:
+        return Transformed(squeeze(x), zeros_per_sample(x), zeros_per_sample(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return unsqueeze(y)
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        return unsqueeze(y), unsqueeze(grad_y), ()
+
+
+class Exchange(Bijection):
+    """Put the second half of the channels first, so that the next coupling transforms what this one used."""
+
+    def forward(self, x: Tensor) -> Transformed:
+        return Transformed(x.roll(-halves_of(x.shape[1])[0], dims=1), zeros_per_sample(x), zeros_per_sample(x))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.roll(halves_of(y.shape[1])[0], dims=1)
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        return self.inverse(y), self.inverse(grad_y), ()
+
+
+class OnFirst(Bijection):
+    """A bijection of the first `channels` channels; the others, a condition that comes along, pass unchanged.
+
+    Args:
+        bijection: deterministic; its output has as many channels as its input.
+    """
+
+    def __init__(self, bijection: Bijection, channels: int) -> None:
+        super().__init__()
+        self.bijection, self.channels = bijection, channels
+
+    def forward(self, x: Tensor) -> Transformed:
+        out: Transformed = self.bijection(x[:, : self.channels])
+        return out._replace(y=torch.cat((out.y, x[:, self.channels :]), dim=1))
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return torch.cat((self.bijection.inverse(y[:, : self.channels]), y[:, self.channels :]), dim=1)
+
+    def reverse(
+        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
+    ) -> Reversed:
+        n = self.channels
+        x, grad_x, grads = self.bijection.reverse(y[:, :n], kept, grad_y[:, :n], grad_log_det, grad_penalty)
+        return torch.cat((x, y[:, n:]), dim=1), torch.cat((grad_x, grad_y[:, n:]), dim=1), grads
+
+
 class ActNorm(Bijection):
     """y = (x + bias) * exp(log_scale), per channel; `initialize` gives its output zero mean and unit variance
     (Glow, section 3.1)."""
@@ -87,7 +144,8 @@ class InvertibleConv1x1(Bijection):
     """y = W x at every place, W = P L (U + diag(sign * exp(log_s))); starts as a random rotation
     (Glow, section 3.2), or as the identity.
 
-    The log-determinant is H * W * sum(log_s): O(C).
+    The log-determinant is H * W * sum(log_s): O(C). The one parameter is a matrix, which holds L below its diagonal, U
+    above it, and log_s on it; the permutation P and the signs stay what they were at the start.
     """
 
     def __init__(self, channels: int, identity: bool = False) -> None:
@@ -98,16 +156,14 @@ class InvertibleConv1x1(Bijection):
         p, lower, upper = torch.linalg.lu(start)
         s = upper.diagonal()
         dtype = torch.get_default_dtype()
-        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
-        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.factors = nn.Parameter((lower.tril(-1) + upper.triu(1) + torch.diag(s.abs().log())).to(dtype))
         self.sign: Tensor
         self.rows: Tensor
-        self.log_s = nn.Parameter(s.abs().log().to(dtype))
         self.register_buffer("sign", s.sign().to(dtype))
         self.register_buffer("rows", p.argmax(dim=1))  # P M = M[rows]
 
     def forward(self, x: Tensor) -> Transformed:
-        log_det = x.shape[2] * x.shape[3] * self.log_s.to(x.dtype).sum()
+        log_det = x.shape[2] * x.shape[3] * self.factors.diagonal().to(x.dtype).sum()
         return Transformed(mix_channels(self._weight().to(x.dtype), x), log_det.expand(x.shape[0]), zeros_per_sample(x))
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -124,7 +180,7 @@ class InvertibleConv1x1(Bijection):
                 grad_weight = torch.bmm(grad_y.flatten(2), x.flatten(2).mT).sum(0)
         with torch.enable_grad():
             weight = self._weight().to(y.dtype)
-            log_det = y.shape[2] * y.shape[3] * self.log_s.to(y.dtype).sum()
+            log_det = y.shape[2] * y.shape[3] * self.factors.diagonal().to(y.dtype).sum()
         grad_x = mix_channels(weight.detach().mT, grad_y)
         pairs = [(weight, grad_weight), (log_det, grad_log_det.sum())]
         pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
@@ -136,9 +192,9 @@ class InvertibleConv1x1(Bijection):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return L and U in float64, so that W and its inverse are each rounded only once."""
-        lower, upper, log_s = self.lower.double(), self.upper.double(), self.log_s.double()
-        eye = torch.eye(len(log_s), dtype=lower.dtype, device=lower.device)
-        return lower.tril(-1) + eye, upper.triu(1) + torch.diag(self.sign.double() * log_s.exp())
+        factors = self.factors.double()
+        eye = torch.eye(len(factors), dtype=factors.dtype, device=factors.device)
+        return factors.tril(-1) + eye, factors.triu(1) + torch.diag(self.sign.double() * factors.diagonal().exp())
 
     def _weight(self) -> Tensor:
         lower, upper = self._factors()
@@ -157,8 +213,8 @@ class NetworkCoupling(Coupling):
     A network with dropout runs with a seed of its own, which is kept, so that the backward pass draws the same mask.
 
     Args:
-        conditioner: (B, C // 2, H, W) to (B, outputs_per_channel * (C - C // 2), H, W); with `mirrored` the halves
-            change places. Its attribute `dropout`, if it has one, says whether it is random in training mode.
+        conditioner: maps the half that conditions, (B, C', H, W), to (B, outputs_per_channel * (C - C'), H, W). Its
+            attribute `dropout`, if it has one, says whether it is random in training mode.
     """
 
     outputs_per_channel: int
@@ -224,3 +280,24 @@ class AffineCoupling(NetworkCoupling):
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_scale, shift, *_ = params
         return (b - shift) * (-log_scale).exp()
+
+
+class ConditionedCoupling(AffineCoupling):
+    """An affine coupling of `first` and `second` channels, whose network also sees the channels after them: a
+    condition, which passes unchanged.
+
+    Args:
+        conditioner: see `NetworkCoupling`; its inputs are the half that conditions, and the condition.
+        first, second: channels of the half that conditions, which may be 0, and of the half that is transformed.
+    """
+
+    def __init__(self, conditioner: nn.Module, first: int, second: int) -> None:
+        super().__init__(conditioner)
+        self.first, self.second = first, second
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second, condition = x.split((self.first, self.second, x.shape[1] - self.first - self.second), dim=1)
+        return torch.cat((first, condition), dim=1), second
+
+    def whole(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat((a[:, : self.first], b, a[:, self.first :]), dim=1)

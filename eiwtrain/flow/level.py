@@ -1,29 +1,30 @@
-"""A level of a multiscale flow: squeeze, steps, shuffle, and the prior of the channels that leave.
+"""A level of a multiscale flow: units of steps, the noise that joins them, the shuffle, the prior of what leaves.
 
-Not for how levels make an image model: splits, latents and sampling are `multiscale`'s.
+Not for how levels make an image model: splits, latents and sampling are `multiscale`'s. Nor for what a level of a
+backbone is made of: that is `backbones`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .bijection import Bijection, Chain, compose
-from .conditioners import make_conditioner
+from .bijection import Bijection, Transformed, compose, zeros_per_sample
 from .config import FlowConfig
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, bounded, squeeze, unsqueeze
+from .gaussian import log_normal, normal
+from .layers import ConditionedCoupling, bounded, squeeze, unsqueeze
 from .memory import bytes_saved
 from .reversible import run_chain
-from .shuffle import make_shuffle
-from .spline import SplineCoupling
 
-_SPLIT_PRIOR_BOUND = 4.0
-"""Largest absolute log-scale, in nats: wider than a step's, because nothing after the prior can make up for it."""
+PRIOR_BOUND = 4.0
+"""Largest absolute log-scale of a prior, in nats: wider than a step's, as nothing after it can make up for it."""
 
 _LEAST_VARIANCE = 1e-12
 
@@ -58,68 +59,78 @@ class ClassPrior(nn.Module):
     def _of(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         # No indexing: there -1, the mark of an image without a class, would be the last class.
         mean, raw = (F.embedding(labels, p).to(z.dtype)[:, :, None, None] for p in (self.mean, self.raw_log_scale))
-        return mean, bounded(raw, _SPLIT_PRIOR_BOUND)
+        return mean, bounded(raw, PRIOR_BOUND)
 
 
 class Level(nn.Module):
-    """Squeeze, steps, shuffle, and the prior of the channels that leave; the split itself is in `EIWFlow`.
+    """Units of bijections, noise that joins before each unit but the first, and the prior of the channels that leave.
 
-    It is the smallest module whose `forward` runs reversible functions, so ZeRO 3 must treat it as a leaf.
+    The split itself is in `EIWFlow`. A level is the smallest module whose `forward` runs reversible functions, so ZeRO
+    3 must treat it as a leaf.
 
-    The prior is a Gaussian: at a split, with mean and log-scale from the half that stays (as in Glow's code), at
-    the last level, with learned ones per channel. Both are written as an affine map to a standard normal.
+    The channels that join before unit i are mu + exp(s) e with e from N(0, 1), where mu and s come from the input of
+    the level and the outputs of the units before i, except for the last of them (cross-unit coupling, DenseFlow,
+    arXiv 2106.04627; as its program computes it). Backward keeps the output of each unit, and nothing for the joining
+    noise, which it draws again.
 
     Args:
-        channels, grid: C and (H, W) after the squeeze.
-        last: whether all channels leave.
+        config: of the flow.
+        units: bijections, to be run one after the other.
+        joins: the cross-unit coupling before each unit but the first: of the channels that join, and of those that
+            they depend on.
+        prior: maps what leaves to a standard normal; it may see what stays. None if what leaves is one already.
+        squeezes: whether the level begins with `squeeze`.
+        shape: (C, H, W) after the last unit.
+        leaving: how many of these channels leave: the last ones.
     """
 
-    def __init__(self, config: FlowConfig, channels: int, grid: tuple[int, int], last: bool) -> None:
+    def __init__(
+        self,
+        config: FlowConfig,
+        units: Sequence[Sequence[Bijection]],
+        joins: Sequence[ConditionedCoupling],
+        prior: Bijection | None,
+        squeezes: bool,
+        shape: tuple[int, int, int],
+        leaving: int,
+    ) -> None:
         super().__init__()
-        self.backprop, self.anchor_every, self.last = config.backprop, config.anchor_every, last
-        half = channels // 2
-
-        def conditioner(outputs_per_channel: int) -> nn.Module:
-            bfloat16 = config.conditioner_dtype == "bfloat16"
-            return make_conditioner(half, outputs_per_channel * (channels - half), grid, config.conditioner, bfloat16)
-
-        def coupling() -> NetworkCoupling:
-            if config.coupling == "spline":
-                return SplineCoupling(conditioner(SplineCoupling.outputs_for(config.bins)), config.bins)
-            return AffineCoupling(conditioner(AffineCoupling.outputs_per_channel))
-
-        steps = [Chain([ActNorm(channels), InvertibleConv1x1(channels), coupling()]) for _ in range(config.steps)]
-        shuffle = None if last else make_shuffle(config.shuffle, channels, config.shuffle_block)
-        self.bijections = nn.ModuleList(steps if shuffle is None else [*steps, shuffle])
-        self.prior: Bijection = (
-            ActNorm(channels)
-            if last
-            else AffineCoupling(conditioner(AffineCoupling.outputs_per_channel), bound=_SPLIT_PRIOR_BOUND)
-        )
-        self.leaving = channels if last else channels // 2
-        self.class_prior = ClassPrior(config.classes, self.leaving) if config.classes else None
+        self.backprop, self.anchor_every = config.backprop, config.anchor_every
+        self.units = nn.ModuleList(nn.ModuleList(unit) for unit in units)
+        self.joins = nn.ModuleList(joins)
+        self.prior = prior
+        self.squeezes, self.shape, self.leaving = squeezes, shape, leaving
+        self.last = leaving == shape[0]
+        self.class_prior = ClassPrior(config.classes, leaving) if config.classes else None
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, stored: int = 0, costs: list[int] | None = None
+        self,
+        x: Tensor,
+        noise: Tensor | None = None,
+        labels: Tensor | None = None,
+        stored: int = 0,
+        costs: list[int] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map (B, C, H, W) to (B, 4C, H/2, W/2), whose last `leaving` channels leave; log-determinant and
+        """Map (B, C, H, W) to (B, *shape), whose last `leaving` channels leave; log-determinant and
         penalty, (B,); entropy proxies, (2,). All are in one flat tuple, because ZeRO 3 sees no tensors in nested ones.
 
         Args:
+            noise: uniform in [0, 1), (B, C'', H', W'), for all channels that join, if any do. The log-determinant is
+                then that of the map of x and the noise e, minus log N(e).
             labels: int64 (B,), if there are classes.
             stored: with `backprop="auto"`, how many of the last bijections, of which the prior is the very last, keep
                 their activations.
             costs: a list to which the bytes of activations of each bijection are appended, if given.
         """
-        y = squeeze(x)
-        if costs is not None:
-            costs += self._costs(y)
-        body = run_chain(self._bijections(), y, self.backprop, self.anchor_every, max(0, stored - 1))
+        body = self._through_units(x, noise, stored - (self.prior is not None), costs)
         # Measured before the prior whitens the channels that leave.
         stays, leaves = self.split(body.y.detach())
-        nothing = leaves.new_tensor(math.nan)
+        nothing = leaves.new_full((), math.nan)
         entropy = torch.stack((entropy_proxy(leaves), nothing if self.last else entropy_proxy(stays)))
-        out = compose(body, run_chain([self.prior], body.y, self.backprop, stored=stored))
+        out = body
+        if self.prior is not None:
+            self._measure([self.prior], body.y, costs)
+            out = compose(body, run_chain([self.prior], body.y, self.backprop, stored=stored))
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(out.y)
             z, log_det = self.class_prior(z, labels)
@@ -127,35 +138,100 @@ class Level(nn.Module):
         return *out, entropy
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Invert the map of `forward` from x to y."""
+        """Invert the map of `forward` from x to y, whatever the noise was."""
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(y)
             y = torch.cat((stays, self.class_prior.inverse(z, labels)), dim=1)
-        y = self.prior.inverse(y)
-        for bijection in reversed(self._bijections()):
-            y = bijection.inverse(y)
-        return unsqueeze(y)
+        if self.prior is not None:
+            y = self.prior.inverse(y)
+        joining = [0, *(join.second for join in self._joins())]
+        for unit, joined in zip(reversed(self._units()), reversed(joining), strict=True):
+            for bijection in reversed(unit):
+                y = bijection.inverse(y)
+            y = y[:, : y.shape[1] - joined]
+        return unsqueeze(y) if self.squeezes else y
 
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Initialise all but the prior, which starts as a standard normal, from data; return y."""
-        y = squeeze(x)
-        for bijection in self._bijections():
-            y = bijection.initialize(y)
+        y = squeeze(x) if self.squeezes else x
+        inputs = [y]
+        for unit, join, uniform in zip(self._units(), self._joining(), self._pieces(noise), strict=True):
+            if join is not None and uniform is not None:
+                joined, _ = _join(join, uniform, *inputs)
+                inputs.append(y)
+                y = torch.cat((y, joined), dim=1)
+            for bijection in unit:
+                y = bijection.initialize(y)
         return y
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Split y into the channels that stay, none at the last level, and those that leave."""
         return y[:, : y.shape[1] - self.leaving], y[:, y.shape[1] - self.leaving :]
 
-    def _costs(self, y: Tensor) -> list[int]:
-        costs = []
+    def bijections(self) -> Iterator[Bijection]:
+        """Yield the bijections of all units, in order."""
+        for unit in self._units():
+            yield from unit
+
+    def _through_units(self, x: Tensor, noise: Tensor | None, stored: int, costs: list[int] | None) -> Transformed:
+        y = squeeze(x) if self.squeezes else x
+        out = Transformed(y, zeros_per_sample(y), zeros_per_sample(y))
+        inputs = [y]
+        later = sum(len(unit) for unit in self._units())
+        for unit, join, uniform in zip(self._units(), self._joining(), self._pieces(noise), strict=True):
+            later -= len(unit)
+            of_unit = min(max(0, stored - later), len(unit))
+            if join is not None and uniform is not None:
+                keeps = self.backprop == "stored" or (self.backprop == "auto" and of_unit == len(unit))
+                joined, gained = _run_join(join, uniform, inputs, keeps)
+                inputs.append(out.y)
+                out = out._replace(y=torch.cat((out.y, joined), dim=1), log_det=out.log_det + gained)
+            self._measure(unit, out.y, costs)
+            out = compose(out, run_chain(unit, out.y, self.backprop, self.anchor_every, of_unit))
+        return out
+
+    def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: list[int] | None) -> None:
+        """Append the bytes of activations of each of the bijections to `costs`, if given."""
+        if costs is None:
+            return
         parameters = list(self.parameters())
-        for bijection in [*self._bijections(), self.prior]:
+        for bijection in bijections:
             alone = partial(run_chain, [bijection], y.detach().requires_grad_(), "stored")
             cost, out = bytes_saved(alone, parameters)
             costs.append(cost)
             y = out.y
-        return costs
 
-    def _bijections(self) -> list[Bijection]:
-        return [cast(Bijection, b) for b in self.bijections]
+    def _pieces(self, noise: Tensor | None) -> list[Tensor | None]:
+        """Return the noise that joins before each unit: none before the first."""
+        if noise is None:
+            return [None] * len(self.units)
+        return [None, *noise.split([join.second for join in self._joins()], dim=1)]
+
+    def _joining(self) -> list[ConditionedCoupling | None]:
+        return [None, *self._joins()]
+
+    def _joins(self) -> list[ConditionedCoupling]:
+        return [cast(ConditionedCoupling, join) for join in self.joins]
+
+    def _units(self) -> list[list[Bijection]]:
+        return [[cast(Bijection, b) for b in cast(nn.ModuleList, unit)] for unit in self.units]
+
+
+def _run_join(
+    join: ConditionedCoupling, uniform: Tensor, inputs: Sequence[Tensor], keeps: bool
+) -> tuple[Tensor, Tensor]:
+    """Run `_join`, keeping activations for the backward pass only if `keeps`."""
+    if keeps or not torch.is_grad_enabled():
+        return _join(join, uniform, *inputs)
+    out: tuple[Tensor, Tensor] = checkpoint(
+        _join, join, uniform, *inputs, use_reentrant=False, preserve_rng_state=False
+    )
+    return out
+
+
+def _join(join: ConditionedCoupling, uniform: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mu + exp(s) e, (B, C'', H, W), and sum(s) - log N(e), (B,), in nats; mu and s come from the inputs."""
+    condition = torch.cat(inputs, dim=1)
+    e = normal(uniform).to(condition.dtype)
+    out = join.transform(e, join.condition(condition))
+    return out.y, out.log_det - log_normal(e)

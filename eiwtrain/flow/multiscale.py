@@ -1,28 +1,28 @@
-"""EIWFlow: levels of steps, shuffles, splits and priors; log_prob, bits_per_dim, encode, decode, sample.
+"""EIWFlow: levels, splits and latents; log_prob, bits_per_dim, encode, decode, sample.
 
 Not for training it, nor for files (`files`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import images
+from .backbones import make_level
 from .bijection import Transformed, compose, with_own_randomness, without_autocast, zeros_per_sample
 from .conditioners import Conditioner
-from .config import ConditionerConfig, FlowConfig
+from .config import FlowConfig
 from .dequantization import VariationalDequantizer, iwbo
+from .gaussian import log_normal
 from .layers import NetworkCoupling
 from .level import Level
 from .memory import free_bytes, how_many_fit
+from .order import Order
 from .presets import preset
-
-_DEQUANTIZER = ConditionerConfig(hidden=64)
 
 
 class FlowOutput(NamedTuple):
@@ -30,7 +30,8 @@ class FlowOutput(NamedTuple):
 
     Attributes:
         log_prob: log p(x), (B,), in nats; for pixels, a lower bound of log P, in the unit of `bits_per_dim`.
-        penalty: the shuffles' regulariser, (B,): the mean of squared log-weights, summed over shuffles and halves.
+        penalty: the shuffles' regulariser, (B,), summed over shuffles: of ours the mean of squared log-weights of each
+            half, of EIW-Flow's order that of `Order`.
         entropy: (levels, 2), detached: the entropy proxy, in nats per dimension, of the channels that leave
             at a level and of those that stay. At the last level all leave, so its second entry is NaN.
     """
@@ -40,44 +41,41 @@ class FlowOutput(NamedTuple):
     entropy: Tensor
 
 
-def standard_normal(z: Tensor) -> Tensor:
-    """Return log N(z; 0, 1) of each sample, (B,), in nats."""
-    flat = z.flatten(1)
-    return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
-
-
 class EIWFlow(nn.Module):
-    """A multiscale flow with an entropy-informed shuffle before each split (EIW-Flow, arXiv 2407.04958;
-    `eiwtrain.flow.shuffle` says how far it is the paper's), on Glow's steps (arXiv 1807.03039, figure 2).
+    """A multiscale flow: EIW-Flow (arXiv 2407.04958) as its authors' program builds it (`backbone: dense`, DenseFlow's
+    units with a learned order before each split), or with Glow's steps (arXiv 1807.03039, figure 2) and any shuffle.
 
     It models images as reals in [-1/2, 1/2), (B, C, H, W). Methods that take `x` take those (`dequantize` makes them),
-    or pixels, uint8, together with `noise`, uniform in [0, 1) and of the same shape, and dequantize them. Whatever
-    the dtype of x, it computes in `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast around
-    its methods changes nothing.
+    or pixels, uint8, together with `noise`, and dequantize them. `noise` is uniform in [0, 1), of shape
+    (B, *config.noise_shape): an image's, or (B, n) where noise also joins on the way through the flow. Such a flow
+    needs it with reals too, and its log-probabilities are lower bounds.
 
-    Raises (all methods that take images): ValueError for images of another shape, pixels without noise, labels that
-    are missing or not expected.
+    Whatever the dtype of x, it computes in `trunk_dtype`, or in the dtype of the parameters if that is wider. Autocast
+    around its methods changes nothing.
+
+    Raises (all methods that take images): ValueError for images or noise of another shape, pixels without noise, labels
+    that are missing or not expected.
     """
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
-        channels, height, width = config.image_shape
+        channels, *grid = config.image_shape
         levels = []
         self.latent_shapes: list[tuple[int, int, int]] = []
         """Shapes (C, H, W) of the latents that leave at each level."""
         for number in range(config.levels):
-            channels, height, width = 4 * channels, height // 2, width // 2
-            level = Level(config, channels, (height, width), last=number == config.levels - 1)
+            level = make_level(config, number, channels, (grid[0], grid[1]))
             levels.append(level)
-            self.latent_shapes.append((level.leaving, height, width))
+            channels, *grid = level.shape
+            self.latent_shapes.append((level.leaving, grid[0], grid[1]))
             channels -= level.leaving
         self.levels = nn.ModuleList(levels)
         self.dequantizer: VariationalDequantizer | None = None
         if config.dequantization == "variational":
             bfloat16 = config.conditioner_dtype == "bfloat16"
             self.dequantizer = VariationalDequantizer(
-                config.image_shape, config.n_bits, conditioner=_DEQUANTIZER, bfloat16=bfloat16
+                config.image_shape, config.n_bits, config.dequantizer, config.backprop, bfloat16
             )
         self._stored: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = {}
         self._numbers = sum(p.numel() for p in self.parameters())  # now, as ZeRO 3 empties parameters
@@ -100,9 +98,11 @@ class EIWFlow(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> FlowOutput:
         """Return log p(x) and the other values that training reports; see `FlowOutput`."""
-        x, log_q = self._reals(x, noise)
-        latents, log_det, penalty, entropy = self._encode(x, labels)
-        prior = torch.stack([standard_normal(z) for z in latents]).sum(0)
+        if noise is None and self._joining_dims:
+            raise ValueError("this flow's log-probability is a bound over noise that joins on the way: pass the noise")
+        x, log_q, joining = self._reals(x, noise)
+        latents, log_det, penalty, entropy = self._encode(x, joining, labels)
+        prior = torch.stack([log_normal(z) for z in latents]).sum(0)
         return FlowOutput(log_det + prior - log_q, penalty, entropy)
 
     def log_prob(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -121,11 +121,18 @@ class EIWFlow(nn.Module):
         """
         return iwbo(torch.stack([self.log_prob(pixels, noise, labels) for noise in noises]))
 
-    def encode(self, x: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def encode(
+        self, x: Tensor, labels: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Return the latents of each level, standard normal under the model, and log |det dz/dx|, (B,), in nats.
 
-        It takes reals: dequantize pixels first."""
-        latents, log_det, _, _ = self._encode(self._reals(x, None)[0], labels)
+        It takes reals: dequantize pixels first. Where noise joins on the way, its log q is subtracted; with `noise`
+        None, its median, zero, joins.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"encode takes dequantized images, not {x.dtype}")
+        x, _, joining = self._reals(x, noise)
+        latents, log_det, _, _ = self._encode(x, joining, labels)
         return latents, log_det
 
     def decode(self, latents: list[Tensor], labels: Tensor | None = None) -> Tensor:
@@ -174,7 +181,13 @@ class EIWFlow(nn.Module):
         return self.decode(latents, labels)
 
     def dequantize(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn pixels, uint8, into reals; also return log q of the added noise, (B,), in nats: zero if uniform."""
+        """Turn pixels, uint8, into reals; also return log q of the added noise, (B,), in nats: zero if uniform.
+
+        Args:
+            noise: (B, *config.noise_shape); where noise also joins on the way, that of the image's shape is enough.
+        """
+        if noise.dim() == 2 and noise.shape[1] == self.dims + self._joining_dims:
+            noise = noise[:, : self.dims].view(-1, *self.config.image_shape)
         noise = noise.to(self._trunk_dtype())
         if self.dequantizer is None:
             return images.dequantize(pixels, noise, self.config.n_bits), zeros_per_sample(noise)
@@ -186,20 +199,24 @@ class EIWFlow(nn.Module):
         return images.quantize(x, self.config.n_bits)
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Initialise the actnorms from a batch of reals, before training (Glow, section 3.1)."""
-        x, _ = self._reals(x, None)
+    def initialize(self, x: Tensor, noise: Tensor | None = None) -> None:
+        """Initialise the actnorms of the levels from a first batch, before training (Glow, section 3.1)."""
+        x, _, joining = self._reals(x, noise)
         with without_autocast(x):
-            for level in self._levels():
-                x, _ = level.split(level.initialize(x))
+            for level, joins in zip(self._levels(), joining, strict=True):
+                x, _ = level.split(level.initialize(x, joins))
 
     @torch.no_grad()
     def drift(self, x: Tensor, labels: Tensor | None = None) -> float:
         """Return ||decode(encode(x)) - x|| / ||x|| over the batch of reals: the reconstruction error of invertible
         backprop without anchors. No gradients."""
-        x, _ = self._reals(x, None)
+        x, _, _ = self._reals(x, None)
         back = self.decode(self.encode(x, labels)[0], labels)
         return ((back - x).double().norm() / x.double().norm().clamp(min=1e-30)).item()
+
+    def orders(self) -> list[Order]:
+        """Return the learned orders, one for each level but the last; none with another shuffle."""
+        return [module for module in self.modules() if isinstance(module, Order)]
 
     def compile_conditioners(self, **options: object) -> None:
         """Compile every conditioner by `torch.compile`, which takes the options. Invertible layers are not compiled.
@@ -216,14 +233,16 @@ class EIWFlow(nn.Module):
         settings = torch._dynamo.config
         settings.recompile_limit = max(settings.recompile_limit, 2 * len(conditioners))
 
-    def _encode(self, x: Tensor, labels: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    def _encode(
+        self, x: Tensor, joining: Sequence[Tensor | None], labels: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         self._check_labels(labels, len(x))
         stored = self._how_many_stored(x, labels)
         with without_autocast(x):
             total = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
             latents, entropies = [], []
-            for level, n in zip(self._levels(), stored, strict=True):
-                *out, entropy = level(total.y, labels, n)
+            for level, joins, n in zip(self._levels(), joining, stored, strict=True):
+                *out, entropy = level(total.y, joins, labels, n)
                 total = compose(total, Transformed(*out))
                 stays, leaves = level.split(total.y)
                 entropies.append(entropy)
@@ -269,9 +288,9 @@ class EIWFlow(nn.Module):
     @torch.no_grad()
     def _measured(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
         costs: list[list[int]] = []
-        for level in self._levels():
+        for level, joins in zip(self._levels(), self._joining(None, x), strict=True):
             costs.append([])
-            y, *_ = level(x, labels, costs=costs[-1])
+            y, *_ = level(x, joins, labels, costs=costs[-1])
             x, _ = level.split(y)
         return costs
 
@@ -281,18 +300,43 @@ class EIWFlow(nn.Module):
     def _trunk_dtype(self) -> torch.dtype:
         return torch.promote_types(getattr(torch, self.config.trunk_dtype), next(self.parameters()).dtype)
 
-    def _reals(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x in the trunk's dtype, and log q of the noise in it: zero unless x is pixels."""
+    @property
+    def _joining_dims(self) -> int:
+        """How many numbers of noise join on the way."""
+        return sum(c * h * w for c, h, w in self.config.noise_of_levels)
+
+    def _reals(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Return x in the trunk's dtype, log q of the noise in it, zero unless x is pixels, and the noise that joins on
+        each level."""
         if x.dim() != 4 or tuple(x.shape[1:]) != self.config.image_shape:
             raise ValueError(f"images of shape {tuple(x.shape)}, and the flow takes (B, *{self.config.image_shape})")
-        if noise is not None:
+        if noise is not None and noise.shape != (len(x), *self.config.noise_shape):
+            wanted = ("B", *self.config.noise_shape)
+            raise ValueError(f"noise of shape {tuple(noise.shape)}, and the flow takes {wanted}")
+        joining = self._joining(noise, x)
+        if not x.is_floating_point():
+            if noise is None:
+                raise ValueError(f"the flow takes dequantized images, or noise beside them, not {x.dtype} alone")
             with without_autocast(x):
                 x, log_q = self.dequantize(x, noise)
-            return x.to(self._trunk_dtype()), log_q
-        if not x.is_floating_point():
-            raise ValueError(f"the flow takes dequantized images, or noise beside them, not {x.dtype} alone")
+            return x.to(self._trunk_dtype()), log_q, joining
+        if noise is not None and not self._joining_dims:
+            raise ValueError(f"the flow adds noise to uint8 images, not to {x.dtype}")
         x = x.to(self._trunk_dtype())
-        return x, zeros_per_sample(x)
+        return x, zeros_per_sample(x), joining
+
+    def _joining(self, noise: Tensor | None, x: Tensor) -> list[Tensor | None]:
+        """Return the part of the noise that joins on each level, (B, C, H, W), None where none joins; the median of it
+        if `noise` is None."""
+        shapes = self.config.noise_of_levels
+        sizes = [c * h * w for c, h, w in shapes]
+        if not any(sizes):
+            return [None] * len(shapes)
+        numbers = x.new_full((len(x), sum(sizes)), 0.5, dtype=self._trunk_dtype())
+        if noise is not None:
+            numbers = noise[:, self.dims :]
+        pieces = zip(numbers.split(sizes, dim=1), shapes, strict=True)
+        return [piece.unflatten(1, shape) if shape[0] else None for piece, shape in pieces]
 
     def _check_labels(self, labels: Tensor | None, n: int) -> None:
         classes = self.config.classes

@@ -4,17 +4,32 @@ from .bijection import Bijection, Chain, Coupling, Transformed
 from .conditioners import (
     Conditioner,
     ConvConditioner,
+    DenseConditioner,
+    NoiseConditioner,
     ResidualConditioner,
     TransformerConditioner,
     make_conditioner,
 )
-from .config import ConditionerConfig, FlowConfig
-from .dequantization import VariationalDequantizer
+from .config import ConditionerConfig, DequantizerConfig, FlowConfig
+from .dequantization import NoiseFlow, VariationalDequantizer
 from .files import CONFIG_FILE, MODEL_FILE, load, metadata, not_finite, restore, save
+from .gaussian import log_normal
 from .images import bits_per_dim, dequantize, quantize
-from .layers import ActNorm, AffineCoupling, InvertibleConv1x1, NetworkCoupling, squeeze, unsqueeze
+from .layers import (
+    ActNorm,
+    AffineCoupling,
+    ConditionedCoupling,
+    Exchange,
+    InvertibleConv1x1,
+    NetworkCoupling,
+    OnFirst,
+    Squeeze,
+    squeeze,
+    unsqueeze,
+)
 from .level import Level
 from .multiscale import EIWFlow, FlowOutput
+from .order import Order
 from .presets import PRESETS, preset
 from .reversible import run_chain
 from .shuffle import FixedShuffle, HardHalf, SoftHalf, make_shuffle
@@ -28,11 +43,15 @@ __all__ = [
     "AffineCoupling",
     "Bijection",
     "Chain",
+    "ConditionedCoupling",
     "Conditioner",
     "ConditionerConfig",
     "ConvConditioner",
     "Coupling",
+    "DenseConditioner",
+    "DequantizerConfig",
     "EIWFlow",
+    "Exchange",
     "FixedShuffle",
     "FlowConfig",
     "FlowOutput",
@@ -40,15 +59,21 @@ __all__ = [
     "InvertibleConv1x1",
     "Level",
     "NetworkCoupling",
+    "NoiseConditioner",
+    "NoiseFlow",
+    "OnFirst",
+    "Order",
     "ResidualConditioner",
     "SoftHalf",
     "SplineCoupling",
+    "Squeeze",
     "Transformed",
     "TransformerConditioner",
     "VariationalDequantizer",
     "bits_per_dim",
     "dequantize",
     "load",
+    "log_normal",
     "make_conditioner",
     "make_shuffle",
     "metadata",

@@ -1,9 +1,8 @@
-"""The entropy-informed weighting shuffle that comes before a split, in four kinds: none, fixed, hard, soft.
+"""Shuffles of the channels before a split: none, fixed, EIW-Flow's learned order, and our own hard and soft ones.
 
-We know only the abstract of EIW-Flow (arXiv 2407.04958): a regularised, feature-dependent Shuffle generates
-channel-wise weights and shuffles latent variables before they are split, towards an increase of entropy, at little
-cost. The paper's body and code were not available, so what follows is *our construction* of that, not the authors'
-formula, and no figure of theirs is claimed for it. What guided it:
+`order` is the construction of EIW-Flow's authors (see the module `order`): one learned order for all images. `hard` and
+`soft` are ours, made from the abstract of the paper (arXiv 2407.04958) before the authors' program was found: they look
+at each image. No figure of the paper is claimed for any of them. What guided ours:
 
 - It must be a bijection whose inverse needs nothing but its output. Sorting channels by weights computed from the same
   channels is not: it forgets the order. So the weights of one half of the channels come from the other half, then
@@ -31,19 +30,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Bijection, Chain, Coupling, Transformed, without_autocast, zeros_per_sample
+from .bijection import Bijection, Chain, Coupling, Transformed, halves_of, without_autocast, zeros_per_sample
 from .config import SHUFFLES
 from .layers import InvertibleConv1x1, mix_channels
+from .order import Order
 
 _SOLVER_HIDDEN = 27
 _PAIRS = 2  # of reflections a half: four in all
 _LEAST_VARIANCE = 1e-6  # keeps the logarithm finite on a constant channel
 
 
-def make_shuffle(kind: str, channels: int, block: int = 0) -> Bijection | None:
-    """Make a shuffle of one of the kinds `SHUFFLES`; None for "none". `block`: see `SoftHalf`."""
+def make_shuffle(
+    kind: str, channels: int, block: int = 0, order_input: str = "channels", kl: str = "as-published"
+) -> Bijection | None:
+    """Make a shuffle of one of the kinds `SHUFFLES`; None for "none". `block`: see `SoftHalf`; `order_input`, `kl`: see
+    `Order`."""
     if kind == "none":
         return None
+    if kind == "order":
+        return Order(channels, order_input, kl)
     if kind == "fixed":
         return FixedShuffle(channels)
     if kind == "hard":
@@ -140,7 +145,7 @@ class HardHalf(Coupling):
 
     def __init__(self, channels: int, mirrored: bool = False) -> None:
         super().__init__(mirrored)
-        sizes = (channels // 2, channels - channels // 2)
+        sizes = halves_of(channels)
         self.solver = Solver(*(reversed(sizes) if mirrored else sizes))
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
@@ -175,7 +180,7 @@ class SoftHalf(Coupling):
     def __init__(self, channels: int, mirrored: bool = False, block: int = 0) -> None:
         super().__init__(mirrored)
         self.block = block
-        sizes = (channels // 2, channels - channels // 2)
+        sizes = halves_of(channels)
         inputs, size = reversed(sizes) if mirrored else sizes
         self.size = size
         self.solver = Solver(inputs, (1 + _PAIRS) * self.size)

@@ -11,11 +11,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eiwtrain.flow import ConditionerConfig, ConvConditioner, EIWFlow, FlowConfig, FlowOutput
+from eiwtrain.flow import Conditioner, ConditionerConfig, DequantizerConfig, EIWFlow, FlowConfig, FlowOutput
 
 Module = TypeVar("Module", bound=nn.Module)
 
 TINY = FlowConfig((3, 8, 8), levels=2, steps=2, conditioner=ConditionerConfig(hidden=8), backprop="stored")
+DENSE = FlowConfig(
+    (3, 8, 8),
+    backbone="dense",
+    levels=2,
+    units=(3, 2),
+    steps=(1, 2),
+    noise_channels=2,
+    conditioner=ConditionerConfig("dense", hidden=6, depth=1, growth=4, activation="silu"),
+    shuffle="order",
+    dequantization="variational",
+    dequantizer=DequantizerConfig(couplings=2, hidden=4, depth=1, growth=3),
+    backprop="stored",
+)
+"""A small EIW-Flow: three units, so that a cross-unit coupling sees more than one input."""
 
 
 def at_random_parameters(module: Module, scale: float = 0.2, seed: int = 1) -> Module:
@@ -66,13 +80,13 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 @contextmanager
-def conditioner_calls(flow: EIWFlow) -> Iterator[Counter[str]]:
+def conditioner_calls(flow: nn.Module) -> Iterator[Counter[str]]:
     """Count, in the block, how often each conditioner runs, by its name."""
     calls: Counter[str] = Counter()
     hooks = [
         module.register_forward_hook(lambda _m, _i, _o, name=name: calls.update([name]))
         for name, module in flow.named_modules()
-        if isinstance(module, ConvConditioner)
+        if isinstance(module, Conditioner)
     ]
     yield calls
     for hook in hooks:

@@ -6,14 +6,16 @@ import math
 
 import pytest
 import torch
-from flow_helpers import at_random_parameters, log_abs_det_jacobian
+from flow_helpers import at_random_parameters, conditioner_calls, log_abs_det_jacobian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eiwtrain.flow import ConditionerConfig, dequantize, quantize
+from eiwtrain.flow import DequantizerConfig, dequantize, quantize
 from eiwtrain.flow.conditioners import Conditioner
+from eiwtrain.flow.config import BACKPROP_MODES
 from eiwtrain.flow.dequantization import VariationalDequantizer, iwbo
+from eiwtrain.flow.gaussian import log_normal, normal
 
 ALMOST_ONE = {torch.float32: 1 - 2**-24, torch.float64: 1 - 2**-53}
 SHAPE = (2, 4, 6)
@@ -24,12 +26,14 @@ def make(
     scale: float = 0.1,
     dtype: torch.dtype = torch.float64,
     n_bits: int = 8,
-    steps: int = 6,
+    couplings: int = 3,
     bfloat16: bool = False,
+    backprop: str = "stored",
 ) -> VariationalDequantizer:
-    """Make one at random parameters, with steps enough for every division of a 2x2 block."""
+    """Make one at random parameters."""
     torch.manual_seed(0)
-    dequantizer = VariationalDequantizer(shape, n_bits, ConditionerConfig(hidden=6), steps, bfloat16)
+    config = DequantizerConfig(couplings, hidden=4, depth=1, growth=3)
+    dequantizer = VariationalDequantizer(shape, n_bits, config, backprop, bfloat16)
     return at_random_parameters(dequantizer, scale).to(dtype)
 
 
@@ -43,21 +47,37 @@ def batch(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_starts_as_uniform_dequantization(dtype: torch.dtype) -> None:
+def test_starts_as_a_rotated_gaussian_through_a_sigmoid(dtype: torch.dtype) -> None:
     dequantizer, (images, noise) = make(scale=0, dtype=dtype), batch(dtype=dtype)
-    noise[0, 0, 0, :2] = torch.tensor([0.0, 1 - 2**-24])
     x, log_q = dequantizer(images, noise)
     assert x.dtype == log_q.dtype == dtype
-    assert log_q.tolist() == [0, 0, 0]
-    torch.testing.assert_close(x, dequantize(images, noise), rtol=0, atol=2.0**-23)
+    z = torch.logit(256 * (x - dequantize(images, torch.zeros_like(noise))).double())
+    torch.testing.assert_close(
+        z.flatten(1).norm(dim=1), normal(noise).double().flatten(1).norm(dim=1), rtol=1e-3, atol=0
+    )
+    slopes = (torch.sigmoid(z) * torch.sigmoid(-z)).log().flatten(1).sum(1)
+    torch.testing.assert_close(log_q.double(), log_normal(z) - slopes, rtol=1e-3, atol=0)
 
 
-def test_features_are_there_from_the_start() -> None:
-    dequantizer, (images, noise) = make(scale=0), batch()
-    for name, p in dequantizer.named_parameters():
-        if "last" in name and "features" not in name:
-            at_random_parameters(torch.nn.ParameterList([p]))
+def test_the_features_of_the_image_matter() -> None:
+    dequantizer, (images, noise) = make(), batch()
     assert (dequantizer(images, noise)[1] != dequantizer(255 - images, noise)[1]).all()
+
+
+@pytest.mark.parametrize("backprop", BACKPROP_MODES)
+def test_every_way_back_gives_the_same_gradients_and_runs_each_network_at_most_twice(backprop: str) -> None:
+    images, noise = batch()
+    grads = []
+    for mode in ("stored", backprop):
+        dequantizer = make(backprop=mode)
+        with conditioner_calls(dequantizer) as calls:
+            x, log_q = dequantizer(images, noise)
+            loss = (x.square().flatten(1).sum(1) * torch.arange(1, 4) + log_q).sum()
+            grads.append(torch.autograd.grad(loss, list(dequantizer.parameters())))
+        assert set(calls.values()) == {1 if mode == "stored" else 2}
+        assert len(calls) == 3 + 1  # couplings, and the features
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_log_q_is_the_density_of_the_full_change_of_variables() -> None:
@@ -68,19 +88,6 @@ def test_log_q_is_the_density_of_the_full_change_of_variables() -> None:
     for i in range(3):
         slopes = log_abs_det_jacobian(lambda u, i=i: 256 * dequantizer(images[i : i + 1], u)[0], noise[i : i + 1])
         torch.testing.assert_close(log_q[i], -slopes, rtol=0, atol=1e-8)
-
-
-def test_the_volume_is_all_of_the_cell() -> None:
-    # The mean of 1 / q(u) under q is the volume of where q isn't zero: 1, if q is a density of all of [0, 1)^D.
-    middles = (torch.arange(12, dtype=torch.float64) + 0.5) / 12
-    noise = torch.cartesian_prod(*[middles] * 4).view(-1, 1, 2, 2)
-    dequantizer = make((1, 2, 2), scale=0.15)
-    for value in (0, 200):
-        images = torch.full(noise.shape, value, dtype=torch.uint8)
-        with torch.no_grad():
-            _, log_q = dequantizer(images, noise)
-        assert log_q.std() > 0.1
-        assert (-log_q).exp().mean().item() == pytest.approx(1, abs=0.02)  # the error of so coarse a grid
 
 
 @given(
@@ -107,7 +114,7 @@ def test_every_pixel_comes_back_whatever_the_noise(
 
 
 def test_noise_everywhere_depends_on_the_image_and_on_other_noise() -> None:
-    (images, noise), dequantizer = batch(), make(steps=2)
+    (images, noise), dequantizer = batch(), make(couplings=2)
     in_cell = 256 * (dequantizer(images, noise)[0] - dequantize(images, torch.zeros_like(noise)))
     on_black = 256 * (dequantizer(torch.zeros_like(images), noise)[0] + 0.5)
     assert ((in_cell - noise).abs() > 1e-9).all()
@@ -174,7 +181,7 @@ def test_learned_noise_gives_a_better_bound_than_uniform_noise_and_no_better_tha
         return (0.5 * z.square() - 0.5 * ((z - mean) / scale).square() - math.log(scale)).flatten(1).sum(1)
 
     torch.manual_seed(0)
-    dequantizer = VariationalDequantizer(shape, 1, ConditionerConfig(hidden=16), steps=2)
+    dequantizer = VariationalDequantizer(shape, 1, DequantizerConfig(2, 16, 1, 8))
     optimizer = torch.optim.Adam(dequantizer.parameters(), lr=1e-2)
 
     def draw(size: int) -> tuple[Tensor, Tensor]:
@@ -186,8 +193,7 @@ def test_learned_noise_gives_a_better_bound_than_uniform_noise_and_no_better_tha
         return log_p(images, x) - log_q
 
     images, noise = draw(256)
-    uniform = elbo(images, noise).mean().item()
-    assert uniform == pytest.approx(log_p(images, dequantize(images, noise, 1)).mean().item(), rel=1e-6)
+    uniform = log_p(images, dequantize(images, noise, 1)).mean().item()
     for _ in range(150):
         optimizer.zero_grad()
         (-elbo(*draw(32)).mean()).backward()
@@ -218,11 +224,9 @@ def test_one_draw_is_the_elbo_and_many_are_a_mean_of_weights() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    config = ConditionerConfig(hidden=4)
+    config = DequantizerConfig()
     with pytest.raises(ValueError, match="3x4"):
         VariationalDequantizer((1, 3, 4), 8, config)
-    with pytest.raises(ValueError, match="steps: 1"):
-        VariationalDequantizer((1, 4, 4), 8, config, steps=1)
     dequantizer, (images, noise) = make(), batch()
     with pytest.raises(ValueError, match="uint8"):
         dequantizer(images.float(), noise)

@@ -241,7 +241,7 @@ def test_a_parameter_changed_before_backward_is_refused(mode: str) -> None:
     flow = make_flow(backprop=mode)
     loss = flow.log_prob(images(1)).sum()
     with torch.no_grad():
-        flow.get_parameter("levels.0.bijections.1.parts.2.conditioner.last.weight").add_(1.0)
+        flow.get_parameter("levels.0.units.0.1.parts.2.conditioner.last.weight").add_(1.0)
     with pytest.raises(RuntimeError, match="modified"):
         loss.backward()
 
