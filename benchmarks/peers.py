@@ -45,7 +45,7 @@ def loss(peer: str, model: flow.EIWFlow) -> Callable[[Tensor], Tensor]:
         model: of one level, with affine couplings, no shuffle and a standard normal prior, as it is at the start. Its
             conditioners are shared, not copied: their gradients are found there.
     """
-    chains = list(cast(Any, model.levels[0]).bijections)
+    chains = list(cast(Any, model.levels[0]).bijections())
     channels, height, width = model.latent_shapes[0]
     prior = flow.ActNorm(channels).to(next(model.parameters()).device)
     steps = {"memcnn": _memcnn, "FrEIA": _freia}[peer](chains, prior, (channels, height, width))
@@ -97,7 +97,7 @@ def _freia(chains: list[Any], prior: flow.ActNorm, shape: tuple[int, int, int]) 
     for chain in chains:
         actnorm, mixing, coupling = chain
         with torch.no_grad():
-            weight = mixing(torch.eye(shape[0])[:, :, None, None].to(mixing.log_s.device)).y[:, :, 0, 0].mT
+            weight = mixing(torch.eye(shape[0])[:, :, None, None].to(mixing.factors.device)).y[:, :, 0, 0].mT
         inn.append(parts.ActNorm)
         inn.append(parts.Fixed1x1Conv, M=weight.mT)  # it convolves with the transpose of M
         inn.append(

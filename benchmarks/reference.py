@@ -1,6 +1,6 @@
 """Compare our EIW-Flow with what its authors' program computes, from files that hold its weights, noise and results.
 
-    python -m benchmarks.reference tests/data/eiwflow-structure.safetensors tests/data/eiwflow-dense.safetensors
+    python -m benchmarks.reference tests/flow/data/*.safetensors
 
 A file has the weights of a flow of any size, by the names of the authors' program (github.com/studying910/EIW-Flow,
 commit 0c4ddeb), an input, the noise, and in float64 what the program computed: y and the log-determinant after each
@@ -10,7 +10,7 @@ compared; in `dense` it is the published one, whose attention and normalisation 
 `ConstantNorm`) stand here in place of ours.
 
 Prints the largest absolute difference of each result, with stored and with reconstructed activations, and of the
-image that the inverse gives back. Exit code 0 if all are below 1e-9, 1 if not, 2 for a file that is none of this kind.
+image that the inverse gives back. Exit code 0 if all are below 1e-9, 1 if not, 2 for a file of another kind.
 Not for speed or density.
 """
 
@@ -111,6 +111,7 @@ class Reference:
     """A file: its tensors by name, and the flow that it describes."""
 
     tensors: Weights
+    metadata: dict[str, str]
     config: flow.FlowConfig
     mode: str
 
@@ -126,12 +127,13 @@ class Reference:
 
 
 def read(path: Path) -> Reference:
-    """Read a reference file. Raises NotAReference if it is none."""
+    """Read a reference file. Raises NotAReference for another kind of file."""
     try:
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})["construction"])
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return Reference(tensors, _config(described, tensors), described["mode"])
+        described = json.loads(metadata["construction"])
+        return Reference(tensors, metadata, _config(described, tensors), described["mode"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         raise NotAReference(f"{path}: no reference file of EIW-Flow ({type(error).__name__}: {error})") from error
 

@@ -290,9 +290,9 @@ class BenchmarkFlow(flow.EIWFlow):
             place = Place(self.memory, index, earlier)
             with torch.random.fork_rng():
                 if variant in CANDIDATES:
-                    level.bijections.append(matched(CANDIDATES[variant], channels, place))
+                    cast(nn.ModuleList, level.units[-1]).append(matched(CANDIDATES[variant], channels, place))
                 elif (shuffle := make_shuffle(variant, channels)) is not None:
-                    level.bijections.append(shuffle)
+                    cast(nn.ModuleList, level.units[-1]).append(shuffle)
             level.register_forward_hook(self._remember)
             channels -= leaving
             earlier += 3 * leaving
@@ -301,9 +301,9 @@ class BenchmarkFlow(flow.EIWFlow):
         self.memory.left = [channel_descriptors(z.to(self._trunk_dtype())) for z in latents[:-1]]
         return super().decode(latents, *rest)
 
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, noise: Tensor | None = None) -> None:
         self._forget()
-        super().initialize(x)
+        super().initialize(x, noise)
 
     def _forget(self, *_: Any) -> None:
         self.memory.left = []

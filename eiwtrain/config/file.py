@@ -19,6 +19,7 @@ import yaml
 from pydantic import ValidationError as PydanticError
 
 from eiwtrain.config import MAX_ERROR_LINES, Config, ConfigError, Model, flatten, leaf_fields
+from eiwtrain.flow.config import FlowConfig
 from eiwtrain.storage import anchored, is_local
 from eiwtrain.storage.database import sqlite_path, sqlite_uri
 from eiwtrain.terminal.lines import one_line
@@ -65,7 +66,8 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate(raw)
     except PydanticError as e:
-        raise ConfigError(_limit([_explain(dict(err)) for err in e.errors()])) from None
+        by_field = {tuple(_field(dict(err))): dict(err) for err in e.errors()}  # the last of a field's is of a list
+        raise ConfigError(_limit([_explain(error) for error in by_field.values()])) from None
     config = _tracked_where_mlflow_says(config)
     if problems := _impossible(config):
         raise ConfigError(_limit(problems))
@@ -181,9 +183,15 @@ def _expand(value: Any, where: str, counted: Iterator[int]) -> Any:
     return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", variable, value)
 
 
+def _field(error: dict[str, Any]) -> list[str]:
+    """Return the names of the sections and the field of one pydantic error; what it adds for a number in a list, or for
+    one of several types, does not belong to them."""
+    return [str(p) for p in error["loc"] if isinstance(p, str) and p.isidentifier()]
+
+
 def _explain(error: dict[str, Any]) -> str:
     """Return one line for one pydantic error: the field, what is wrong, what would be right."""
-    location = [str(p) for p in error["loc"]]
+    location = _field(error)
     name = ".".join(location)
     known = {n: (default, meaning) for n, default, meaning in leaf_fields(Config)}
     sections = {n.rsplit(".", 1)[0] for n in known}
@@ -298,6 +306,11 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
                 f"use model.conditioner.patch={max(n for n in range(1, patch) if least % n == 0)}"
                 + (", or fewer levels" if m.levels > 1 else "")
             )
+    if not problems and resolution % 2**m.levels == 0:
+        try:
+            FlowConfig.from_dict({**m.to_flow(), "image_shape": [3, resolution, resolution]})
+        except ValueError as error:
+            problems.append(f"model.{error}")
     return problems
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from eiwtrain.config.interval import parse
-from eiwtrain.flow.config import ConditionerConfig, FlowSettings
+from eiwtrain.flow.config import ConditionerConfig, DequantizerConfig, FlowSettings
 from eiwtrain.flow.presets import PRESETS, preset
 from eiwtrain.terminal.lines import one_line
 
@@ -113,20 +113,30 @@ class Conditioner(Section, ConditionerConfig):  # type: ignore[misc]  # frozen i
     """The network inside each coupling: the fields of the flow's own `ConditionerConfig`."""
 
 
+class Dequantizer(Section, DequantizerConfig):  # type: ignore[misc]  # as above
+    """The size of the flow of variational dequantization: the fields of the flow's own `DequantizerConfig`."""
+
+
 class Model(Section, FlowSettings):  # type: ignore[misc]  # as above
     """The flow: a preset, and the fields of the flow's own `FlowSettings`."""
 
     preset: PresetName | None = None
     """A published size (`eiwtrain/flow/presets.py`) in place of the defaults here; fields set beside it win."""
     conditioner: Conditioner = Conditioner()
+    dequantizer: Dequantizer = Dequantizer()
 
     @model_validator(mode="before")
     @classmethod
     def _start_from_preset(cls, values: Any) -> Any:
-        name = values.get("preset") if isinstance(values, dict) else None
-        if not isinstance(name, str) or not isinstance(values.get("conditioner", {}), dict):
+        if not isinstance(values, dict):
             return values
-        return preset(name, values) if name in PRESETS else values
+        if values.get("kl") is True:  # YAML's reading of the word
+            values = {**values, "kl": "true"}
+        parts = (values.get(part, {}) for part in ("conditioner", "dequantizer"))
+        name = values.get("preset")
+        if not isinstance(name, str) or name not in PRESETS or not all(isinstance(part, dict) for part in parts):
+            return values
+        return preset(name, values)
 
     def to_flow(self) -> dict[str, Any]:
         """Return these fields as `eiwtrain.flow.FlowConfig.from_dict` takes them."""

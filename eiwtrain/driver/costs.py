@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ def of(config: Config, channels: int = 3) -> Costs:
     model = outline(config, channels)
     parameters = sum(p.numel() for p in model.parameters())
     state = sum(t.nbytes for t in model.state_dict().values())
-    images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
+    images = 2  # each image adds the same; tensors of one are contiguous where those of several are not
     flops: dict[str, float] = {}
     operations: dict[str, int] = {}
     each: dict[str, int] = {}
@@ -218,8 +219,10 @@ class Counted:
 
 
 def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
-    """Return `count` of the whole flow, from flows of one step and of two: each step adds the same. With anchors, each
-    period of steps does."""
+    """Return `count` of the whole flow; of Glow's backbone from flows of one step and of two: each step adds the same.
+    With anchors, each period of steps does."""
+    if shape.backbone != "glow" or not isinstance(shape.steps, int):
+        return count(shape, images, backward)
     period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
     few = 1 + (shape.steps - 1) % period
     times = (shape.steps - few) // period
@@ -231,11 +234,13 @@ def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) ->
 
 def _of_a_step(shape: flow.FlowConfig) -> int:
     """Return the bytes that one step of the first level keeps for an image if it keeps its activations."""
-    level = replace(shape, levels=1, shuffle="none", dequantization="uniform", classes=0, backprop="stored")
+    level = replace(shape, levels=1, units=1, steps=1, shuffle="none", dequantization="uniform", classes=0)
+    level = replace(level, backprop="stored")
     of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))
     return (of_three[1] - of_three[0]) - (of_two[1] - of_two[0])
 
 
+@cache
 def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
     """Run one training step of a flow and count it.
 

@@ -38,8 +38,15 @@ def check(flow: EIWFlow) -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--onnx: {', '.join(missing)} not installed; pip install 'eiwtrain[onnx]'")
-    if flow.config.shuffle == "hard":
-        raise ValueError("--onnx: a flow of shuffle 'hard' has no ONNX graph: torch does not export its stable sort")
+    if flow.config.noise_shape != flow.config.image_shape:
+        raise ValueError(
+            "--onnx: this flow has no ONNX graph: its log-probability is a bound over noise that joins on the way, and "
+            "ONNX has no inverse of the normal distribution to make it from uniform numbers"
+        )
+    if flow.config.shuffle in ("hard", "order"):
+        raise ValueError(
+            f"--onnx: a flow of shuffle '{flow.config.shuffle}' has no ONNX graph: torch exports no stable sort"
+        )
 
 
 def write(flow: EIWFlow, file: Path) -> None:

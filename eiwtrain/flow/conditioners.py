@@ -256,7 +256,9 @@ class DenseConditioner(Conditioner):
         features = self.layers(h)
         if self.attention is not None:
             features = torch.cat((self.attention(h), features), dim=1)
-        features = F.dropout(self.activation(self.norm(features.to(self.norm.weight.dtype))), self.dropout, self.training)
+        features = F.dropout(
+            self.activation(self.norm(features.to(self.norm.weight.dtype))), self.dropout, self.training
+        )
         return self.last(self.mix(features))
 
 

@@ -206,7 +206,8 @@ class FlowConfig(FlowSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
-        return {"image_shape": list(self.image_shape)} | {k: v for k, v in asdict(self).items() if k != "image_shape"}
+        values = {"image_shape": self.image_shape} | asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:

@@ -98,8 +98,7 @@ class EIWFlow(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> FlowOutput:
         """Return log p(x) and the other values that training reports; see `FlowOutput`."""
-        if noise is None and self._joining_dims:
-            raise ValueError("this flow's log-probability is a bound over noise that joins on the way: pass the noise")
+        self._need_noise(noise)
         x, log_q, joining = self._reals(x, noise)
         latents, log_det, penalty, entropy = self._encode(x, joining, labels)
         prior = torch.stack([log_normal(z) for z in latents]).sum(0)
@@ -201,6 +200,7 @@ class EIWFlow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, noise: Tensor | None = None) -> None:
         """Initialise the actnorms of the levels from a first batch, before training (Glow, section 3.1)."""
+        self._need_noise(noise)
         x, _, joining = self._reals(x, noise)
         with without_autocast(x):
             for level, joins in zip(self._levels(), joining, strict=True):
@@ -304,6 +304,12 @@ class EIWFlow(nn.Module):
     def _joining_dims(self) -> int:
         """How many numbers of noise join on the way."""
         return sum(c * h * w for c, h, w in self.config.noise_of_levels)
+
+    def _need_noise(self, noise: Tensor | None) -> None:
+        if noise is None and self._joining_dims:
+            raise ValueError(
+                "noise joins on the way through this flow, and its log-probability is a bound: pass `noise`"
+            )
 
     def _reals(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Return x in the trunk's dtype, log q of the noise in it, zero unless x is pixels, and the noise that joins on

@@ -24,8 +24,8 @@ class Order(Bijection):
     """The channels in the order of learned weights, the greatest first, the same order for every image.
 
     The weights are the softmax of a two-layer network that sees one constant, so no gradient of the likelihood reaches
-    them: they learn from the regulariser alone, which compares them with weights se(y) that a
-    squeeze-and-excitation network gives each image y, its channels in the new order. With weights w over channels c it is, for each image,
+    them: they learn from the regulariser alone, which compares them with weights se(y) that a squeeze-and-excitation
+    network gives each image y, its channels in the new order. With weights w over channels c it is, for each image,
 
     - `as-published`: sum of w_c (log w_c - se_c), as the authors' program passes probabilities where log-probabilities
       are expected;

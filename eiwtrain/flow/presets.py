@@ -80,5 +80,6 @@ def preset(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         changed = changes.get(part, {})
         if not isinstance(changed, Mapping):
             raise ValueError(f"{part}: {changed!r} is not a mapping")
-        fields[part] = {**PRESETS[name].get(part, {}), **changed}
+        if part in fields:
+            fields[part] = {**PRESETS[name].get(part, {}), **changed}
     return fields

@@ -26,7 +26,7 @@ from eiwtrain.config import Train
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read when `torch.compile` decorates a function
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
-LEAVES: tuple[type[nn.Module], ...] = (flow.Level,)
+LEAVES: tuple[type[nn.Module], ...] = (flow.Level, flow.VariationalDequantizer)
 """Modules that ZeRO 3 must gather whole, as their forward uses parameters of submodules that it does not call.
 
 They return a tensor or a flat tuple of tensors: in nested outputs DeepSpeed's hooks miss where backward begins.

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
 
-from eiwtrain import data, flow
+from eiwtrain import data
 from eiwtrain.config import Config
-from eiwtrain.data.noise import of_pixels
 from eiwtrain.sampling import drawing, pictures, plots
 from eiwtrain.scoring import yardsticks
 from eiwtrain.scoring.scores import Score, score
@@ -82,8 +81,10 @@ class HeldOut:
     def drift(self) -> float:
         """Return the relative error of images through the flow and back."""
         images, noise, labels = self._inputs(self.config.eval.samples)
-        x = flow.dequantize(images, of_pixels(noise, images), self.config.model.n_bits)
-        return self.state.averaged.drift(x, labels)
+        model = self.state.averaged
+        with torch.no_grad():
+            x, _ = model.dequantize(images, noise)
+        return model.drift(x, labels)
 
     def entropy(self) -> Tensor:
         """Return the entropy proxy of what leaves and of what stays at each level: (levels, 2), nats per dimension.

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from eiwtrain import checkpoints, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
-from eiwtrain.data.noise import of_pixels
 from eiwtrain.scoring.scores import Score
 from eiwtrain.train.engine import Engine
 
@@ -79,7 +78,7 @@ class TrainState:
             raise OtherRun(problems[0])
         if saved is None:
             images, noise, _ = first()
-            self.flow.initialize(flow.dequantize(images, of_pixels(noise, images), self.flow.config.n_bits))
+            self.flow.initialize(images, noise)
         else:
             self.flow.load_state_dict(checkpoints.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)

@@ -230,11 +230,23 @@ def test_the_kinds_of_conditioner_are_those_of_the_one_list(path, monkeypatch):
 
 def test_every_field_of_the_flow_reaches_the_model(path):
     """Set each to another value than the default; FlowConfig's own fields come from the data and the precision."""
-    other = {"levels": 1, "steps": 3, "coupling": "spline", "bins": 4, "shuffle": "hard", "shuffle_block": 2}
+    other = {
+        "backbone": "dense",
+        "levels": 1,
+        "units": [2],
+        "steps": [3],
+        "noise_channels": 2,
+        "coupling": "spline",
+        "bins": 4,
+        "shuffle": "hard",
+        "shuffle_block": 2,
+    }
     other |= {"dequantization": "variational", "classes": 3, "backprop": "auto", "memory_budget": 9}
     other |= {"trunk_dtype": "float64", "anchor_every": 2, "n_bits": 5}
     other["conditioner"] = {"kind": "residual", "hidden": 7, "depth": 2, "activation": "relu", "dropout": 0.1}
-    other["conditioner"] |= {"heads": 2, "patch": 4}
+    other["conditioner"] |= {"heads": 2, "patch": 4, "growth": 5, "attention": "none"}
+    other |= {"order_input": "one", "kl": "true"}
+    other["dequantizer"] = {"couplings": 1, "hidden": 2, "depth": 3, "growth": 5}
     raw = yaml.safe_load(Path(path).read_text()) | {"model": other}
     Path(path).write_text(yaml.safe_dump(raw))
     built = flow_config(load_config(path, ["train.precision=bf16"]), 3).to_dict()

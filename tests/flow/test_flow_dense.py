@@ -141,7 +141,7 @@ def test_noise_is_needed_for_a_bound_and_not_for_latents() -> None:
     flow = make_flow(DENSE)
     pixels, noise = batch()
     x, _ = flow.dequantize(pixels, noise)
-    with pytest.raises(ValueError, match="pass the noise"):
+    with pytest.raises(ValueError, match="pass `noise`"):
         flow.log_prob(x)
     with pytest.raises(ValueError, match="noise of shape"):
         flow.log_prob(pixels, noise[:, :-1])
