@@ -109,6 +109,8 @@ class Attempt:
                 return Lost(lost)
             if ended:
                 return Crashed(self._fit.cause)
+            if session.has_died():
+                return Crashed("Ray of this machine has died")
             if (request := self._request(stop)) is not None:
                 self._driver_end.ask(request)
                 self._asked, self._heard, self._asked_at = request, False, time.monotonic()
@@ -148,8 +150,11 @@ class Attempt:
 
     def _ended(self, outcome: Outcome, console: Console, stop: Stop) -> Outcome:
         # let the workers return, so that nothing is cut off
-        self._fit.join(timeout=_LAST_WORDS_SECONDS if isinstance(outcome, Failed) else _END_SECONDS)
-        self._read(console, stop)
+        end = time.monotonic() + (_LAST_WORDS_SECONDS if isinstance(outcome, Failed) else _END_SECONDS)
+        while self._fit.is_alive() and time.monotonic() < end and not session.has_died():
+            self._fit.join(_POLL_SECONDS)
+        with contextlib.suppress(MailboxLost):  # the outcome is known
+            self._read(console, stop)
         if isinstance(outcome, Again) and self.holds_on:
             return Crashed(f"workers that should have returned did not within {_END_SECONDS:g} s")
         if isinstance(outcome, Stopped) and self._asked is not None and self._asked.kind == "stop":

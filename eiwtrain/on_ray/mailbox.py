@@ -13,9 +13,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from eiwtrain.on_ray import session
 from eiwtrain.on_ray.messages import DriverRequest, Heard, Message
 
 POLL_SECONDS = 0.3
+_LATE_SECONDS = 5.0  # after which an answer of the mailbox is late, and Ray is looked at
 
 
 class MailboxLost(RuntimeError):
@@ -66,10 +68,14 @@ class DriverEnd:
         return messages
 
     def _get(self, answer: Any) -> Any:
-        try:
-            return ray.get(answer)
-        except ray.exceptions.RayError as e:
-            raise MailboxLost(str(e) or type(e).__name__) from e
+        while True:
+            try:
+                return ray.get(answer, timeout=_LATE_SECONDS)
+            except ray.exceptions.GetTimeoutError as e:
+                if session.has_died():
+                    raise MailboxLost("Ray of this machine has died") from e
+            except ray.exceptions.RayError as e:
+                raise MailboxLost(str(e) or type(e).__name__) from e
 
 
 class WorkerEnd:

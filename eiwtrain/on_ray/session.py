@@ -37,6 +37,8 @@ _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTR
 _LONGEST_SOCKET = Path("session_2000-01-01_00-00-00_000000_1", "sockets", "plasma_store")
 _SOCKET_BYTES = 107
 
+_ESSENTIAL = ("raylet", "gcs_server")  # the processes of Ray without which nothing works
+
 OWN_DRAIN = "the drain of this job's own node"  # a reason to stop
 
 
@@ -64,6 +66,17 @@ def check() -> None:
 def is_running() -> bool:
     """Whether this process has started or joined Ray already."""
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def has_died() -> bool:
+    """Whether the Ray that this program has started is not whole any more; never true of a cluster that it has joined.
+
+    Ray would say so after a minute, and then end this process.
+    """
+    if joins_cluster() or not is_running():
+        return False
+    node = sys.modules["ray"]._private.worker._global_node
+    return node is not None and any(kind in _ESSENTIAL for kind, _ in node.dead_processes())
 
 
 def start(cpus: int) -> None:

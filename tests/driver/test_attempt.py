@@ -27,13 +27,13 @@ class Workers:
     """Workers that train, as the driver sees them: what they say, and what they are asked for."""
 
     def __init__(self, *said, answer=None):
-        self.said, self.answer, self.asked = list(said), answer, []
+        self.said, self.answer, self.asked, self.alive = list(said), answer, [], True
 
     def is_alive(self):
-        return True
+        return self.alive
 
     def join(self, timeout):
-        pass
+        self.alive = False
 
     def take(self):
         said, self.said = self.said, []
@@ -88,3 +88,18 @@ def test_workers_that_never_hear_of_a_stop_have_crashed(stop, monkeypatch):
 def test_a_stop_while_later_workers_start_is_no_failure(stop):
     stop.training = True
     assert attempt_of(Workers()).follow(Console(), stop) == Again("SIGTERM")
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        ([Training(0, 9, ["node"])], Crashed("Ray of this machine has died")),
+        ([Training(0, 9, ["node"]), Stopped("SIGTERM", 7, "x")], Stopped("SIGTERM", 7, "x")),
+    ],
+    ids=["training", "stopped"],
+)
+def test_a_ray_that_dies_ends_the_attempt_at_once(stop, monkeypatch, said, outcome):
+    monkeypatch.setattr(session, "has_died", lambda: True)
+    workers = Workers(*said)
+    workers.join = lambda timeout: pytest.fail("it waited")
+    assert attempt_of(workers).follow(Console(), stop) == outcome
