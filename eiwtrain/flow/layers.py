@@ -150,14 +150,14 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, channels: int, identity: bool = False) -> None:
         super().__init__()
-        # No torch.eye or torch.diag: without numbers (`meta`) they import torch's compiler, which takes seconds.
+        # No eye, diag or tril: on the device `meta` they import torch's compiler, which takes seconds.
         start = torch.zeros(channels, channels, dtype=torch.float64).fill_diagonal_(1.0)
         if not identity:
             start = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
         p, lower, upper = torch.linalg.lu(start)
         s = upper.diagonal()
         dtype = torch.get_default_dtype()
-        factors = lower.tril(-1) + upper.triu(1)
+        factors = lower + upper
         factors.diagonal().copy_(s.abs().log())
         self.factors = nn.Parameter(factors.to(dtype))
         self.sign: Tensor
