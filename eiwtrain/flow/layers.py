@@ -150,10 +150,9 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, channels: int, identity: bool = False) -> None:
         super().__init__()
-        # No eye, diag or tril: on the device `meta` they import torch's compiler, which takes seconds.
-        start = torch.zeros(channels, channels, dtype=torch.float64).fill_diagonal_(1.0)
+        start = torch.eye(channels, dtype=torch.float64)
         if not identity:
-            start = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+            start = torch.linalg.qr(torch.randn_like(start))[0]
         p, lower, upper = torch.linalg.lu(start)
         s = upper.diagonal()
         dtype = torch.get_default_dtype()

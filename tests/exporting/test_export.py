@@ -17,12 +17,8 @@ from eiwtrain import export, flow, storage
 from eiwtrain.exporting import assemble, models, pyfunc
 
 WITHOUT = """
-import importlib.abc, sys
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {hidden}:
-            raise ModuleNotFoundError("No module named " + repr(name))
-sys.meta_path.insert(0, Hidden())
+import sys
+sys.modules.update(dict.fromkeys({hidden}))  # None there: it cannot be imported, and is found to be missing
 sys.path.insert(0, {root!r})
 """
 
