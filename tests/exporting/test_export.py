@@ -97,7 +97,7 @@ def test_loading_a_model_runs_only_code_that_is_installed(folder, tmp_path):
     done = run_without([], load, tmp_path)
     assert done.stdout == "loaded\n", done.stderr[-2000:]
     without = run_without(["eiwtrain"], load, tmp_path)
-    assert without.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'eiwtrain'"
+    assert without.stderr.splitlines()[-1].startswith("ModuleNotFoundError: ")
     assert not ran.exists()
 
 
