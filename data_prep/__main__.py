@@ -30,6 +30,7 @@ from eiwtrain.data.manifest import ENCODINGS, DataError, load_manifest
 from eiwtrain.on_ray import session
 from eiwtrain.storage import anchored
 from eiwtrain.terminal.lines import one_line, printable
+from eiwtrain.terminal.output import drain, protect
 from eiwtrain.terminal.signals import exit_on_signals
 
 T = TypeVar("T")
@@ -263,10 +264,12 @@ def _leave(code: int) -> NoReturn:
     session.stop()
     sys.stdout.flush()
     sys.stderr.flush()
+    drain()
     os._exit(code)
 
 
 if __name__ == "__main__":
+    protect()
     try:
         _leave(main())
     except SystemExit as e:  # argparse's, and SIGTERM's

@@ -20,6 +20,7 @@ from eiwtrain import storage
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
 from eiwtrain.scoring import FID_SAMPLES, yardsticks
+from eiwtrain.terminal.output import protect
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,4 +149,5 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    protect()
     sys.exit(main())

@@ -19,6 +19,7 @@ from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import run_command
 from eiwtrain.exporting.models import LoadedModel
+from eiwtrain.terminal.output import protect
 from eiwtrain.terminal.redact import REFUSAL, holds_secret
 from eiwtrain.tracking import TrackingError
 
@@ -91,4 +92,5 @@ def _register(
 
 
 if __name__ == "__main__":
+    protect()
     sys.exit(main())

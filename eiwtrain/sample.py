@@ -19,6 +19,7 @@ from eiwtrain import data, storage
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
 from eiwtrain.sampling import image_sets, pictures
+from eiwtrain.terminal.output import protect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,4 +181,5 @@ def _counted(batches: Iterator[Tensor], bar: tqdm[NoReturn]) -> Iterator[Tensor]
 
 
 if __name__ == "__main__":
+    protect()
     sys.exit(main())

@@ -23,6 +23,8 @@ _PIECE = 4096  # bytes written at a time, as a sign of life of a slow reader
 _LAST_SECONDS = 3.0  # for which the end of the program waits for a reader that takes nothing
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO)  # the reader does not come back; a full disk may
 
+_writers: list[Writer] = []
+
 
 def protect() -> None:
     """Give standard output and standard error of this program to threads that write them, until it ends.
@@ -47,7 +49,15 @@ def protect() -> None:
         encoding = getattr(before, "encoding", None) or "utf-8"
         stream: Any = Stream(writer)
         setattr(sys, name, io.TextIOWrapper(stream, encoding, "backslashreplace", newline="\n", line_buffering=True))
-        atexit.register(writer.drain)
+        _writers.append(writer)
+    atexit.register(drain)
+
+
+def drain() -> None:
+    """Wait until all is written that was printed, but not for a reader that stalls; a program that ends by `os._exit`
+    calls it before."""
+    for writer in _writers:
+        writer.drain()
 
 
 class Stream(io.RawIOBase):

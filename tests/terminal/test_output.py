@@ -125,3 +125,25 @@ def test_a_forked_process_prints_by_itself(tmp_path):
         PRINTS.replace(str(LINES), "0") + "import os\nif not os.fork():\n    print('child')\n    os._exit(0)\nos.wait()"
     )
     assert start(tmp_path, program).communicate(timeout=60)[0] == b"child\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eiwtrain.run --fields",
+        "eiwtrain.evaluate --help",
+        "eiwtrain.export --help",
+        "eiwtrain.sample --help",
+        "data_prep --help",
+    ],
+)
+def test_no_command_reports_that_nobody_reads_it(command):
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) in (0, -signal.SIGPIPE)
