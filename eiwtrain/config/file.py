@@ -155,6 +155,8 @@ def _value(key: str, text: str) -> Any:
         return text
     if text[: node.start_mark.index].strip() or text[node.end_mark.index :].strip():
         raise ConfigError(f"{key}: YAML takes a part of the value for a comment or a mark; leave it out, or quote all")
+    if plain and (":" in text or re.fullmatch(r"\s*[-+]?0[\d_]+\s*", text)):
+        raise ConfigError(f"{key}: YAML reads a date, or a number to base 8 or 60; write a decimal number, or quote it")
     return yaml.load(text, _Loader)
 
 

@@ -340,6 +340,11 @@ def test_what_yaml_would_leave_out_of_an_override_is_refused(path, text):
     assert "run.name: YAML takes a part of the value for a comment" in error(path, f"run.name={text}")
 
 
+@pytest.mark.parametrize("text", ["010", "1:30", "-0_7", "12:30:45"])
+def test_a_number_that_yaml_would_read_to_another_base_is_refused(path, text):
+    assert "train.max_steps: YAML reads" in error(path, f"train.max_steps={text}")
+
+
 def test_an_override_is_still_yaml(path):
     given = ["eval.temperatures=[0.5, 1]", "run.name='a'", 'data.path="/a #b"', "data.cache_dir=", "run.storage=#b"]
     config = load_config(path, [*given, "model.conditioner={hidden: 4}"])
