@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns at every image of
 
 TRANSPARENT, DAMAGED = "transparent", "damaged"  # what can be changed in an image that is used
 _DEEP_MODES = ("I", "F")  # more than 8 bits a channel: converting would clip, so these are rejected
+_HARMLESS = ("unknown JFIF revision", "bad ICC marker", "Invalid SOS parameters", "Unknown Adobe color")  # of warnings
 _TURNS = {  # by EXIF's orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -190,6 +191,12 @@ def _strictly(data: bytes, colours: str, accept_damaged: bool) -> tuple[Pixels, 
         return decode_jpeg(data, colours), ()
     except Exception as e:  # ValueError for nearly everything, KeyError for a header that is cut off
         problem = one_line(e)
+    if any(part in problem for part in _HARMLESS):  # of all warnings the decoder reports the first
+        data = _plain_headers(data)
+        try:
+            return decode_jpeg(data, colours), ()
+        except Exception as e:  # as above
+            problem = one_line(e)
     try:
         lenient = decode_jpeg(data, colours, strict=False)
     except Exception:  # as above
@@ -197,6 +204,24 @@ def _strictly(data: bytes, colours: str, accept_damaged: bool) -> tuple[Pixels, 
     if accept_damaged:
         return lenient, (DAMAGED,)
     raise Undecodable(f"a damaged JPEG: {problem}; --accept-damaged takes it")
+
+
+def _plain_headers(data: bytes) -> bytes:
+    """Return a JPEG without those parts of its headers that make no difference, and can be odd."""
+    kept, at, sequential = data[:2], 2, False
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker == 0xDA:  # its last three bytes are of use in progressive JPEGs alone
+            last = b"\x00\x3f\x00" if sequential else data[end - 3 : end]
+            return kept + data[at : end - 3] + last + data[end:]
+        sequential = sequential or marker in (0xC0, 0xC1)
+        if not 0xE0 <= marker <= 0xEF or marker == 0xEE:  # Adobe's says how colours are stored
+            kept += data[at:end]
+        at = end
+    return data
 
 
 def _frame(data: bytes) -> _Frame | None:

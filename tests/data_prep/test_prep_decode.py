@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from awkward import EXIF_ORIENTATION, quadrants
 from containers import write_files
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageCms
 
 from data_prep import shard
 from data_prep.__main__ import main
@@ -106,6 +107,33 @@ def test_a_jpeg_whose_last_half_is_zeros_is_rejected() -> None:
     half = len(whole) // 2
     with pytest.raises(Undecodable, match="damaged JPEG"):
         _decoded(whole[:half] + bytes(half - 2) + b"\xff\xd9")
+
+
+def _odd_headers() -> dict[str, bytes]:
+    """Make JPEGs whose headers the decoder warns of, with all of their pixels."""
+    plain = _jpeg("plain")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    at = plain.index(b"\xff\xda")
+    end = at + 1 + int.from_bytes(plain[at + 2 : at + 4], "big")
+    return {
+        "of a later JFIF": plain.replace(b"JFIF\0\1", b"JFIF\0\2"),
+        "with a piece of a profile": _saved(_noise(), "JPEG", icc_profile=profile).replace(
+            b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0\3\2"
+        ),
+        "with odd parameters of its scan": plain[: end - 1] + b"\5" + plain[end:],
+    }
+
+
+@pytest.mark.parametrize("what", _odd_headers())
+def test_odd_headers_of_a_jpeg_are_no_damage_and_hide_none(what: str) -> None:
+    odd = _odd_headers()[what]
+    with pytest.raises(ValueError, match=r"JFIF|ICC|SOS"):
+        simplejpeg.decode_jpeg(odd)
+    decoded = _decoded(odd)
+    assert decoded.changed == ()
+    np.testing.assert_array_equal(_pixels(decoded), _pillow(odd))
+    with pytest.raises(Undecodable, match=r"damaged JPEG: .*premature end"):
+        _decoded(odd[: len(odd) - 1_000] + b"\xff\xd9")
 
 
 def _transparent(mode: str) -> tuple[bytes, np.ndarray]:
