@@ -18,7 +18,7 @@ from typing import Any
 
 from eiwtrain import storage
 from eiwtrain.exporting import models
-from eiwtrain.exporting.command import add_model_options, check_numbers, run_command
+from eiwtrain.exporting.command import add_model_options, check_new, check_numbers, run_command
 from eiwtrain.scoring import FID_SAMPLES, yardsticks
 from eiwtrain.terminal.output import protect
 
@@ -108,6 +108,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             with models.about_option(name):
                 storage.check_file_writable(getattr(args, name))
+                check_new(getattr(args, name), args.overwrite)
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:

@@ -41,7 +41,7 @@ def _export(args: argparse.Namespace) -> int:
     saved = models.choose(args.which, root)
     output = args.output or assemble.place(root, saved)
     with models.about_option("output"):
-        assemble.check_place(output, saved)
+        assemble.check_place(output, saved, args.overwrite)
     model = models.of_checkpoint(saved)
     if args.onnx:
         onnx.check(model.flow)
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="folder or URL of the run, or its name under --storage")
     parser.add_argument("--storage", default="runs", help="where runs are that are given by name (runs)")
     parser.add_argument("--output", help="folder or URL to write (exported/CHECKPOINT under the run's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export of the same checkpoint")
     parser.add_argument("--onnx", action="store_true", help="also write the encoder as encode.onnx (takes minutes)")
     registering = parser.add_mutually_exclusive_group()
     registering.add_argument("--register", metavar="NAME", help="name in MLflow's Model Registry (the run's name)")
@@ -85,7 +86,9 @@ def _register(
         print(registry.register(name, folder, output, uri, run_id, model.flow, model.metadata))
     except (TrackingError, storage.StorageError) as e:
         again = ["python", "-m", "eiwtrain.export", str(saved.step), "--run", root, "--output", output]
-        again += ["--register", name] + (["--tracking-uri", args.tracking_uri] if args.tracking_uri else [])
+        again += ["--overwrite", "--register", name] + (
+            ["--tracking-uri", args.tracking_uri] if args.tracking_uri else []
+        )
         print(f"not registered: {e}; to do so: {shlex.join(again)}", file=sys.stderr)
         return 1
     return 0

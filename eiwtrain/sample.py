@@ -164,7 +164,7 @@ def _check_output(args: argparse.Namespace, kind: str, found: models.LoadedModel
         except ValueError as e:
             raise ValueError(f"--output: {e}; draw fewer, or give x.npz, or x/ for PNG files") from None
     with models.about_option("output"):
-        image_sets.check(args.output)
+        image_sets.check(args.output, args.overwrite)
 
 
 def _what(args: argparse.Namespace, reader: data.ShardReader | None) -> str:

@@ -85,8 +85,11 @@ def place(root: str, saved: Checkpoint) -> str:
     return storage.join(root, "exported", models.name_of(saved))
 
 
-def check_place(url: str, saved: Checkpoint) -> None:
-    """Check that a folder or URL is empty, or holds an export of this checkpoint.
+def check_place(url: str, saved: Checkpoint, overwrite: bool = False) -> None:
+    """Check that a folder or URL is empty.
+
+    Args:
+        overwrite: allow an export of this checkpoint to be replaced.
 
     Raises:
         ValueError: it holds another model, to which a registered version may refer, or files of the user.
@@ -99,6 +102,8 @@ def check_place(url: str, saved: Checkpoint) -> None:
         raise ValueError(f"{url} is not empty; name another folder") from None
     if there != models.name_of(saved):
         raise ValueError(f"{url} holds another model; name another folder, or delete it first")
+    if not overwrite:
+        raise ValueError(f"{url} holds an export of this checkpoint; name another folder, or --overwrite to replace it")
 
 
 def manifest_of(saved: Checkpoint) -> Manifest | None:

@@ -43,6 +43,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of noise and samples")
     parser.add_argument("--batch", type=int, default=BATCH, help="images at a time; changes nothing but rounding")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+
+
+def check_new(url: str, overwrite: bool) -> None:
+    """Raise ValueError if a file is at `url` that may not be replaced."""
+    if not overwrite and storage.exists(url):
+        raise ValueError(f"{url} is there already; give another name, or --overwrite to replace it")
 
 
 def check_numbers(args: argparse.Namespace, **least: int) -> None:

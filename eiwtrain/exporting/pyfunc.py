@@ -133,7 +133,37 @@ def _load_pyfunc(path: str) -> Scorer:
     model = load(path)
     if bad := not_finite(model):
         raise ValueError(f"{path}: {bad}")
+    _keep_mlflow_from_rounding()
     return Scorer(model.to(device))
+
+
+def _keep_mlflow_from_rounding() -> None:
+    """Have MLflow refuse numbers that are no pixels: it casts what a request or a table holds to the type of the model,
+    before `predict` sees it, so that an image of values from 0 to 1 would be black."""
+    from mlflow.models import utils
+    from mlflow.utils import proto_json_utils as requests
+
+    if getattr(requests.convert_data_type, "checks_pixels", False):
+        return
+    convert, reshape = requests.convert_data_type, utils._reshape_and_cast_pandas_column_values
+
+    def check(values: Any, spec: Any) -> None:
+        if getattr(spec, "type", None) == np.dtype(np.uint8):
+            numbers = np.asarray(values)
+            fine = numbers.dtype.kind in "iuf" and np.equal(np.clip(np.trunc(numbers), 0, 255), numbers).all()
+            if not fine:
+                raise requests.MlflowInvalidInputException("pixels are whole numbers from 0 to 255")
+
+    def convert_checked(data: Any, spec: Any) -> Any:
+        check(data, spec)
+        return convert(data, spec)
+
+    def reshape_checked(name: Any, column: Any, spec: Any) -> Any:
+        check(column.tolist(), spec)
+        return reshape(name, column, spec)
+
+    convert_checked.checks_pixels = True  # type: ignore[attr-defined]
+    requests.convert_data_type, utils._reshape_and_cast_pandas_column_values = convert_checked, reshape_checked
 
 
 def _noises(

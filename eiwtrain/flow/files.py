@@ -7,6 +7,7 @@ itself is compared with its tensors before it costs time or memory.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import warnings
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from .config import FlowConfig
 from .multiscale import EIWFlow
@@ -30,6 +32,12 @@ _URL = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]+):/")  # pathlib makes one slash 
 _PRECISIONS = (torch.float32, torch.float64)  # in which a flow computes
 _MOST_DIMS = 1 << 28  # of an image
 _MOST_WORDS = 300  # characters of an error that repeats what a file holds
+_SPARE_NUMBERS = 1 << 22  # that building a flow may create beside its weights
+_CREATORS = {  # functions of torch that create a tensor of the size that they are given
+    **dict.fromkeys((torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full), "sizes"),
+    torch.eye: "square",
+    **dict.fromkeys((torch.arange, torch.randperm, torch.linspace), "row"),
+}
 _NO_SIZES = ("memory_budget",)  # numbers of a config that say nothing about its tensors
 _OTHER_FILES = {  # how files that are taken for a model begin
     b"version https://git-lfs": "a pointer of git-lfs, not the weights: run `git lfs pull` in its repository",
@@ -104,8 +112,8 @@ def metadata(path: str | Path) -> dict[str, Any]:
 def restore(config: Any, tensors: Mapping[str, Tensor], where: str) -> EIWFlow:
     """Return the flow of a config with these tensors, which it takes over: in eval mode.
 
-    Neither is trusted: the flow that the config describes is compared with the tensors before it is built, so that it
-    costs no more time and memory than they do.
+    Neither is trusted: a flow that is larger than the tensors is not built, so that it costs no more time and memory
+    than they do.
 
     Args:
         config: as `FlowConfig.to_dict` returns it.
@@ -115,10 +123,8 @@ def restore(config: Any, tensors: Mapping[str, Tensor], where: str) -> EIWFlow:
     Raises:
         ValueError: there is no flow of the config, or tensors are missing, unknown, or of other shapes or types.
     """
-    checked = _config(config, sum(t.nbytes for t in tensors.values()), where)
-    _compare(_outline(checked, len(tensors), where), tensors, where)
-    with torch.random.fork_rng(devices=[]):  # so that loading leaves the caller's random numbers as they are
-        flow = EIWFlow(checked)
+    flow = _build(_config(config, sum(t.nbytes for t in tensors.values()), where), tensors, where)
+    _compare(flow.state_dict(), tensors, where)
     for name, wanted in flow.state_dict().items():
         if _orders(wanted) and not _orders(tensors[name]):
             raise ValueError(f"{where}: {name} is no order of its {wanted.shape[-1]} entries")
@@ -158,18 +164,18 @@ def _compare(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where:
             raise ValueError(f"{where}: {name} is {_type(tensor.dtype)}, and should be {_type(wanted[name].dtype)}")
 
 
-def _outline(config: FlowConfig, tensors: int, where: str) -> dict[str, Tensor]:
-    """Return the tensors of a config's flow without their numbers, on torch's `meta` device.
+def _build(config: FlowConfig, tensors: Mapping[str, Tensor], where: str) -> EIWFlow:
+    """Return the flow of a config at its first weights.
 
-    Building it is broken off where it has more parts than that number of tensors explains.
+    Building it is broken off where it has more parts, or numbers, than these tensors explain.
     """
-    thread, parts, most = threading.get_ident(), 0, 256 + 16 * tensors
+    thread, parts, most = threading.get_ident(), 0, 256 + 16 * len(tensors)
 
     def count(*_: Any) -> None:
         nonlocal parts
         parts += threading.get_ident() == thread
         if parts > most:
-            raise _TooManyError
+            raise _TooLargeError
 
     hooks = [
         torch_module.register_module_parameter_registration_hook(count),
@@ -177,10 +183,11 @@ def _outline(config: FlowConfig, tensors: int, where: str) -> dict[str, Tensor]:
         torch_module.register_module_module_registration_hook(count),
     ]
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return EIWFlow(config).state_dict()
-    except _TooManyError:
-        raise ValueError(f"{where}: its config describes far more than the {tensors} tensors that are there") from None
+        numbers = _SPARE_NUMBERS + 4 * sum(t.numel() for t in tensors.values())
+        with torch.random.fork_rng(devices=[]), _Bounded(numbers):  # loading leaves the caller's random numbers alone
+            return EIWFlow(config)
+    except _TooLargeError:
+        raise ValueError(f"{where}: its config describes far more than the {len(tensors)} tensors it has") from None
     except (RuntimeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
         raise ValueError(f"{where}: there is no flow of its config ({_line(error)})") from error
     finally:
@@ -188,8 +195,31 @@ def _outline(config: FlowConfig, tensors: int, where: str) -> dict[str, Tensor]:
             hook.remove()
 
 
-class _TooManyError(Exception):
-    """A flow has more parts than its file."""
+class _TooLargeError(Exception):
+    """A flow is larger than its file."""
+
+
+class _Bounded(TorchFunctionMode):
+    """Lets a program create new tensors up to a number of elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self._left = elements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch; raise `_TooLargeError` in place of one that creates more than is left."""
+        kwargs = kwargs or {}
+        if (kind := _CREATORS.get(func)) is not None:
+            sizes = args or (kwargs.get("size", ()),)
+            first = sizes[0] if isinstance(sizes[0], list | tuple) else sizes
+            if kind == "square":
+                first = (sizes[0], sizes[-1])
+            elif kind == "row":
+                first = [max(abs(int(n)) for n in sizes)]
+            self._left -= math.prod(int(n) for n in first)
+            if self._left < 0:
+                raise _TooLargeError
+        return func(*args, **kwargs)
 
 
 def _orders(tensor: Tensor) -> bool:

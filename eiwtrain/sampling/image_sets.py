@@ -44,11 +44,15 @@ def kind(url: str) -> str:
     )
 
 
-def check(url: str) -> None:
-    """Check that a grid or a set can be written to `url`; the folder of PNG files must be new or empty.
+def check(url: str, overwrite: bool = False) -> None:
+    """Check that a grid or a set can be written to `url`, where no file may be; the folder of PNG files must be new or
+    empty.
+
+    Args:
+        overwrite: allow a file to be replaced. A folder is not, as two sets would mix.
 
     Raises:
-        ValueError: the folder holds files already.
+        ValueError: the file is there, or the folder holds files already.
         storage.StorageError: nothing can be written there, for example because it is a folder.
     """
     if kind(url) == "folder":
@@ -57,6 +61,8 @@ def check(url: str) -> None:
         storage.check_writable(url)
         return
     storage.check_file_writable(url)
+    if not overwrite and storage.exists(url):
+        raise ValueError(f"{url} is there already; give another name, or --overwrite to replace it")
 
 
 def write_npz(url: str, batches: Iterable[Tensor], n: int, labels: Tensor | None = None) -> None:

@@ -200,7 +200,9 @@ def check_writable(url: str) -> None:
             raise StorageError(f"{url}: what was written could not be read back")
         delete(probe)
     except StorageError as e:
-        raise StorageError(str(e).replace(probe, url)) from None
+        failure = StorageError(str(e).replace(probe, url))
+        failure.passing = e.passing
+        raise failure from None
     with contextlib.suppress(OSError):  # another process may have put a file there meanwhile
         for path in made:
             path.rmdir()

@@ -52,9 +52,7 @@ def at_fault(error: BaseException) -> str:
 def is_final(error: BaseException) -> bool:
     """Return whether a connection failed by a file of this machine, such as one of certificates: it fails each time."""
     chain = list(causes(error))
-    return any(isinstance(e, _LOCAL_ERRORS) or type(e) is ssl.SSLError for e in chain[1:]) or (
-        _is_about_certificates(chain) and bool(_wrong_bundle())
-    )
+    return _is_of_a_local_file(chain) or (_is_about_certificates(chain) and bool(_wrong_bundle()))
 
 
 def skew(server_time: str | None) -> str:
@@ -74,12 +72,15 @@ def skew(server_time: str | None) -> str:
     )
 
 
+def _is_of_a_local_file(chain: list[BaseException]) -> bool:
+    """Return whether botocore's client failed at a file before it had a connection."""
+    local = any(isinstance(e, _LOCAL_ERRORS) or type(e) is ssl.SSLError for e in chain[1:])
+    return type(chain[0]).__name__ == "HTTPClientError" and local
+
+
 def _is_about_certificates(chain: list[BaseException]) -> bool:
-    return any(
-        isinstance(e, ssl.SSLError | FileNotFoundError | IsADirectoryError | PermissionError | NotADirectoryError)
-        or "certificate bundle" in str(e)
-        for e in chain
-    )
+    said = any(isinstance(e, ssl.SSLError) or "certificate bundle" in str(e) for e in chain)
+    return said or _is_of_a_local_file(chain)
 
 
 def _wrong_bundle() -> str:

@@ -373,19 +373,10 @@ class Worker:
     def _train_batches(self) -> Iterator[list[data.Batch]]:
         c = self.config
         return data.train_batches(
-            self.train_set,
-            seed=c.train.seed,
-            start_step=self.state.step,
-            global_batch=c.train.global_batch,
-            micro_batch=self.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            workers=c.data.loader_workers,
-            augment=c.data.augment,
-            lanes=c.data.lanes,
-            block=c.data.shuffle_block,
-            warn=self.note,
-        )
+            self.train_set, seed=c.train.seed, start_step=self.state.step, global_batch=c.train.global_batch,
+            micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size, workers=c.data.loader_workers,
+            augment=c.data.augment, lanes=c.data.lanes, block=c.data.shuffle_block, warn=self.note,
+        )  # fmt: skip
 
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what the flow takes: pixels, noise, labels."""

@@ -118,3 +118,19 @@ def test_storage_that_cannot_be_written_is_one_line(folder, tmp_path):
 def test_a_run_without_checkpoints_is_new(folder, tmp_path):
     assert preflight.find_checkpoint(config(folder, run={"storage": str(tmp_path)}), None) is None
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_bucket_that_does_not_answer_may_pass_and_one_that_refuses_does_not(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("EIWTRAIN_RETRY_SECONDS", "0")
+    for name, value in {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    remote = Config.model_validate(tiny_config(tmp_path, run={"name": "x", "storage": "s3://bucket/runs"}))
+    with pytest.raises(ConfigError, match=r"run\.storage") as e:
+        preflight.check_storage(remote)
+    assert e.value.passing
+    (tmp_path / "file").touch()
+    local = Config.model_validate(tiny_config(tmp_path, run={"name": "x", "storage": str(tmp_path / "file")}))
+    with pytest.raises(ConfigError, match=r"run\.storage") as e:
+        preflight.check_storage(local)
+    assert not e.value.passing

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import pandas
 import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils.proto_json_utils import parse_tf_serving_input
 from PIL import Image
 from small_run import commit, export_model, small_flow, tracked
 
@@ -127,6 +130,8 @@ def test_predict_says_what_it_takes(folder, tmp_path):
     images = pixels(2).permute(0, 2, 3, 1).contiguous().numpy()
     with pytest.raises(Exception, match="uint8"):
         model.predict(images.astype(np.float32))
+    with pytest.raises(Exception, match="whole numbers from 0 to 255"):
+        model.predict(pandas.DataFrame({"image": [(i / 255).ravel().tolist() for i in images]}))
     with pytest.raises(Exception, match="draws: 0"):
         model.predict(images, params={"draws": 0})
     export_model(small_flow(classes=2), tmp_path / "classes", step=1)
@@ -137,6 +142,17 @@ def test_predict_says_what_it_takes(folder, tmp_path):
         conditional.predict(images, params={"labels": [0, 2]})
     scores = conditional.predict(images, params={"labels": [0, 1]})
     assert scores.shape == (2,)
+
+
+@pytest.mark.parametrize("key", ["inputs", "instances"])
+def test_a_request_of_other_numbers_than_pixels_is_refused(folder, key):
+    schema = mlflow.pyfunc.load_model(str(folder)).metadata.get_input_schema()
+    images = pixels(2).permute(0, 2, 3, 1).contiguous().numpy()
+    for fine in (images.tolist(), images.astype(np.float64).tolist()):
+        assert (parse_tf_serving_input({key: fine}, schema) == images).all()
+    for wrong in (images / 255.0, images + 0.5, images * 1.0 - 1, images * 2.0, images * np.nan, images > 9):
+        with pytest.raises(MlflowException, match="whole numbers from 0 to 255"):
+            parse_tf_serving_input({key: wrong.tolist()}, schema)
 
 
 def test_nothing_in_the_folder_is_pickled_and_the_weights_are_there_once(folder):
@@ -204,7 +220,10 @@ def test_another_model_is_not_written_over(root, tmp_path, capsys):
         == f"error: --output: {output} holds another model; name another folder, or delete it first\n"
     )
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
-    assert export.main(["best", *command]) == 0  # the same again
+    assert export.main(["best", *command]) == 2
+    assert "holds an export of this checkpoint" in capsys.readouterr().err
+    assert export.main(["best", *command, "--overwrite"]) == 0
+    assert export.main(["last", *command, "--overwrite"]) == 2
 
 
 def test_what_cannot_be_exported_says_so_in_one_line_and_writes_nothing(root, tmp_path, capsys):
@@ -235,10 +254,11 @@ def test_the_command_registers_under_the_name_of_the_run(root, tmp_path, monkeyp
     assert "registered as models:/mine/1; mine@best names it now: the first" in capsys.readouterr().out
     version = MlflowClient(uri).get_model_version_by_alias("mine", "best")
     assert version.run_id == run_id
-    assert export.main(["last", "--run", str(run)]) == 0
+    assert export.main(["last", "--run", str(run), "--overwrite"]) == 0
     assert "was registered before as models:/mine/1; it is mine@best" in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert export.main(["last", "--run", str(run), "--register", "other", "--tracking-uri", uri]) == 0
+    other = ["--register", "other", "--tracking-uri", uri]
+    assert export.main(["last", "--run", str(run), "--overwrite", *other]) == 0
     assert "models:/other/1" in capsys.readouterr().out
 
 
@@ -251,6 +271,6 @@ def test_when_mlflow_is_away_the_model_is_there_and_a_line_says_how_to_register_
         assert export.main(["last", "--run", str(run), "--output", output, *where]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("not registered: ")
-        assert f"python -m eiwtrain.export 2 --run {run} --output {output} --register mine" in line
+        assert f"python -m eiwtrain.export 2 --run {run} --output {output} --overwrite --register mine" in line
         assert flow.metadata(output)["step"] == 2
     assert not (tmp_path / "mlflow.db").exists()

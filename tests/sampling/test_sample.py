@@ -326,7 +326,7 @@ def test_an_npz_is_what_fid_tools_take(folder, tmp_path):
         assert found["arr_0"].dtype == np.uint8
         drawn = drawing.sample(tiny_model(), 5, 1.0, 0).permute(0, 2, 3, 1)
         assert nearly_equal(torch.from_numpy(found["arr_0"]), drawn)
-    assert command(folder / "three", "--n", 5, "--classes", "dog", "cat", "--output", output) == 0
+    assert command(folder / "three", "--n", 5, "--classes", "dog", "cat", "--output", output, "--overwrite") == 0
     with np.load(output, allow_pickle=False) as found:
         assert found["arr_1"].tolist() == [1, 0, 1, 0, 1]
 
@@ -452,3 +452,16 @@ def test_a_folder_where_a_file_is_to_be_is_refused(folder, tmp_path, capsys):
     (tmp_path / "x.png").mkdir()
     assert command(folder / "model", "--output", tmp_path / "x.png") == 2
     assert "x.png: this is a folder; give the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["grid.png", "set.npz"])
+def test_a_file_that_is_there_is_replaced_only_if_asked(folder, tmp_path, capsys, name):
+    for where in (str(tmp_path), f"memory://{tmp_path.name}"):
+        output = f"{where}/{name}"
+        storage.write_bytes(output, b"mine")
+        words = [folder / "model", "--n", 1, "--output", output]
+        assert command(*words) == 2
+        assert "is there already" in capsys.readouterr().err
+        assert storage.read_bytes(output) == b"mine"
+        assert command(*words, "--overwrite") == 0
+        assert storage.read_bytes(output) != b"mine"

@@ -132,3 +132,9 @@ def test_a_wrong_clock_is_not_said_to_be_wrong_credentials(status, code, minutes
 )
 def test_what_may_pass_of_mlflow(error, passes):
     assert store.may_pass(error) == passes
+
+
+def test_an_error_of_a_local_file_is_not_blamed_on_certificates(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "absent"))
+    assert surroundings.at_fault(raised(PermissionError(13, "Permission denied"), FileNotFoundError(2, "x"))) == ""
+    assert not surroundings.is_final(raised(ConnectionResetError("reset"), FileNotFoundError(2, "x")))
