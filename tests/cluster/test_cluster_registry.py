@@ -117,6 +117,11 @@ def test_a_model_of_this_machine_is_registered_and_served(server, run_id, tmp_pa
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
             np.testing.assert_allclose(json.load(answer)["predictions"], expected(6), 1e-5)
+        request.data = json.dumps({"inputs": (IMAGES / 255).tolist()}).encode()
+        with pytest.raises(urllib.error.HTTPError) as e:
+            urllib.request.urlopen(request, timeout=120)
+        assert e.value.code == 400
+        assert b"whole numbers from 0 to 255" in e.value.read()
 
 
 def test_a_model_in_a_bucket_is_registered_where_it_is(server, run_id, s3, tmp_path, monkeypatch):

@@ -247,3 +247,11 @@ def test_the_record_of_a_run_that_cannot_join_ray_has_the_reason(path, monkeypat
     (found,) = client.search_runs([client.get_experiment_by_name("eiwtrain").experiment_id])
     assert found.info.status == "FAILED"
     assert found.data.tags["eiwtrain.status"] == "failed: RAY_ADDRESS: nothing answers there"
+
+
+def test_an_mlflow_that_does_not_answer_leaves_the_job_in_a_queue(path, monkeypatch, capsys):
+    monkeypatch.setattr("eiwtrain.tracking.record._BEGIN_SECONDS", 0.0)
+    assert run.main([str(path), "tracking.uri=http://127.0.0.1:9"]) == 75
+    said = capsys.readouterr().err
+    assert "tracking.uri: http://127.0.0.1:9 cannot be used: ConnectionRefusedError" in said
+    assert said.rstrip().endswith("the same command may work later")

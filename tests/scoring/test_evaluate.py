@@ -123,3 +123,15 @@ def test_a_command_that_cannot_work_says_why_in_one_line(command, words, shards,
 def test_the_error_of_one_image_or_of_bits_that_are_no_number_is_not_known():
     assert np.isnan(scores.mean(torch.tensor([3.0], dtype=torch.float64)).standard_error)
     assert np.isnan(scores.mean(torch.tensor([float("nan"), 1.0], dtype=torch.float64)).standard_error)
+
+
+@pytest.mark.parametrize("option", ["scores", "json", "histogram"])
+def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path, capsys, option):
+    (tmp_path / "out").write_text("mine")
+    args = ["/nowhere", "--data", "x", "--against", "y", "--histogram", str(tmp_path / "h.png")]
+    args += [f"--{option}", str(tmp_path / "out")]
+    assert evaluate.main(args) == 2
+    assert f"--{option}: {tmp_path}/out is there already" in capsys.readouterr().err
+    assert evaluate.main([*args, "--overwrite"]) == 2
+    assert "is there already" not in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
