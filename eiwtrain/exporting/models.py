@@ -206,7 +206,10 @@ def _exported(url: str, source: str) -> LoadedModel:
     if storage.is_local(url):
         return _loaded(Path(storage.absolute(url)), source)
     with tempfile.TemporaryDirectory() as copy:
-        storage.get_file(url, Path(copy, flow.MODEL_FILE))
+        try:
+            storage.get_file(url, Path(copy, flow.MODEL_FILE))
+        except FileNotFoundError:
+            raise ValueError(f"{url}: no such file") from None
         return _loaded(Path(copy, flow.MODEL_FILE), source)
 
 

@@ -48,6 +48,8 @@ def test_the_file_of_a_model_opens_as_its_folder_does(root, tmp_path):
         opened = models.open_model(name)
         assert is_of_step(opened, 3)
         assert opened.metadata["step"] == 3
+    with pytest.raises(ValueError, match="no such file"):
+        models.open_model("memory://models/absent.safetensors")
     for wrong in (file.with_name("config.json"), file.with_name("absent.safetensors")):
         assert sample.main([str(wrong), "--output", str(tmp_path / "x.png")]) == 2
 
