@@ -16,9 +16,12 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from eiwtrain import flow
 from eiwtrain.config import Config, leaf_fields
 from eiwtrain.data.order import SampleOrder
+from eiwtrain.flow.presets import PRESETS
 
 HERE = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -172,6 +175,16 @@ def test_the_drawn_order_of_samples_is_the_order() -> None:
         *(order.rank_positions(0, 8, rank, ranks) for ranks in (2, 3) for rank in range(ranks)),
     ):
         assert " ".join(map(str, order.at(positions)[1])) in page
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_flow_page_has_the_presets_with_their_parameters(preset: str) -> None:
+    row = next(
+        line for line in (HERE / "docs" / "flow.md").read_text().splitlines() if line.startswith(f"| `{preset}` ")
+    )
+    with FakeTensorMode():  # no time and no memory for weights
+        model = flow.EIWFlow.from_config({"preset": preset, "image_shape": [3, 32, 32]})
+    assert row.split("|")[-2].strip() == f"{sum(p.numel() for p in model.parameters()):,}"
 
 
 def test_python_of_the_flow_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
