@@ -20,6 +20,7 @@ from eiwtrain import storage
 from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_new, check_numbers, run_command
 from eiwtrain.scoring import FID_SAMPLES, yardsticks
+from eiwtrain.scoring.estimator import Estimator
 from eiwtrain.terminal.output import protect
 
 
@@ -49,6 +50,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         batch=args.batch,
         seed=args.seed,
         draws=args.iwbo,
+        batch_draws=args.batch_draws,
         scores=args.scores,
         histogram=args.histogram,
         coder=args.complexity,
@@ -73,7 +75,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test")
     parser.add_argument("--images", type=int, default=10_000, help="the most images, the first of the split")
     parser.add_argument(
-        "--iwbo", type=int, default=1, metavar="K", help="draws of noise an image, for the importance-weighted bound"
+        "--iwbo",
+        type=int,
+        default=1,
+        metavar="K",
+        help="also the importance-weighted bound IWBO(K), of K draws of all noise that the model adds to an image",
+    )
+    parser.add_argument(
+        "--batch-draws",
+        type=int,
+        default=1,
+        metavar="B",
+        help="draws of each image of a batch in one forward pass; changes nothing but rounding, memory and time",
     )
     parser.add_argument("--scores", metavar="FILE", help="Parquet file of each image's scores to write: path or URL")
     parser.add_argument("--json", metavar="FILE", help="file of the result to write: path or URL")
@@ -96,7 +109,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """Check what can be checked before anything is opened, and fill in the histogram's name."""
-    check_numbers(args, images=1, batch=1, iwbo=1, fid_samples=2)
+    check_numbers(args, images=1, batch=1, iwbo=1, batch_draws=1, fid_samples=2)
     needs = dict.fromkeys(("against_split", "complexity", "histogram"), "against")
     needs |= dict.fromkeys(("fid_samples", "temperature"), "fid_weights")
     for name, needed in needs.items():
@@ -111,6 +124,11 @@ def _check(args: argparse.Namespace) -> None:
                 check_new(getattr(args, name), args.overwrite)
 
 
+def _said(estimator: dict[str, Any]) -> str:
+    """Return the words for an estimator of the result."""
+    return str(Estimator(**estimator))
+
+
 def _lines(result: dict[str, Any]) -> Iterator[str]:
     """Yield the result as lines for people."""
     trained = result["trained_on"]
@@ -120,12 +138,12 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     for s in result["sets"]:
         few = "" if result["n_bits"] == 8 else f", of {result['n_bits']}-bit images"
         yield (
-            f"bits/dim {s['bits_per_dim']:.4f} ± {s['standard_error']:.4f} ({result['kind']}{few}) on {s['images']:,} "
-            f"images of {s['data']}, split {s['split']}; "
+            f"bits/dim {s['bits_per_dim']:.4f} ± {s['standard_error']:.4f} ({_said(result['estimator'])}{few}) "
+            f"on {s['images']:,} images of {s['data']}, split {s['split']}; "
             + ", ".join(f"{title} {s[f'{coder}_bits_per_dim']:.4f}" for coder, title in yardsticks.TITLES.items())
         )
-        if draws := s.get("iwbo_draws"):
-            yield f"bits/dim {s['iwbo_bits_per_dim']:.4f} ± {s['iwbo_standard_error']:.4f} (IWBO({draws}))"
+        if of_all := result.get("iwbo_estimator"):
+            yield f"bits/dim {s['iwbo_bits_per_dim']:.4f} ± {s['iwbo_standard_error']:.4f} ({_said(of_all)}{few})"
     first = result["sets"][0]
     if trained["data_fingerprint"] not in (None, first["fingerprint"]):
         yield (

@@ -105,7 +105,7 @@ def _print_summary(config: Config, s: Summary, tracked: TrackedRun, console: Con
     yardsticks = "for the same" if of_all else f"for the first {s.yardstick_images:,}"
     console.note(f"{config.run.name}: {s.steps:,} steps, {s.images:,} images, {duration(s.wall_seconds)}")
     console.note(
-        f"  held-out     {s.test_bits_per_dim:.3f} ± {s.test_standard_error:.3f} bits/dim "
+        f"  held-out     {s.test_bits_per_dim:.3f} ± {s.test_standard_error:.3f} bits/dim ({s.test_estimator}) "
         f"on {s.test_images:,} images (PNG needs {s.png_bits_per_dim:.3f}, "
         f"WebP {s.webp_bits_per_dim:.3f} {yardsticks})"
     )

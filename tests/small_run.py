@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,15 +13,31 @@ from safetensors.torch import save
 from eiwtrain import checkpoints, flow, storage
 from eiwtrain.config import Config
 from eiwtrain.exporting import assemble
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.train.state import flow_config
 
 FINGERPRINT = "f" * 64
 
 
+DENSE = {
+    "preset": "eiw-tiny",
+    "levels": 2,
+    "units": [2, 1],
+    "steps": 1,
+    "noise_channels": 2,
+    "conditioner": {"hidden": 4, "depth": 1, "growth": 2},
+    "dequantizer": {"couplings": 1, "hidden": 4, "depth": 1, "growth": 2},
+}
+"""Fields of the model of a small EIW-Flow: noise joins on the way through it, and it learns an order."""
+
+
 def small_flow(seed: int = 0, **model) -> flow.EIWFlow:
+    """Make an untrained flow for images of 8x8 whose parameters are not those of the start."""
     torch.manual_seed(seed)
     built = flow.EIWFlow(flow_config(Config.model_validate(tiny_config(Path("/x"), model=model)), 3))
-    built.initialize(torch.rand(32, 3, 8, 8) - 0.5)
+    shape = built.config.noise_shape
+    noise = torch.rand(32, *shape) if len(shape) == 1 else None
+    built.initialize(torch.rand(32, 3, 8, 8) - 0.5, noise)
     with torch.no_grad():
         for p in built.parameters():
             p.add_(0.02 * torch.randn_like(p))
@@ -43,6 +60,7 @@ def commit(root: Path | str, step: int, bits: float | None, model: flow.EIWFlow 
         "data_fingerprint": FINGERPRINT,
         "score": None if bits is None else {"bits_per_dim": bits, "standard_error": 0.01, "images": 8},
         "eval_bits_per_dim": bits,
+        "estimator": asdict(estimator_of(model.config)),
         "world_size": 2,
         "saved_at": float(step),
         "clock": {"wall": 7200.0, "seconds": {}},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         flow_inputs,
         labels_for,
         new_faults,
+        redraw,
         train_batches,
     )
     from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
@@ -37,6 +38,7 @@ _HOME = {
     "labels_for": "loader",
     "load_manifest": "manifest",
     "new_faults": "loader",
+    "redraw": "loader",
     "train_batches": "loader",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "labels_for",
     "load_manifest",
     "new_faults",
+    "redraw",
     "train_batches",
 ]
 

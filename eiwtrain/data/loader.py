@@ -149,6 +149,13 @@ def first_batch(reader: ShardReader, n: int, seed: int) -> Batch:
     return next(eval_batches(reader, images=n, seed=seed, micro_batch=min(n, len(reader))))
 
 
+def redraw(batch: Batch, seed: int, draw: int) -> Batch:
+    """Return a batch of `eval_batches` with the noise of another draw, its images not read again."""
+    indices = batch.indices.numpy()
+    keys = sample_keys(seed, _EVAL, np.full_like(indices, draw), indices)
+    return batch._replace(keys=torch.from_numpy(keys.view(np.int64)))
+
+
 def flow_inputs(
     batch: Batch, config: FlowConfig, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -25,7 +25,9 @@ def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namesp
     except RuntimeError as e:
         if not _is_out_of_memory(e):
             raise
-        why = f"--batch: {args.batch} images at a time do not fit in the GPU's memory; give fewer"
+        draws = getattr(args, "batch_draws", 1)
+        which, what = ("--batch", "images") if draws == 1 else ("--batch, --batch-draws", f"images and {draws} draws")
+        why = f"{which}: {args.batch} {what} at a time do not fit in the GPU's memory; give fewer"
     print(f"error: {why}", file=sys.stderr)
     return 2
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from eiwtrain.config.construction import construction
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.flow import FlowConfig
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.markdown import code, text
@@ -52,7 +54,7 @@ this folder is pickled, and none of it is code.
 _LIMITS = """\
 ## Intended use and limits
 
-- For research on exact-likelihood models: density estimation, sampling, lossless-compression bounds, scores of images
+- For research on likelihood-based models: density estimation, sampling, lossless-compression bounds, scores of images
   like those of its data. It is not for identifying or judging people, nor for decisions about them, and its samples
   are no evidence of anything.
 - Bits/dim is what the model needs to code an image, per pixel and channel; figures compare only on the same data set,
@@ -61,13 +63,14 @@ _LIMITS = """\
   likelihood than their own (Nalisnick et al., [arXiv 1810.09136](https://arxiv.org/abs/1810.09136)). Do not use it as a
   detector of foreign images without measuring that on yours.
 - It has the biases of its data, and its samples may resemble images of its data.
-
-## The paper
-
-The model follows the abstract of EIW-Flow ([arXiv 2407.04958](https://arxiv.org/abs/2407.04958)). The paper's body and
-code were not at hand: the shuffle is a construction of eiwtrain's own in that spirit, and no figure of the paper is
-claimed or reproduced here.
 """
+
+_AUTHORS = """\
+of the public program of EIW-Flow's authors ([github.com/studying910/EIW-Flow](https://github.com/studying910/EIW-Flow)
+at commit 0c4ddeb, which has no licence), re-expressed: none of its code is here, and eiwtrain's `docs/flow.md` says
+what differs."""
+_PAPER = "of EIW-Flow ([arXiv 2407.04958](https://arxiv.org/abs/2407.04958))"
+_NO_FIGURE = "No figure of the paper is claimed or reproduced here."
 
 
 def render(
@@ -95,6 +98,7 @@ def render(
         _bullets("Architecture", _architecture(config, parameters)),
         _use(config),
         _LIMITS,
+        f"## The paper\n\n{origin(config)}\n",
     ]
     front = yaml.safe_dump(front_matter(config, known), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n".join(section for section in sections if section)
@@ -105,16 +109,30 @@ def summary(config: FlowConfig, parameters: int, metadata: Mapping[str, Any]) ->
     channels, height, width = config.image_shape
     kind = "class-conditional normalizing flow" if config.classes else "normalizing flow"
     data = f", trained on {text(metadata['data'])}" if metadata.get("data") else ""
-    said = f"An exact-likelihood model of {height}x{width} images of {channels} channels: a {kind} of "
+    said = f"A model of {height}x{width} images of {channels} channels: a {kind} of "
     said += f"{parameters:,} parameters{data}"
     return said + f" with eiwtrain {text(metadata['eiwtrain'])}." if metadata.get("eiwtrain") else said + "."
+
+
+def origin(config: FlowConfig) -> str:
+    """Say whose construction the model is, in Markdown."""
+    if config.shuffle == "order" and config.levels > 1:
+        what = "The construction" if config.backbone == "dense" else "The order of channels before each split"
+        return f"{what} is that {_AUTHORS} {_NO_FIGURE}"
+    said = "The backbone is DenseFlow's ([arXiv 2106.04627](https://arxiv.org/abs/2106.04627)), re-expressed. "
+    said = said if config.backbone == "dense" else ""
+    if config.shuffle in ("soft", "hard") and config.levels > 1:
+        said += f"The shuffle is eiwtrain's own, in the spirit of the abstract {_PAPER}, not the authors'. "
+    else:
+        said += f"The learned order {_PAPER} is not part of this model. "
+    return said + _NO_FIGURE
 
 
 def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the card's YAML. It has no license: the owner of the weights chooses one."""
     front: dict[str, Any] = {
         "library_name": "eiwtrain",
-        "tags": ["normalizing-flow", "density-estimation", "exact-likelihood", "safetensors", "eiwtrain"],
+        "tags": ["normalizing-flow", "density-estimation", "safetensors", "eiwtrain"],
     }
     if not config.classes:
         front["pipeline_tag"] = _TASK
@@ -130,7 +148,11 @@ def front_matter(config: FlowConfig, metadata: Mapping[str, Any]) -> dict[str, A
             of["split"] = one_line(metadata["eval_split"])
         if metadata.get("data_fingerprint"):
             of["revision"] = one_line(metadata["data_fingerprint"])
-        measured = {"type": "bits_per_dim", "name": "bits/dim (lower is better)", "value": round(bits, 6)}
+        measured = {
+            "type": "bits_per_dim",
+            "name": f"bits/dim, {estimator_of(config).name} (lower is better)",
+            "value": round(bits, 6),
+        }
         result = {"task": {"type": _TASK, "name": "density estimation"}, "dataset": of, "metrics": [measured]}
         front["model-index"] = [{"name": one_line(metadata.get("run", "flow")), "results": [result]}]
     return front
@@ -144,10 +166,11 @@ def _score(config: FlowConfig, known: Mapping[str, Any], yardsticks: Yardsticks 
         bits += f" ± {known['eval_standard_error']:.4f}"
     where = f" on {known['eval_images']:,} images" if "eval_images" in known else ""
     where += f" of split {code(known['eval_split'])}" if "eval_split" in known else ""
-    noise = "variational" if config.dequantization == "variational" else "uniform"
     lines = [
-        f"## Bits per dimension\n\n{bits}** bits/dim{where}: the mean and its standard error over images. One draw of "
-        f"{noise} dequantization noise an image, so an upper bound; {config.n_bits} bits per channel.\n"
+        f"## Bits per dimension\n\n{bits}** bits/dim{where}: the mean and its standard error over images; "
+        f"{config.n_bits} bits per channel.\n",
+        f"The estimator is {estimator_of(config)} for each image, so the figure is an upper bound. "
+        "`python -m eiwtrain.evaluate --iwbo K` computes a tighter one, IWBO(K).\n",
     ]
     if yardsticks is not None:
         names = {"png": "PNG", "webp": "WebP lossless"}
@@ -202,17 +225,9 @@ def _training(known: Mapping[str, Any], manifest: Manifest | None) -> list[str]:
 
 
 def _architecture(config: FlowConfig, parameters: int) -> list[str]:
-    c = config.conditioner
-    net = f"{c.kind} conditioners, {c.hidden} channels, depth {c.depth}"
-    if c.kind == "transformer":
-        net += f", {c.heads} heads, patches of {c.patch}"
-    blocks = f", blocks of {config.shuffle_block}" if config.shuffle == "soft" and config.shuffle_block else ""
     facts = [
         f"{parameters:,} parameters",
-        f"{config.levels} levels of {config.steps} steps; {config.coupling} couplings"
-        + (f", {config.bins} bins" if config.coupling == "spline" else ""),
-        net,
-        f"shuffle before each split: {config.shuffle}{blocks}",
+        *construction(config),
         f"{config.dequantization} dequantization, {config.n_bits} bits per channel",
         f"conditioners in {config.conditioner_dtype}, trunk in {config.trunk_dtype}",
     ]
@@ -226,7 +241,7 @@ def _use(config: FlowConfig) -> str:
     sample = [
         f"images = model.to_images(model.sample(16, temperature=0.8))  # uint8 (16, {channels}, {height}, {width})",
         f"{noise}  # pixels: uint8 of that shape" + (", labels: int64 (n,)" if config.classes else ""),
-        f"bits = model.bits_per_dim(pixels, noise{labels})  # of each image",
+        f"bits = model.bits_per_dim(pixels, noise{labels})  # of each image: ELBO",
     ]
     params = ', params={"labels": labels}' if config.classes else ""
     return _USE.format(sample="\n".join(sample), height=height, width=width, channels=channels, labels=params)

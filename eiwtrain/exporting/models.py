@@ -25,8 +25,11 @@ _REGISTERED = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<ver
 
 _NUMBER = (int, float)
 _FACTS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("run", "checkpoint", "data", "data_fingerprint", "eval_split", "train_split", "eiwtrain"), str),
-    **dict.fromkeys(("step", "updates", "samples_seen", "eval_images", "workers"), int),
+    **dict.fromkeys(
+        ("run", "checkpoint", "data", "data_fingerprint", "eval_split", "train_split", "eiwtrain", "eval_estimator"),
+        str,
+    ),
+    **dict.fromkeys(("step", "updates", "samples_seen", "eval_images", "eval_draws", "workers"), int),
     **dict.fromkeys(("eval_bits_per_dim", "eval_standard_error", "wall_seconds"), _NUMBER),
     "class_names": list,
     "training": dict,
@@ -170,6 +173,7 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
     """Return the metadata of an exported model: no path, address or name of a machine, as models get published."""
     state, config = saved.state, saved.state["config"]
     score, train = state.get("score") or {}, config["train"]
+    estimator = state.get("estimator", {}) if score else {}
 
     def finite(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
@@ -186,6 +190,9 @@ def metadata_of(saved: Checkpoint) -> dict[str, Any]:
         "eval_bits_per_dim": finite(state.get("eval_bits_per_dim")),
         "eval_standard_error": finite(score.get("standard_error")),
         "eval_images": score.get("images"),
+        "eval_estimator": estimator.get("name"),
+        "eval_draws": estimator.get("draws"),
+        "eval_noise": estimator.get("noise"),
         "eval_split": config["data"]["eval_split"],
         "train_split": config["data"]["train_split"],
         "training": {name: train[name] for name in (*_TRAINING, *_schedule(train)) if name in train},

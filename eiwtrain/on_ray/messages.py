@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from eiwtrain.scoring.estimator import Estimator
 from eiwtrain.terminal.console import TrainingLine
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Summary:
     steps: int
     images: int
     test_bits_per_dim: float
+    test_estimator: Estimator
     test_standard_error: float
     test_images: int
     png_bits_per_dim: float

@@ -16,6 +16,7 @@ from eiwtrain import data, storage
 from eiwtrain.exporting.models import LoadedModel
 from eiwtrain.sampling import series
 from eiwtrain.scoring import FID_SAMPLES
+from eiwtrain.scoring.estimator import Estimator, estimator_of
 from eiwtrain.scoring.score_table import ScoreTable, score_images, to_parquet
 from eiwtrain.scoring.scores import mean
 
@@ -34,6 +35,7 @@ class Request:
         batch: images at a time.
         seed: of the dequantization noise and of samples.
         draws: of noise, an image.
+        batch_draws: draws in a forward pass.
         scores: Parquet file of each image's scores.
         histogram: PNG of the scores of two sets; needs a second set.
         coder: whose bits/dim are subtracted for a second score; None: no such score.
@@ -46,6 +48,7 @@ class Request:
     batch: int
     seed: int
     draws: int
+    batch_draws: int
     scores: str | None
     histogram: str | None
     coder: str | None
@@ -70,14 +73,15 @@ def evaluate(found: LoadedModel, readers: Sequence[data.ShardReader], request: R
         from eiwtrain.scoring import fidelity  # which not every installation can import
 
         network = fidelity.load_network(request.fid_weights, next(found.flow.parameters()).device)
-    how = {"images": request.images, "batch": request.batch, "seed": request.seed, "draws": request.draws}
+    how = {"images": request.images, "batch": request.batch, "seed": request.seed}
+    how |= {"draws": request.draws, "at_once": request.batch_draws}
     tables = [score_images(found.flow, reader, **how) for reader in readers]
     result = {
         "model": found.source,
         "step": found.metadata.get("step"),
         "trained_on": {key: found.metadata.get(key) for key in ("data", "data_fingerprint", "train_split")},
         "n_bits": found.flow.config.n_bits,
-        "kind": "ELBO" if found.flow.dequantizer else "one draw of uniform noise",
+        **{name: asdict(estimator) for name, estimator in _estimators(found, request.draws).items()},
         "seed": request.seed,
         "sets": [_set(reader, table) for reader, table in zip(readers, tables, strict=True)],
     }
@@ -86,10 +90,18 @@ def evaluate(found: LoadedModel, readers: Sequence[data.ShardReader], request: R
         file = to_parquet(dict(zip(names, tables, strict=True)), _schema(found, readers, request))
         storage.write_bytes(request.scores, file)
     if request.histogram is not None:
-        result["outliers"] = _outliers(readers, tables, request.coder, request.histogram)
+        name = estimator_of(found.flow.config, request.draws).name
+        result["outliers"] = _outliers(readers, tables, name, request.coder, request.histogram)
     if network is not None:
         result["fidelity"] = _fidelity(network, found, readers[0], len(tables[0]), request)
     return result
+
+
+def _estimators(found: LoadedModel, draws: int) -> dict[str, Estimator]:
+    """Return the estimator of every figure `bits_per_dim`, and of `iwbo_bits_per_dim` if there are several draws."""
+    config = found.flow.config
+    estimators = {"estimator": estimator_of(config)}
+    return estimators if draws == 1 else estimators | {"iwbo_estimator": estimator_of(config, draws)}
 
 
 def _set(reader: data.ShardReader, table: ScoreTable) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def _set(reader: data.ShardReader, table: ScoreTable) -> dict[str, Any]:
     result |= {"split": reader.split.name} | asdict(mean(torch.from_numpy(table.first_draw)))
     if table.draws > 1:
         bound = asdict(mean(torch.from_numpy(table.bound)))
-        result |= {"iwbo_draws": table.draws} | {f"iwbo_{key}": bound[key] for key in _FIGURES}
+        result |= {f"iwbo_{key}": bound[key] for key in _FIGURES}
     return result | {f"{coder}_bits_per_dim": float(sizes.mean()) for coder, sizes in table.coders.items()}
 
 
@@ -107,6 +119,7 @@ def _schema(found: LoadedModel, readers: Sequence[data.ShardReader], request: Re
     """Return the metadata in the schema of a Parquet file of scores."""
     about = {"model": found.source, "step": str(found.metadata.get("step")), "seed": str(request.seed)}
     about |= {"draws": str(request.draws), "n_bits": str(found.flow.config.n_bits)}
+    about |= {name: str(estimator) for name, estimator in _estimators(found, request.draws).items()}
     for prefix, reader in zip(("", "against_"), readers, strict=False):
         manifest = reader.manifest
         facts = {"data": manifest.title, "fingerprint": manifest.fingerprint, "split": reader.split.name}
@@ -115,14 +128,18 @@ def _schema(found: LoadedModel, readers: Sequence[data.ShardReader], request: Re
 
 
 def _outliers(
-    readers: Sequence[data.ShardReader], tables: Sequence[ScoreTable], coder: str | None, histogram: str
+    readers: Sequence[data.ShardReader],
+    tables: Sequence[ScoreTable],
+    estimator: str,
+    coder: str | None,
+    histogram: str,
 ) -> dict[str, Any]:
     """Return the AUROC of each score, and write the histogram."""
     from eiwtrain.scoring import outliers  # whose libraries take a second to import
 
-    panels = {outliers.score_title(): [table.bound for table in tables]}
+    panels = {outliers.score_title(estimator): [table.bound for table in tables]}
     if coder is not None:
-        panels[outliers.score_title(coder)] = [outliers.corrected(table, coder) for table in tables]
+        panels[outliers.score_title(estimator, coder)] = [outliers.corrected(table, coder) for table in tables]
     areas = {title: outliers.auroc(*scored) for title, scored in panels.items()}
     inside, outside = (f"{reader.manifest.title}, split {reader.split.name}" for reader in readers)
     storage.write_bytes(histogram, outliers.histogram(panels, areas, inside, outside))

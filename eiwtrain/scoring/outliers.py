@@ -99,9 +99,14 @@ def histogram(panels: Mapping[str, Sequence[Numbers]], areas: Mapping[str, Auroc
     return file.getvalue()
 
 
-def score_title(coder: str | None = None) -> str:
-    """Return the name of the model's own score, or of the score minus a coder's."""
-    return "bits/dim" if coder is None else f"bits/dim minus {yardsticks.TITLES[coder]}'s"
+def score_title(estimator: str, coder: str | None = None) -> str:
+    """Return the name of the model's own score, or of the score minus a coder's.
+
+    Args:
+        estimator: the name of the score's, as `eiwtrain.scoring.estimator` gives it.
+        coder: one of `yardsticks.CODERS`.
+    """
+    return f"bits/dim ({estimator})" + ("" if coder is None else f" minus {yardsticks.TITLES[coder]}'s")
 
 
 def _share_below(scores: Numbers, others: Numbers) -> Numbers:

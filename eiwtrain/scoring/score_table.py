@@ -27,8 +27,8 @@ class ScoreTable:
     Attributes:
         index: of the image within its split.
         label: its class, -1 for none.
-        first_draw: bound from one draw of noise.
-        bound: importance-weighted bound from all draws; the same if there is one draw.
+        first_draw: bound from one draw of noise (ELBO).
+        bound: importance-weighted bound from all draws (IWBO); the same if there is one draw.
         coders: file size by lossless coder.
         draws: draws of noise for each image.
     """
@@ -45,15 +45,23 @@ class ScoreTable:
 
 
 def score_images(
-    model: flow.EIWFlow, reader: data.ShardReader, *, images: int, batch: int, seed: int = 0, draws: int = 1
+    model: flow.EIWFlow,
+    reader: data.ShardReader,
+    *,
+    images: int,
+    batch: int,
+    seed: int = 0,
+    draws: int = 1,
+    at_once: int = 1,
 ) -> ScoreTable:
     """Score the first `images` of a split, or all if it has fewer. On a terminal, progress goes to stderr.
 
-    Noise depends on (seed, draw, index) alone: another `batch` changes the scores by rounding only.
+    Noise depends on (seed, draw, index) alone: another `batch` or `at_once` changes the scores by rounding only.
 
     Args:
         batch: images in a batch.
         draws: draws of noise for each image.
+        at_once: draws in a forward pass, each of the whole batch.
 
     Raises:
         ValueError: a size below 1.
@@ -61,17 +69,13 @@ def score_images(
         StorageError: storage cannot be reached.
     """
     total = min(images, len(reader))
-    streams = [
-        data.eval_batches(reader, images=total, seed=seed, micro_batch=min(batch, total), draw=draw)
-        for draw in range(draws)
-    ]
     parts = []
     with tqdm(total=total, unit=" images", desc=reader.split.name, disable=None, leave=False) as bar:  # None: no tty
-        for batches in zip(*streams, strict=True):
-            first = batches[0]
+        for first in data.eval_batches(reader, images=total, seed=seed, micro_batch=min(batch, total)):
+            others = (data.redraw(first, seed, draw) for draw in range(1, draws))
             real = first.indices >= 0
-            coders = yardsticks.image_bits_per_dim(first.images[real].numpy(), model.config.n_bits)
-            bits = torch.stack(scores.image_bits(model, batches))[:, real].numpy()
+            coders = yardsticks.image_bits_per_dim(list(first.images[real].numpy()), model.config.n_bits)
+            bits = torch.stack(scores.image_bits(model, [first, *others], at_once))[:, real].numpy()
             parts.append((first.indices[real].numpy(), first.labels[real].numpy(), *bits, *coders.values()))
             bar.update(int(real.sum()))
     index, label, one, bound, *sizes = (np.concatenate(column) for column in zip(*parts, strict=True))

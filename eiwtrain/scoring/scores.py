@@ -29,26 +29,30 @@ class Score:
 
 
 @torch.no_grad()
-def image_bits(model: flow.EIWFlow, draws: Sequence[data.Batch]) -> tuple[Tensor, Tensor]:
+def image_bits(model: flow.EIWFlow, draws: Sequence[data.Batch], at_once: int = 1) -> tuple[Tensor, Tensor]:
     """Return bits/dim of each row of a batch, float64 (n,) on the CPU: an upper bound of what it takes to code it.
 
     Args:
         model: a flow, on the device to use.
         draws: the same batch, with other noise each time.
+        at_once: draws in a forward pass; changes nothing but rounding.
 
     Returns:
-        The bound of the first draw alone (the ELBO if dequantization is variational), and the importance-weighted one
-        of all draws (`EIWFlow.iwbo`); they are the same if there is one draw.
+        The bound of the first draw alone (ELBO), and the importance-weighted one of all draws (IWBO); they are the same
+        if there is one draw. `eiwtrain.scoring.estimator` names them.
 
     Raises:
         DataError: an image has no class, and the model has classes.
     """
-    device = next(model.parameters()).device
-    images, noise, labels = data.flow_inputs(draws[0], model.config, device)
-    noises = [noise, *(batch.noise(device, model.config.noise_shape) for batch in draws[1:])]
-    log_probs = torch.stack([model.log_prob(images, u, labels) for u in noises])
+    device, rows = next(model.parameters()).device, len(draws[0].images)
+    parts = []
+    for begin in range(0, len(draws), at_once):
+        some = draws[begin : begin + at_once]
+        together = some[0] if len(some) == 1 else data.Batch(*map(torch.cat, zip(*some, strict=True)))
+        parts.append(model.log_prob(*data.flow_inputs(together, model.config, device)).double())
+    log_probs = torch.cat(parts).view(len(draws), rows)
     bounds = torch.stack([log_probs[0], iwbo(log_probs)])
-    first, all_draws = flow.bits_per_dim(bounds, model.dims, model.config.n_bits).double().cpu()
+    first, all_draws = flow.bits_per_dim(bounds, model.dims, model.config.n_bits).cpu()
     return first, all_draws
 
 

@@ -58,10 +58,11 @@ class Console:
 
 
 def training_line(p: TrainingLine) -> str:
-    """Return the training line as text; storage failures are left out where there are none."""
+    """Return the training line as text; storage failures are left out where there are none. Bits/dim in training are of
+    one draw of noise."""
     faults = f"  {p.faults} storage faults retried" if p.faults else ""
     return (
-        f"step {p.step:>6,}/{p.max_steps:,}  {p.images:>9,} images  {p.bits_per_dim:.3f} bits/dim  "
+        f"step {p.step:>6,}/{p.max_steps:,}  {p.images:>9,} images  {p.bits_per_dim:.3f} bits/dim (ELBO)  "
         f"{p.images_per_second:,.1f} images/s  data wait {p.data_wait:.0%}  "
         f"goodput {p.goodput:.0%}  ETA {duration(p.eta)}{faults}"
     )

@@ -14,13 +14,15 @@ def _curve(name: str, meaning: str) -> str:
     return name
 
 
-BITS_PER_DIM = _curve("train/bits_per_dim", "mean over the step's global batch")
+BITS_PER_DIM = _curve("train/bits_per_dim", "mean over the step's global batch: ELBO, one draw of all noise an image")
 GRAD_NORM = _curve("train/grad_norm", "gradient norm before clipping")
 LR = _curve("train/lr", "learning rate")
 EPOCH = _curve("train/epoch", "how often each training image has been seen")
 SKIPPED_STEPS = _curve("train/skipped_steps", "steps so far whose loss or gradient was not finite")
 
-HELD_OUT_BITS_PER_DIM = _curve("eval/bits_per_dim", "held-out score of the averaged weights")
+HELD_OUT_BITS_PER_DIM = _curve(
+    "eval/bits_per_dim", "held-out score of the averaged weights: ELBO, one draw of all noise an image"
+)
 HELD_OUT_ERROR = _curve("eval/standard_error", "standard error of that score over images")
 CODER_BITS_PER_DIM = {
     "png": _curve("eval/png_bits_per_dim", "PNG on the first of these images, at most 2^19 pixels together"),
@@ -51,6 +53,10 @@ ENTROPY_LEAVES = _curve(
     "flow/entropy_leaves_level{level}", "entropy proxy of what leaves at a split, nats per dimension"
 )
 ENTROPY_STAYS = _curve("flow/entropy_stays_level{level}", "entropy proxy of what stays there, nats per dimension")
+ORDER_ENTROPY = _curve(
+    "flow/order_entropy_level{level}", "entropy of the learned order's weights, nats: from 0 to log of the channels"
+)
+ORDER_CHANGES = _curve("flow/order_changes_level{level}", "steps so far in which the learned order was a new one")
 DRIFT = _curve("flow/drift", "relative error of images through the flow and back")
 SHUFFLE_PENALTY = _curve("flow/shuffle_penalty", "the shuffle's regulariser")
 

@@ -19,6 +19,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from eiwtrain import storage
 from eiwtrain.config import Config
+from eiwtrain.config.construction import construction
+from eiwtrain.flow.config import FlowConfig
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.terminal.markdown import text
 
 if TYPE_CHECKING:
@@ -161,6 +164,8 @@ def inputs(config: Config, manifest: Manifest) -> list[Any]:
 def description(config: Config, manifest: Manifest, command: str, parameters: int) -> str:
     """Return the description of a run for its page, in Markdown: data, model, training, storage and commands."""
     d, m, t = config.data, config.model, config.train
+    shape = {"image_shape": [manifest.channels, manifest.resolution, manifest.resolution]}
+    built = FlowConfig.from_dict(shape | m.to_flow())
     counts = " and ".join(f"{manifest.splits[s].samples:,} {s}" for s in dict.fromkeys((d.train_split, d.eval_split)))
     size = f"{manifest.resolution}x{manifest.resolution}"
     preset = f"preset `{m.preset}`, " if m.preset else ""
@@ -169,9 +174,8 @@ def description(config: Config, manifest: Manifest, command: str, parameters: in
             f"A normalizing flow, trained on **{text(manifest.title)}**.",
             "",
             f"- **Data**: {counts} images of {size} pixels at `{d.path}`, fingerprint `{manifest.fingerprint[:12]}`",
-            f"- **Model**: {preset}{m.levels} levels of {m.steps} steps, {m.conditioner.kind} conditioners of "
-            f"{m.conditioner.hidden} channels, {m.coupling} couplings, `{m.shuffle}` shuffle; "
-            f"{parameters:,} parameters",
+            f"- **Model**: {preset}{'; '.join(construction(built))}; {parameters:,} parameters",
+            f"- **Bits/dim**: {estimator_of(built)} for each image",
             f"- **Training**: {t.max_steps:,} steps of {t.global_batch} images",
             f"- **Storage**: `{config.root}` (checkpoints, samples, the exported model)",
             f"- **Resume with**: `{command}`",

@@ -112,11 +112,17 @@ class Engine:
         At stage 3 this is an all-gather of the model, a leaf at a time: no more than a leaf is whole at once, unless
         the caller holds on to tensors. At other stages it costs nothing.
         """
+        for group in self._groups:
+            with self.whole(list(group.values())):
+                yield {name: parameter.detach() for name, parameter in group.items()}
+
+    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which these parameters are whole, which they are anyway if nothing is sharded.
+        Collective."""
         from deepspeed import zero
 
-        for group in self._groups:
-            with zero.GatheredParameters(list(group.values())):  # does nothing where nothing is sharded
-                yield {name: parameter.detach() for name, parameter in group.items()}
+        context: contextlib.AbstractContextManager[Any] = zero.GatheredParameters(parameters)
+        return context
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (`parameter.moment`, tensor) for each of the optimizer's moments of every parameter, whole, float32.

@@ -15,6 +15,7 @@ from eiwtrain import storage
 from eiwtrain.exporting import assemble, models
 from eiwtrain.on_ray.messages import Summary
 from eiwtrain.sampling import pictures
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.storage.lease import Guard
@@ -73,6 +74,7 @@ def finish(
         steps=state.step,
         images=state.samples_seen,
         test_bits_per_dim=score.bits_per_dim,
+        test_estimator=estimator_of(state.flow.config),
         test_standard_error=score.standard_error,
         test_images=score.images,
         png_bits_per_dim=held_out.yardsticks["png"],

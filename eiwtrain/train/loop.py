@@ -36,6 +36,7 @@ from eiwtrain.on_ray.messages import (
     Stopped,
     Training,
 )
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.storage.lease import LeaseLost
 from eiwtrain.testing import failpoints
@@ -248,9 +249,10 @@ class Worker:
                 f"({state.skipped_in_row} in a row, {state.skipped} in all)"
             )
         of_machines = self.system.curves() if sums.look else {}
+        orders = state.orders() if logs else []
         if self.tracker is not None and logs:
             entropy, epoch = micro_batches[-1].entropy, state.samples_seen / len(self.train_set)
-            curves = report.curves(self.meter, bits, penalty, norm, lr, entropy, self.faults, epoch)
+            curves = report.curves(self.meter, bits, penalty, norm, lr, entropy, orders, self.faults, epoch)
             curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self.clock) | of_machines
             self.tracker.metrics(state.step, curves)
         self.keeper.hear()
@@ -334,7 +336,7 @@ class Worker:
         state.score = score
         self.note(
             f"step {state.step:,}: held-out {score.bits_per_dim:.4f} ± {score.standard_error:.4f} bits/dim "
-            f"on {score.images:,} images of {state.manifest.title}"
+            f"({estimator_of(self.flow_config)}) on {score.images:,} images of {state.manifest.title}"
         )
         if self.tracker is not None:
             with self.clock.spending("evaluation"):

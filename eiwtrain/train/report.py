@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -103,6 +104,7 @@ def curves(
     norm: float,
     lr: float,
     entropy: Tensor,
+    orders: Sequence[tuple[float, float]],
     faults: int,
     epoch: float,
 ) -> dict[str, float]:
@@ -113,6 +115,7 @@ def curves(
 
     Args:
         entropy: (levels, 2), entropy proxy of what leaves and of what stays; NaN where nothing stays.
+        orders: entropy of each learned order, in nats, and how often it has changed.
         faults: storage failures that all workers have retried with success since they were started.
         epoch: how often each training image has been seen.
     """
@@ -128,6 +131,8 @@ def curves(
     }
     for level, (leaves, stays) in enumerate(entropy.tolist()):
         values |= {names.ENTROPY_LEAVES.format(level=level): leaves, names.ENTROPY_STAYS.format(level=level): stays}
+    for level, (spread, changes) in enumerate(orders):
+        values |= {names.ORDER_ENTROPY.format(level=level): spread, names.ORDER_CHANGES.format(level=level): changes}
     return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 

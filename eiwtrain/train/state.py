@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from eiwtrain import checkpoints, flow
 from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
+from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.train.engine import Engine
 
@@ -134,6 +135,13 @@ class TrainState:
         self.updates += 1
         return norm, True
 
+    def orders(self) -> list[tuple[float, float]]:
+        """Return the entropy of each learned order of the trained weights, in nats, and how often it has changed since
+        the run began, by level; none without `shuffle: order`. Collective."""
+        found = self.flow.orders()
+        with self.engine.whole([p for order in found for p in order.parameters()]):
+            return [(order.entropy().item(), float(order.changes.item())) for order in found]
+
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps in addition to tensors."""
         return {
@@ -147,6 +155,7 @@ class TrainState:
             "skipped_in_row": self.skipped_in_row,
             "rollbacks": self.rollbacks,
             "score": asdict(self.score) if self.score else None,
+            "estimator": asdict(estimator_of(self.flow.config)),
             "eval_bits_per_dim": self.score.bits_per_dim if self.score else None,
             "world_size": dist.get_world_size(),
             "saved_at": time.time(),

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import commit, export_model, small_flow
+from small_run import DENSE, commit, export_model, small_flow
 
 from eiwtrain import checkpoints
 from eiwtrain.data.manifest import Manifest, Shard, Split
@@ -37,8 +37,8 @@ def metadata(tmp_path_factory):
     return models.metadata_of(checkpoints.newest(str(root)))
 
 
-def card(metadata, **given):
-    return model_card.render(small_flow().config, 1234, metadata, **given)
+def card(metadata, model=None, **given):
+    return model_card.render(small_flow(**model or {}).config, 1234, metadata, **given)
 
 
 def test_the_hub_reads_what_it_is_and_how_good(metadata):
@@ -74,9 +74,11 @@ def test_the_card_says_from_what_and_with_what_effort(metadata):
         "`step-00000006-00000006`",
         "1,234 parameters",
         "2 levels of 2 steps",
-        "soft, blocks of 4",
+        "(shuffle `soft`), in blocks of 4",
+        "ELBO, one draw of uniform dequantization noise",
+        "The shuffle is eiwtrain's own",
         "arXiv 1810.09136",
-        "no figure of the paper is",
+        "No figure of the paper is",
     ):
         assert fact in text
 
@@ -96,9 +98,33 @@ def test_what_is_not_known_has_no_line(data, metadata):
     assert "license" not in front
 
 
-@pytest.mark.parametrize("classes", [0, 2])
-def test_the_code_in_the_card_runs_as_it_stands(tmp_path, classes):
-    model = small_flow(classes=classes)
+@pytest.mark.parametrize(
+    ("model", "facts"),
+    [
+        (
+            DENSE | {"units": [3, 1], "steps": [1, 4]},
+            (
+                "DenseFlow's backbone: 2 levels of 3 and 1 units, a unit of 1 and 4 steps; 2 channels of noise join",
+                "learned order of the channels before each split",
+                "ELBO, one draw of variational dequantization noise and noise that joins",
+                "github.com/studying910/EIW-Flow",
+                "commit 0c4ddeb, which has no licence",
+            ),
+        ),
+        (DENSE | {"shuffle": "none"}, ("2 levels of 2 and 1 units, a unit of 1 step;", "no shuffle", "not part of")),
+        ({"shuffle": "order", "steps": [2, 3]}, ("Glow's backbone: 2 levels of 2 and 3 steps", "0c4ddeb")),
+        ({"levels": 1, "shuffle": "order"}, ("1 level of 2 steps", "no split", "is not part of this model")),
+    ],
+)
+def test_the_card_says_how_the_model_is_built_and_whose_that_is(metadata, model, facts):
+    text = card(metadata, model).replace("\n", " ")
+    for fact in (*facts, "No figure of the paper is claimed"):
+        assert fact in text
+
+
+@pytest.mark.parametrize("model", [{}, {"classes": 2}, DENSE])
+def test_the_code_in_the_card_runs_as_it_stands(tmp_path, model):
+    model = small_flow(**model)
     export_model(model, tmp_path / "m", step=1)
     blocks = re.findall(r"```python\n(.*?)```", (tmp_path / "m" / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2

@@ -47,7 +47,7 @@ def test_a_version_says_what_it_is_and_loads_by_its_alias(store, monkeypatch):
     assert str(store.register(1, "one")) == "registered as models:/one/1; one@best names it now: the first"
     version = store.client.get_model_version_by_alias("one", "best")
     assert version.run_id == store.run_id
-    assert version.description.startswith("An exact-likelihood model of 8x8 images")
+    assert version.description.startswith("A model of 8x8 images")
     weights = version.tags.pop("weights_sha256")
     assert len(weights) == 64
     assert version.tags == {

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from score_sets import noise, reader, smooth, trained_flow, write_set
-from small_run import export_model
+from small_run import DENSE, export_model, small_flow
 
 from eiwtrain import data, evaluate, flow, storage
 from eiwtrain.scoring import evaluation, scores, yardsticks
+from eiwtrain.scoring.estimator import Estimator, estimator_of
 from eiwtrain.scoring.score_table import score_images
 
 
@@ -54,7 +56,8 @@ def test_printed_json_and_parquet_figures_are_one(here, tmp_path, capsys):
     assert of_set["bits_per_dim"] == pytest.approx(bits.mean(), rel=1e-12)
     assert of_set["standard_error"] == pytest.approx(bits.std(ddof=1) / 20**0.5, rel=1e-6)
     assert (
-        f"bits/dim {bits.mean():.4f} ± {of_set['standard_error']:.4f} (one draw of uniform noise) on 20 images" in out
+        f"bits/dim {bits.mean():.4f} ± {of_set['standard_error']:.4f} (ELBO, one draw of uniform dequantization noise)"
+        " on 20 images" in out
     )
     for coder, title in yardsticks.TITLES.items():
         sizes = np.array(rows[f"{coder}_bits_per_dim"])
@@ -85,6 +88,7 @@ def test_a_parquet_file_says_what_was_scored_by_what(here, capsys):
     fingerprint = data.load_manifest(here.soft).fingerprint
     assert about == {
         "model": here.exported, "step": "60", "seed": "5", "draws": "1", "n_bits": "8",
+        "estimator": "ELBO, one draw of uniform dequantization noise",
         "data": "soft", "fingerprint": fingerprint, "split": "test",
     }  # fmt: skip
 
@@ -92,7 +96,7 @@ def test_a_parquet_file_says_what_was_scored_by_what(here, capsys):
 def test_the_command_and_the_training_loop_score_alike(here):
     scored = score_images(here.model, reader(here.soft), images=100, batch=6)
     in_training = scores.score(here.model, data.eval_batches(reader(here.soft), images=100, seed=0, micro_batch=6))
-    assert scores.mean(torch.from_numpy(scored.bound)) == pytest.approx(in_training)
+    assert astuple(scores.mean(torch.from_numpy(scored.bound))) == pytest.approx(astuple(in_training))
 
 
 @pytest.mark.parametrize("batch", [1, 6, 20, 64])
@@ -115,18 +119,56 @@ def test_iwbo_comes_beside_the_same_one_sample_bound(here, capsys):
     assert out.splitlines()[1] == alone.splitlines()[1]
     rows = table("memory://c/iwbo.parquet")
     bounds = np.array(rows["iwbo_bits_per_dim"])
-    assert f"bits/dim {bounds.mean():.4f} ± {bounds.std(ddof=1) / 20**0.5:.4f} (IWBO(3))" in out
+    assert f"bits/dim {bounds.mean():.4f} ± {bounds.std(ddof=1) / 20**0.5:.4f} (IWBO(3), 3 draws of uniform" in out
     draws = [next(data.eval_batches(reader(here.soft), images=20, seed=0, micro_batch=20, draw=n)) for n in range(3)]
     with torch.no_grad():
         bound = here.model.iwbo(draws[0].images.contiguous(), [draw.noise() for draw in draws])
     np.testing.assert_allclose(bounds, flow.bits_per_dim(bound, here.model.dims), rtol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [0, 2])
+def test_draws_in_one_forward_pass_change_rounding_alone(here, classes):
+    set_, model = here.soft, small_flow(**DENSE, classes=classes)
+    if classes:
+        set_ = write_set(here.folder / "in-classes", smooth(7), ("cat", "dog"))
+    alone, *together = (
+        score_images(model, reader(set_), images=7, batch=3, draws=5, at_once=at_once) for at_once in (1, 2, 5, 9)
+    )
+    assert (alone.bound != alone.first_draw).all()
+    for other in together:
+        np.testing.assert_allclose(other.bound, alone.bound, rtol=1e-5)
+        np.testing.assert_allclose(other.first_draw, alone.first_draw, rtol=1e-5)
+
+
+def test_an_image_is_read_once_whatever_the_number_of_draws(here, monkeypatch):
+    images, read = reader(here.soft), []
+    read_into = images.read_into
+    monkeypatch.setattr(images, "read_into", lambda to, which: (read.extend(which), read_into(to, which))[1])
+    score_images(here.model, images, images=9, batch=4, draws=3)
+    assert sorted(set(read)) == list(range(9))
+    assert len(read) == 9
+
+
+def test_estimators_have_their_name_and_draws_in_every_output(here, tmp_path, capsys):
+    export_model(small_flow(**DENSE), here.folder / "dense", step=1)
+    args = [here.folder / "dense", "--data", here.soft, "--images", 3, "--iwbo", 4, "--batch-draws", 2]
+    out = run(capsys, *args, "--json", tmp_path / "r.json", "--scores", tmp_path / "s.parquet")
+    result, about = json.loads((tmp_path / "r.json").read_text()), table(str(tmp_path / "s.parquet")).schema.metadata
+    for key, name, draws in (("estimator", "ELBO", 1), ("iwbo_estimator", "IWBO(4)", 4)):
+        assert (result[key]["name"], result[key]["draws"]) == (name, draws)
+        assert str(Estimator(**result[key])) in out
+        assert about[key.encode()].decode() == str(Estimator(**result[key]))
+    assert "variational" in result["estimator"]["noise"]
+    assert "joins" in result["estimator"]["noise"]
+    assert "joins" not in estimator_of(here.model.config).noise
+    assert result["sets"][0]["iwbo_bits_per_dim"] < result["sets"][0]["bits_per_dim"]
+
+
 def test_a_variational_model_of_five_bits_is_scored_as_such(here, capsys):
     model = trained_flow(steps=1, dequantization="variational", n_bits=5)
     export_model(model, here.folder / "five")
     out = run(capsys, here.folder / "five", "--data", here.soft)
-    assert "(ELBO, of 5-bit images)" in out
+    assert "(ELBO, one draw of variational dequantization noise, of 5-bit images)" in out
     coders = yardsticks.bits_per_dim((reader(here.soft)[i] for i in range(20)), n_bits=5)
     assert f"PNG {coders['png']:.4f}, WebP {coders['webp']:.4f}" in out
 

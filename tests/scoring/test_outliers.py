@@ -60,7 +60,7 @@ def test_noise_needs_more_bits_than_any_image_of_the_kind_trained_on(here, capsy
     args = [here.exported, "--data", here.soft, "--against", here.noise, "--histogram", str(tmp_path / "h.png")]
     assert evaluate.main(args) == 0
     out = capsys.readouterr().out
-    assert "AUROC 1.0000 ± 0.0000 by bits/dim\n" in out
+    assert "AUROC 1.0000 ± 0.0000 by bits/dim (ELBO)\n" in out
     assert "on 40 images of soft, split test" in out
     assert "on 30 images of noise, split test" in out
 
@@ -78,8 +78,8 @@ def test_simpler_images_look_likelier_until_their_complexity_is_taken_off(here, 
     less = outliers.auroc((bits - png)[inside], (bits - png)[outside])
     out = capsys.readouterr().out
     assert plain.value < 0.5 < less.value
-    assert f"AUROC {plain.value:.4f} ± {plain.standard_error:.4f} by bits/dim; below 1/2" in out
-    assert f"AUROC {less.value:.4f} ± {less.standard_error:.4f} by bits/dim minus PNG's" in out
+    assert f"AUROC {plain.value:.4f} ± {plain.standard_error:.4f} by bits/dim (ELBO); below 1/2" in out
+    assert f"AUROC {less.value:.4f} ± {less.standard_error:.4f} by bits/dim (ELBO) minus PNG's" in out
     assert rows.schema.metadata[b"against_data"] == b"flat"
     two = Image.open(io.BytesIO(storage.read_bytes(url + "h.png"))).size
     assert evaluate.main([*args[:5], "--histogram", url + "one.png"]) == 0

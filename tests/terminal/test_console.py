@@ -21,7 +21,7 @@ def test_the_training_line_has_what_a_person_needs():
     for part in (
         "120/6,000",
         "3,840 images",
-        "5.123 bits/dim",
+        "5.123 bits/dim (ELBO)",
         "85.3 images/s",
         "data wait 1%",
         "goodput 87%",

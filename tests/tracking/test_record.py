@@ -104,6 +104,7 @@ def test_later_attempts_keep_the_description(config):
     about = provenance.description(config, manifest, "python -m eiwtrain.run x.yaml", 12345)
     for text in (
         manifest.title, manifest.fingerprint[:12], "12,345 parameters", "`python -m eiwtrain.run x.yaml`", config.root,
+        "2 levels of 2 steps", "ELBO",
         f"{manifest.splits['train'].samples} train and {manifest.splits['test'].samples} test images of 8x8",
     ):  # fmt: skip
         assert text in about

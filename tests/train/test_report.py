@@ -45,11 +45,16 @@ def test_drift_beyond_the_limit_is_reported_with_a_remedy(tmp_path, drift, model
 
 def test_curves_are_grouped_and_leave_out_what_does_not_exist():
     entropy = torch.tensor([[1.0, 2.0], [3.0, math.nan]])
-    curves = report.curves(report.Meter(), 4.5, 0.25, norm=math.inf, lr=0.1, entropy=entropy, faults=2, epoch=1.5)
+    orders = [(2.5, 3.0), (math.nan, 0.0)]
+    curves = report.curves(
+        report.Meter(), 4.5, 0.25, norm=math.inf, lr=0.1, entropy=entropy, orders=orders, faults=2, epoch=1.5
+    )
     assert "train/grad_norm" not in curves
     assert (curves["train/bits_per_dim"], curves["flow/shuffle_penalty"]) == (4.5, 0.25)
     assert curves["flow/entropy_stays_level0"] == 2.0
     assert curves["flow/entropy_leaves_level1"] == 3.0
     assert "flow/entropy_stays_level1" not in curves
+    assert (curves["flow/order_entropy_level0"], curves["flow/order_changes_level0"]) == (2.5, 3.0)
+    assert "flow/order_entropy_level1" not in curves
     assert (curves["train/epoch"], curves["time/storage_faults"]) == (1.5, 2.0)
     assert {name.split("/")[0] for name in curves} == {"train", "flow", "time"}
