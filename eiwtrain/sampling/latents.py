@@ -1,7 +1,8 @@
 """Latents to decode: drawn by seed and number, or on the path between two of them.
 
-A latent here is all that a flow's `encode` returns for an image, laid end to end: (D,), D = C * H * W, standard normal
-under the model. Not for decoding them (`eiwtrain.sampling.series`).
+A latent here is all that a flow's `encode` returns for an image, laid end to end: (D,), standard normal under the
+model. D is the image's, C * H * W, and more where noise joins on the way through the flow. Not for decoding latents
+(`eiwtrain.sampling.series`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ def draw(seed: int, numbers: Tensor, dims: int) -> Tensor:
 
     Args:
         numbers: int64 (n,), 0 or more.
-        dims: dimensions of one latent, an even number.
+        dims: dimensions of one latent.
     """
     indices = numbers.cpu().numpy()
     keys = torch.from_numpy(sample_keys(seed, _STREAM, np.zeros_like(indices), indices).view(np.int64))
-    u, v = uniform(keys, (2, dims // 2)).double().unbind(1)
+    u, v = uniform(keys, (2, -(-dims // 2))).double().unbind(1)
     radius, angle = torch.log1p(-u).mul(-2).sqrt(), 2 * math.pi * v
-    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1).float()
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :dims].float()
+
+
+def dims_of(shapes: Sequence[tuple[int, int, int]]) -> int:
+    """Return the dimensions of all latents of an image, from a flow's `latent_shapes`."""
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

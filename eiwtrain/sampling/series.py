@@ -36,7 +36,11 @@ def samples(model: flow.EIWFlow, n: int, seed: int, classes: Sequence[int] = ())
     Args:
         classes: of a model that has classes: the ones to draw, in turn; by default all.
     """
-    return Series(n, lambda numbers: latents.draw(seed, numbers, model.dims), _in_turn(model, n, classes))
+    return Series(
+        n,
+        lambda numbers: latents.draw(seed, numbers, latents.dims_of(model.latent_shapes)),
+        _in_turn(model, n, classes),
+    )
 
 
 def between_samples(model: flow.EIWFlow, rows: int, steps: int, seed: int, classes: Sequence[int] = ()) -> Series:
@@ -47,7 +51,7 @@ def between_samples(model: flow.EIWFlow, rows: int, steps: int, seed: int, class
 
     def along(numbers: Tensor) -> Tensor:
         row, t = _places(numbers, steps)
-        a, b = (latents.draw(seed, 2 * row + end, model.dims) for end in (0, 1))
+        a, b = (latents.draw(seed, 2 * row + end, latents.dims_of(model.latent_shapes)) for end in (0, 1))
         return latents.slerp(a, b, t)
 
     labels = _in_turn(model, rows, classes)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
+from small_run import DENSE, small_flow
 
 from eiwtrain import data, flow, sample, storage
 from eiwtrain.sampling import drawing, image_sets, latents, pictures, series
@@ -34,6 +35,14 @@ def tiny_model(spread=0.02, **config):
         for p in built.parameters():
             p.add_(spread * torch.randn(p.shape, generator=generator))
     return built.eval()
+
+
+def dense_model(spread=0.02, **config):
+    """An EIW-Flow: it has more latents than the image has numbers."""
+    return small_flow(**DENSE, **config)
+
+
+BOTH = pytest.mark.parametrize("make", [tiny_model, dense_model])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,7 @@ def test_a_latent_depends_on_seed_and_number_alone(seed, numbers):
     alone = torch.cat([latents.draw(seed, torch.tensor([number]), 12) for number in numbers])
     assert torch.equal(together, alone)
     assert torch.isfinite(together).all()
+    assert latents.draw(seed, torch.tensor(numbers), 7).shape == (len(numbers), 7)
 
 
 def test_latents_of_a_seed_are_these_on_every_machine():
@@ -168,9 +178,10 @@ def test_temperature_scales_the_same_latents():
         assert torch.equal(drawing.sample(model, 4, t, 5), expected)
 
 
-def test_a_model_of_classes_gives_them_in_turn():
-    model = tiny_model(0.1, classes=3)
-    z = latents.draw(0, torch.arange(5), model.dims)
+@BOTH
+def test_a_model_of_classes_gives_them_in_turn(make):
+    model = make(0.1, classes=3)
+    z = latents.draw(0, torch.arange(5), latents.dims_of(model.latent_shapes))
 
     def of(labels):
         return model.to_images(model.decode(latents.split(z, model.latent_shapes), torch.tensor(labels)))
@@ -181,8 +192,9 @@ def test_a_model_of_classes_gives_them_in_turn():
     assert not torch.equal(of([0] * 5), of([1] * 5))
 
 
-def test_rows_between_samples_end_at_samples():
-    model = tiny_model()
+@BOTH
+def test_rows_between_samples_end_at_samples(make):
+    model = make()
     rows = series.between_samples(model, 3, 5, seed=0)
     images = torch.cat(list(series.render(model, rows, 0.7))).reshape(3, 5, 3, SIZE, SIZE)
     ends = drawing.sample(model, 6, 0.7, 0)
@@ -196,8 +208,9 @@ def test_both_ends_of_a_row_between_samples_are_of_one_class():
     assert labels.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
 
 
-def test_rows_between_images_end_at_the_images(folder):
-    model = tiny_model()
+@BOTH
+def test_rows_between_images_end_at_the_images(folder, make):
+    model = make()
     pairs = MidQuantum(*series.pairs_of(reader(folder), 3, 0, seed=0))
     assert pairs.indices.tolist() == [0, 1, 2, 3, 4, 5]
     rows = series.between_images(model, pairs, 4)
@@ -242,11 +255,12 @@ def test_images_are_encoded_a_batch_at_a_time(folder, monkeypatch):
 # what training asks for
 
 
+@BOTH
 @pytest.mark.parametrize("classes", [0, 2])
-def test_reconstructions_are_exact(folder, classes):
+def test_reconstructions_are_exact(folder, make, classes):
     batch = MidQuantum(*data.first_batch(reader(folder), 6, seed=0))
     assert set(batch.labels.tolist()) == {0, 1}
-    assert torch.equal(drawing.reconstruct(tiny_model(0.1, classes=classes), batch), batch.images)
+    assert torch.equal(drawing.reconstruct(make(0.1, classes=classes), batch), batch.images)
 
 
 def test_the_overview_shows_two_temperatures_and_reconstructions(folder):

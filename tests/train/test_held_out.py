@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_config, write_shards
-from small_run import small_flow
+from small_run import DENSE, small_flow
 
 from eiwtrain import data
 from eiwtrain.config import Config
@@ -22,11 +22,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def split(folder):
+@pytest.fixture(params=[{}, DENSE], ids=["glow", "dense"])
+def split(folder, request):
     config = Config.model_validate(tiny_config(folder))
     reader = data.ShardReader(config.data.path, data.load_manifest(config.data.path), "test")
-    state = SimpleNamespace(averaged=small_flow(), step=6)
+    state = SimpleNamespace(averaged=small_flow(**request.param), step=6)
     return HeldOut(config, state, reader, torch.device("cpu"), 4)
 
 
@@ -101,5 +101,5 @@ def test_entropies_are_of_held_out_images_and_averaged_weights(split):
     assert torch.isfinite(entropy[0]).all()
     assert torch.isnan(entropy[1, 1])
     assert (split.entropy()[0] == entropy[0]).all()
-    split.state.averaged = small_flow(seed=1)
+    split.state.averaged = small_flow(seed=1, **(DENSE if split.state.averaged.orders() else {}))
     assert (split.entropy()[0] != entropy[0]).any()
