@@ -233,10 +233,15 @@ def _tracked_where_mlflow_says(c: Config) -> Config:
     return c.model_copy(update={"tracking": c.tracking.model_copy(update={"uri": uri})})
 
 
+def _most_levels(resolution: int) -> int:
+    """Return how often a side can be halved. Not by powers of a number of levels, which may be a trillion."""
+    return (resolution & -resolution).bit_length() - 1
+
+
 def _impossible(c: Config) -> list[str]:
     """Return a line for each combination of fields that no run could satisfy."""
     problems = []
-    most = (c.data.resolution & -c.data.resolution).bit_length() - 1
+    most = _most_levels(c.data.resolution)
     if c.model.levels > most:
         factor = f" = {1 << c.model.levels}" if c.model.levels < 64 else ""
         right = (
@@ -308,7 +313,7 @@ def _impossible_model(m: Model, resolution: int) -> list[str]:
                 f"use model.conditioner.patch={max(n for n in range(1, patch) if least % n == 0)}"
                 + (", or fewer levels" if m.levels > 1 else "")
             )
-    if not problems and resolution % 2**m.levels == 0:
+    if not problems and m.levels <= _most_levels(resolution):
         try:
             FlowConfig.from_dict({**m.to_flow(), "image_shape": [3, resolution, resolution]})
         except ValueError as error:

@@ -176,7 +176,7 @@ class Train(Section):
     clip: NonNegativeFloat = 50.0
     """Gradient norm (loss in bits/dim) above which gradients are scaled down; 0: never."""
     shuffle_penalty: NonNegativeFloat = 1e-3
-    """Weight of the shuffle's regulariser (mean squared log-weight) in the loss, bits/dim per unit."""
+    """Weight of the shuffle's regulariser (hard, soft: mean squared log-weight) in the loss, bits/dim per unit."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay per step of the averaged weights that are evaluated and exported; 0: the weights themselves."""
     precision: Literal["bf16", "fp32"] = "bf16"
