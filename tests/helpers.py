@@ -12,6 +12,17 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
+DENSE = {
+    "preset": "eiw-tiny",
+    "levels": 2,
+    "units": [2, 1],
+    "steps": 1,
+    "noise_channels": 2,
+    "conditioner": {"hidden": 4, "depth": 1, "growth": 2},
+    "dequantizer": {"couplings": 1, "hidden": 4, "depth": 1, "growth": 2},
+}
+"""Fields of the model of a small EIW-Flow: noise joins on the way through it, and it learns an order."""
+
 
 def free_port() -> int:
     """Return a TCP port of the loopback interface that nothing listens on."""

@@ -19,18 +19,6 @@ from eiwtrain.train.state import flow_config
 FINGERPRINT = "f" * 64
 
 
-DENSE = {
-    "preset": "eiw-tiny",
-    "levels": 2,
-    "units": [2, 1],
-    "steps": 1,
-    "noise_channels": 2,
-    "conditioner": {"hidden": 4, "depth": 1, "growth": 2},
-    "dequantizer": {"couplings": 1, "hidden": 4, "depth": 1, "growth": 2},
-}
-"""Fields of the model of a small EIW-Flow: noise joins on the way through it, and it learns an order."""
-
-
 def small_flow(seed: int = 0, **model) -> flow.EIWFlow:
     """Make an untrained flow for images of 8x8 whose parameters are not those of the start."""
     torch.manual_seed(seed)

@@ -106,6 +106,10 @@ class TrainState:
             self.engine.load_moments(
                 checkpoints.section(tensors, "moments"), self.updates, lambda module: module(*batch).log_prob.sum()
             )
+            # Again, as that empty step has run the flow, which counts how often its order has changed.
+            names = {name for name, _ in self.flow.named_buffers()}
+            weights = checkpoints.section(tensors, "weights")
+            self.flow.load_state_dict({name: t for name, t in weights.items() if name in names}, strict=False)
         if skip_to is not None and skip_to > self.step:
             note(f"step {skip_to:,} follows, with the weights of step {self.step:,}")
             self.skipped += skip_to - self.step

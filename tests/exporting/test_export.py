@@ -10,6 +10,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from helpers import DENSE
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.utils.proto_json_utils import parse_tf_serving_input
@@ -73,6 +74,8 @@ def test_an_exported_model_has_the_bits_of_the_trained_one(folder):
 
 
 def test_the_weights_load_where_only_torch_and_safetensors_are(folder, tmp_path):
+    dense = small_flow(**DENSE)
+    flow.save(dense, tmp_path / "dense")
     code = f"""
 import torch
 from eiwtrain import flow
@@ -81,11 +84,15 @@ pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=g(1))
 noise = torch.rand(5, 3, 8, 8, generator=g(2))
 torch.set_num_threads({torch.get_num_threads()})
 print(flow.load({str(folder)!r}).bits_per_dim(pixels, noise).tolist())
+dense = flow.load("dense")
+print(dense.bits_per_dim(pixels, torch.rand(5, *dense.config.noise_shape, generator=g(2))).tolist())
 """
     done = run_without(["mlflow", "numpy", "fsspec", "yaml", "pydantic", "PIL", "ray", "deepspeed"], code, tmp_path)
     noise = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     expected = small_flow(seed=6).bits_per_dim(pixels(), noise).tolist()
-    assert json.loads(done.stdout) == expected, done.stderr[-2000:]  # to the last bit
+    noise = torch.rand(5, *dense.config.noise_shape, generator=torch.Generator().manual_seed(2))
+    expected = [expected, dense.bits_per_dim(pixels(), noise).tolist()]
+    assert list(map(json.loads, done.stdout.splitlines())) == expected, done.stderr[-2000:]  # to the last bit
 
 
 def test_loading_a_model_runs_only_code_that_is_installed(folder, tmp_path):
@@ -123,6 +130,17 @@ def test_an_image_scores_the_same_at_any_place_of_any_batch(folder):
     expected = flow.bits_per_dim(flow_.iwbo(pixels(70), draws), flow_.dims).detach()
     np.testing.assert_allclose(model.predict(images, params={"draws": 4, "seed": 3}), expected, 1e-5)
     assert model.predict(images[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_flow_in_which_noise_joins_is_scored_over_all_of_it(draws):
+    dense = small_flow(**DENSE)
+    images = pixels(3).permute(0, 2, 3, 1).contiguous().numpy()
+    given = {"draws": draws, "seed": 2}
+    noises = list(pyfunc._noises(images, dense.config.noise_shape, draws, 2, torch.device("cpu")))
+    assert noises[0].shape[1] > dense.dims
+    expected = flow.bits_per_dim(dense.iwbo(pixels(3), noises), dense.dims).detach()
+    np.testing.assert_allclose(pyfunc.Scorer(dense).predict(images, given), expected, 1e-5)
 
 
 def test_predict_says_what_it_takes(folder, tmp_path):

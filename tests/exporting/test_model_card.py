@@ -4,10 +4,11 @@ import re
 import pytest
 import torch
 import yaml
+from helpers import DENSE
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import DENSE, commit, export_model, small_flow
+from small_run import commit, export_model, small_flow
 
 from eiwtrain import checkpoints
 from eiwtrain.data.manifest import Manifest, Shard, Split
@@ -138,6 +139,14 @@ def test_the_code_in_the_card_runs_as_it_stands(tmp_path, model):
     names = {"images": images, "labels": [0, 1]}
     exec(blocks[1].replace("path/to/this/folder", str(tmp_path / "m")), names)
     assert names["bits"].shape == (2,)
+
+
+def test_the_metadata_name_the_estimator_of_the_score(metadata, tmp_path):
+    assert (metadata["eval_estimator"], metadata["eval_draws"]) == ("ELBO", 1)
+    assert metadata["eval_noise"] == "uniform dequantization noise"
+    commit(tmp_path / "unscored", 6, None)
+    unscored = models.metadata_of(checkpoints.newest(str(tmp_path / "unscored")))
+    assert unscored["eval_estimator"] is None
 
 
 def test_a_published_model_tells_no_path_and_no_address(metadata):

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from helpers import DENSE
 from small_run import commit, small_flow
 
 from eiwtrain import export
@@ -41,10 +42,15 @@ def test_a_graph_that_computes_something_else_is_not_given_away(tmp_path, monkey
 
 
 def test_where_there_can_be_no_graph_a_line_says_why_before_anything_is_written(tmp_path, capsys, monkeypatch):
-    commit(tmp_path / "hard", 1, 4.0, small_flow(shuffle="hard"))
-    command = ["1", "--run", str(tmp_path / "hard"), "--output", str(tmp_path / "m"), "--onnx", "--no-register"]
-    assert export.main(command) == 2
-    assert capsys.readouterr().err.startswith("error: --onnx: a flow of shuffle 'hard' has no ONNX graph")
+    for run, model, why in (
+        ("dense", DENSE, "this flow has no ONNX graph: its log-probability is a bound over noise that joins"),
+        ("order", {"shuffle": "order"}, "a flow of shuffle 'order' has no ONNX graph"),
+        ("hard", {"shuffle": "hard"}, "a flow of shuffle 'hard' has no ONNX graph"),
+    ):
+        commit(tmp_path / run, 1, 4.0, small_flow(**model))
+        command = ["1", "--run", str(tmp_path / run), "--output", str(tmp_path / "m"), "--onnx", "--no-register"]
+        assert export.main(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: --onnx: {why}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export.main(command) == 2
     assert "pip install 'eiwtrain[onnx]'" in capsys.readouterr().err

@@ -4,12 +4,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import write_shards
+from helpers import DENSE, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from small_run import DENSE, small_flow
+from small_run import small_flow
 
 from eiwtrain import data, flow, sample, storage
 from eiwtrain.sampling import drawing, image_sets, latents, pictures, series

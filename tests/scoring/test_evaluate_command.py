@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import DENSE
 from score_sets import noise, reader, smooth, trained_flow, write_set
-from small_run import DENSE, export_model, small_flow
+from small_run import export_model, small_flow
 
 from eiwtrain import data, evaluate, flow, storage
 from eiwtrain.scoring import evaluation, scores, yardsticks

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, write_shards
-from small_run import DENSE, small_flow
+from helpers import DENSE, tiny_config, write_shards
+from small_run import small_flow
 
 from eiwtrain import data
 from eiwtrain.config import Config

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,12 +22,14 @@ from eiwtrain.train.state import TrainState, flow_config
 pytestmark = pytest.mark.cluster
 
 STEPS, LR = 4, 1e-2
+DENSE = helpers.DENSE | {"dequantization": "uniform", "order_input": "one"}  # the images of these tests are reals
 DATA = Manifest("noise", 8, 3, {"name": "none", "version": 1, "params": {}}, {}, fingerprint="f" * 64)
 
 
-def config(folder, stage=1, backprop="invertible", precision="fp32", **train):
+def config(folder, stage=1, backprop="invertible", precision="fp32", model=None, **train):
     train = {"zero_stage": stage, "precision": precision, "micro_batch": 2, "clip": 0.0, "ema": 0.9, "seed": 3} | train
-    raw = tiny_config(Path(folder), model={"backprop": backprop, "conditioner": {"hidden": 8}}, train=train)
+    model = {"conditioner": {"hidden": 8}} if model is None else model
+    raw = tiny_config(Path(folder), model={"backprop": backprop} | model, train=train)
     return Config.model_validate(raw)
 
 
@@ -35,21 +38,30 @@ def images(step):
     return torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(step)) - 0.5
 
 
-def first():
+def noise_of(config, x):
+    """The noise of reals: none, unless some joins on the way."""
+    shape = flow_config(config, 3).noise_shape
+    return torch.rand(len(x), *shape, generator=torch.Generator().manual_seed(7)) if len(shape) == 1 else None
+
+
+def first(config):
     """Pixels, noise and no labels."""
-    return (images(99) * 256 + 128).to(torch.uint8), torch.full((8, 3, 8, 8), 0.5), None
+    pixels = (images(99) * 256 + 128).to(torch.uint8)
+    return pixels, torch.full((8, *flow_config(config, 3).noise_shape), 0.5), None
 
 
 def make_state(config, skip_to=None):
     rows, accumulation = batching(config.train, dist.get_world_size())
-    return TrainState(config, DATA, torch.device("cpu"), (rows, accumulation), first=first, note=print, skip_to=skip_to)
+    device, batching_ = torch.device("cpu"), (rows, accumulation)
+    return TrainState(config, DATA, device, batching_, first=lambda: first(config), note=print, skip_to=skip_to)
 
 
 def losses(config, x):
     """This rank's micro-batches of the global batch x."""
     rows, _ = batching(config.train, dist.get_world_size())
     own = x.chunk(dist.get_world_size())[dist.get_rank()]
-    return [MicroBatch(torch.ones(rows), config, part).loss for part in own.split(rows)]
+    parts = own.split(rows)
+    return [MicroBatch(torch.ones(rows), config, part, noise_of(config, part)).loss for part in parts]
 
 
 def trained_looking_flow(config, backprop):
@@ -94,8 +106,8 @@ def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop)
     run_ranks(gradients_are_plain_autograds, 2, tmp_path, stage, backprop)
 
 
-def save_half_way(folder, stage=1):
-    c = config(folder, stage)
+def save_half_way(folder, stage=1, model=None):
+    c = config(folder, stage, model=model)
     state = make_state(c)
     saver = CheckpointWriter(c.root, keep_last=5, keep_every=0, guard=lambda: None)
     for step in range(2):
@@ -107,8 +119,8 @@ def save_half_way(folder, stage=1):
     assert saver.wait().checkpoint
 
 
-def resume_and_compare(folder, stage, exact):
-    c = config(folder, stage)
+def resume_and_compare(folder, stage, exact, model):
+    c = config(folder, stage, model=model)
     whole, half = checkpoints.committed(c.root)
     expected = checkpoints.load(whole)
     dist.barrier()  # all have seen it
@@ -123,6 +135,10 @@ def resume_and_compare(folder, stage, exact):
     assert not restored
     for step in range(2, STEPS):
         state.advance(losses(c, images(step)), LR)
+    assert len(state.orders()) == (0 if model is None else 1)
+    for spread, changes in state.orders():  # of the trained weights, whole at any stage
+        assert 0 < spread < math.log(4 * (12 + 2))  # of the channels that are put in order
+        assert changes > 0
     for name, value in state.tensors():
         if exact:
             assert torch.equal(value, expected[name]), name
@@ -148,21 +164,21 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(t
 
 
 @pytest.mark.parametrize(
-    ("saved_at", "resumed_at", "exact"),  # ZeRO stage and world size
+    ("saved_at", "resumed_at", "exact", "model"),  # ZeRO stage and world size
     [
-        ((0, 2), (0, 2), True),
-        ((1, 2), (1, 2), True),
-        ((3, 2), (3, 2), True),
-        ((1, 2), (0, 1), False),
-        ((3, 2), (1, 1), False),
-        ((1, 1), (3, 2), False),
+        ((0, 2), (0, 2), True, None),
+        ((1, 2), (1, 2), True, None),
+        ((3, 2), (3, 2), True, DENSE),
+        ((1, 2), (0, 1), False, None),
+        ((3, 2), (1, 1), False, None),
+        ((1, 1), (3, 2), False, None),
     ],
 )
-def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact):
+def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact, model):
     stage, world_size = saved_at
-    run_ranks(save_half_way, world_size, tmp_path, stage)
+    run_ranks(save_half_way, world_size, tmp_path, stage, model)
     stage, world_size = resumed_at
-    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact)
+    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact, model)
 
 
 def skip_and_go_back(folder):
