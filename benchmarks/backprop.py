@@ -1,17 +1,23 @@
 """Memory and time of a training step against depth, by backpropagation mode, beside peers on the same steps.
 
-    python -m benchmarks.backprop [--quick] [--device cuda] [--json FILE] [--plot FILE] [--allocators]
+    python -m benchmarks.backprop [--model eiw] [--quick] [--device cuda] [--json FILE] [--plot FILE] [--allocators]
                                   [--depths 8 16 32 64 --hidden 128 --batch 32 --resolution 32 --dtype float32]
     python -m benchmarks.backprop --rows FILE [--plot FILE]    # the table and the picture of an earlier run's --json
 
-A level of `depth` Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior; a
-training step is the loss and its gradients, without an optimizer. Rows of "auto" have a budget: a share of what
-"stored" keeps. The second table goes through budgets at the last depth. The peers (see `peers`) are optional: without
-them their rows say so.
+Models, and what is their depth, the number of couplings:
+
+- glow: a level of Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior. The
+  peers (see `peers`) are optional: without them their rows say so. A second table goes through budgets of "auto".
+- eiw: the preset `eiw` on pixels and noise, whole at depth 74; at 34 and 13 its units are shorter and nothing else
+  differs. "checkpointed nets" is the way of the authors' program: the network of each coupling runs again, and the rest
+  is stored. "checkpointed", ours, runs whole steps again, cross-unit networks, and the dequantizer.
+
+A training step is the loss and its gradients, without an optimizer. Rows of "auto" have a budget: a share of what
+"stored" keeps.
 
 What a row of `--json` holds; null where it does not apply or could not be measured:
 
-- mode, depth, budget (the share), budget_bytes, allocator, device, note;
+- model, mode, depth, budget (the share), budget_bytes, allocator, device, note;
 - seconds: of a step. Every row has processes of its own, one a round, and the rows take turns (with `--quick`, they
   share one); this is the median over rounds of the process's median;
 - to_stored: the median over rounds of the ratio to the same round's "stored";
@@ -21,9 +27,9 @@ What a row of `--json` holds; null where it does not apply or could not be measu
   batch). The parameters' gradients, gradient_bytes, are in it: they alone make it grow with depth when nothing is kept;
 - saved_bytes: what is still allocated after the forward pass, no matter what holds it: tensors for the backward pass,
   and the loss. Saved-tensor hooks would not see what an autograd function keeps on its own, as memcnn's does;
-- flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products;
+- flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products; flops_to_stored;
 - conditioner_forwards: how often a coupling's network is run in a step, the mean over couplings;
-- gradient_error: of the conditioners' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
+- gradient_error: of the networks' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
 
 From peak_bytes on it is counted, once, in another process, and on a CPU comes out the same each time.
 
@@ -44,7 +50,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
@@ -53,9 +59,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import backprop_report as report
+from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject
 from benchmarks.peers import PEERS, installed
-from benchmarks.peers import loss as loss_of_peer
-from eiwtrain import flow
 from eiwtrain.on_ray.session import WORKER_ENV
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -65,142 +70,104 @@ COUNTED = (
     "gradient_bytes",
     "saved_bytes",
     "flops",
+    "flops_to_stored",
     "conditioner_forwards",
     "gradient_error",
     "budget_bytes",
 )
-SIZES = {
-    "depths": ([8, 16, 32, 64], [4, 8]),
-    "hidden": (128, 64),
-    "batch": (32, 16),
-    "resolution": (32, 32),
-    "repeat": (4, 2),
-    "rounds": (3, 1),
+SIZES: dict[str, dict[str, tuple[Any, Any]]] = {
+    "glow": {
+        "depths": ([8, 16, 32, 64], [4, 8]),
+        "hidden": (128, 64),
+        "batch": (32, 16),
+        "resolution": (32, 32),
+        "repeat": (4, 2),
+        "rounds": (3, 1),
+    },
+    "eiw": {
+        "depths": ([*EIW_STEPS], [min(EIW_STEPS)]),
+        "hidden": (48, 6),
+        "batch": (2, 2),
+        "resolution": (32, 16),
+        "repeat": (2, 1),
+        "rounds": (1, 1),
+    },
 }
-"""Sizes by default, and with --quick."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One measurement."""
-
-    mode: str
-    depth: int
-    budget: float | None
-    budget_bytes: int | None
-    """Found by `count`."""
-    hidden: int
-    batch: int
-    resolution: int
-    dtype: str
-    device: str
-    threads: int
-    repeat: int
-
-
-class Subject:
-    """A model in the mode of a setting, or a peer's, its loss, the batch it takes, and the same model in "stored"."""
-
-    def __init__(self, setting: Setting) -> None:
-        torch.set_num_threads(setting.threads)
-        torch.manual_seed(0)
-        self.device = torch.device(setting.device)
-        config = flow.FlowConfig(
-            image_shape=(3, setting.resolution, setting.resolution),
-            levels=1,
-            steps=setting.depth,
-            conditioner=flow.ConditionerConfig(hidden=setting.hidden),
-            backprop="stored",
-            conditioner_dtype=setting.dtype,
-        )
-        self.stored = flow.EIWFlow(config).to(self.device)
-        for name, p in self.stored.named_parameters():
-            if name.endswith("conditioner.last.weight"):
-                torch.nn.init.normal_(p, std=0.02)  # at zero, as it starts, layers before it would get no gradient
-        self.x = torch.rand(setting.batch, *config.image_shape, device=self.device) - 0.5
-        self.stored.initialize(self.x[:2])
-        if setting.mode in PEERS:
-            self.model = self.stored
-            self.loss = loss_of_peer(setting.mode, self.stored)
-        else:
-            config = replace(config, backprop=setting.mode, memory_budget=setting.budget_bytes)
-            self.model = flow.EIWFlow(config).to(self.device)
-            self.model.load_state_dict(self.stored.state_dict())
-            self.loss = negative_log_prob(self.model)
-
-    def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def negative_log_prob(model: Any) -> Callable[[Any], Any]:
-    """Return the loss of a flow."""
-    return lambda x: -model(x).log_prob.mean()
+"""Sizes of each model by default, and with --quick."""
 
 
 def clock(setting: Setting) -> dict[str, Any]:
     """Return seconds of a step, and what steps add to the process's high-water mark, if this is the first in it."""
     subject = Subject(setting)
 
-    def seconds(x: Any) -> float:
+    def seconds(*batch: Any) -> float:
         subject.model.zero_grad()
         subject.synchronize()
         began = time.perf_counter()
-        subject.loss(x).backward()
+        subject.loss(*batch).backward()
         subject.synchronize()
         return time.perf_counter() - began
 
-    seconds(subject.x[:2])  # loads code
+    if setting.batch > 2:
+        seconds(*(t[:2] for t in subject.batch))  # loads code
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds(subject.x)  # the first is slower
-    measured = statistics.median(seconds(subject.x) for _ in range(setting.repeat))
+    seconds(*subject.batch)  # the first is slower
+    measured = statistics.median(seconds(*subject.batch) for _ in range(setting.repeat))
     return {"seconds": measured, "rss_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
 
 
 def count(settings: list[Setting]) -> list[dict[str, Any]]:
-    """Return the counted values of each setting; the "stored" of a depth must come before its "auto"."""
-    stored: dict[int, int] = {}
+    """Return the counted values of each setting; the "stored" of a depth must come before the others."""
     counted = []
+    stored: dict[str, Any] = {}
+    exact: list[torch.Tensor] = []
     for setting in settings:
         if setting.budget is not None:
-            setting = replace(setting, budget_bytes=round(setting.budget * stored[setting.depth]))
-        measured = _count(Subject(setting)) | {"budget_bytes": setting.budget_bytes}
+            setting = replace(setting, budget_bytes=round(setting.budget * stored["saved_bytes"]))
+        measured, gradients = _count(Subject(setting))
         if setting.mode == "stored":
-            stored[setting.depth] = measured["saved_bytes"]
+            stored, exact = measured, gradients
+        measured["budget_bytes"] = setting.budget_bytes
+        measured["flops_to_stored"] = measured["flops"] / stored["flops"]
+        measured["gradient_error"] = _relative_error(gradients, exact)
         counted.append(measured)
         gc.collect()
     return counted
 
 
-def _count(subject: Subject) -> dict[str, Any]:
-    error = _gradient_error(subject)
+def _count(subject: Subject) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Return the counted values of a setting by itself, and the gradients of its networks."""
+    saved, _ = _allocated(lambda: subject.loss(*subject.batch), subject.device)
+    _, peak = _allocated(lambda: subject.loss(*subject.batch).backward(), subject.device)
+    named = subject.model.named_parameters()
+    gradients = [cast(torch.Tensor, p.grad) for name, p in named if ".conditioner." in name]
     subject.model.zero_grad()
-    saved, _ = _allocated(lambda: subject.loss(subject.x), subject.device)
-    _, peak = _allocated(lambda: subject.loss(subject.x).backward(), subject.device)
 
     runs = 0
 
-    def ran(*_: Any) -> None:
-        nonlocal runs
-        runs += 1
+    def counted(network: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            return network(*inputs)
 
-    conditioners = [m for m in subject.model.modules() if isinstance(m, flow.ConvConditioner)]
-    for conditioner in conditioners:
-        conditioner.register_forward_hook(ran)
+        return run
+
+    for conditioner in subject.networks:
+        cast(Any, conditioner).network = counted(conditioner.network)  # no hook, which a checkpoint would pass over
     flops = FlopCounterMode(display=False)
     # Its own tracker says which module counts, and cannot follow modules that are run in a backward pass.
     flops.mod_tracker = cast(Any, _NoModules())
     with flops:
-        subject.loss(subject.x).backward()
-    return {
+        subject.loss(*subject.batch).backward()
+    measured = {
         "peak_bytes": peak,
         "gradient_bytes": sum(p.nbytes for p in subject.model.parameters()),
         "saved_bytes": saved,
         "flops": flops.get_total_flops(),
-        "conditioner_forwards": runs / len(conditioners),
-        "gradient_error": error,
+        "conditioner_forwards": runs / len(subject.networks),
     }
+    return measured, gradients
 
 
 class _NoModules:
@@ -215,16 +182,9 @@ class _NoModules:
         pass
 
 
-def _gradient_error(subject: Subject) -> float:
-    def gradient(model: Any, loss: Callable[[Any], Any]) -> torch.Tensor:
-        model.zero_grad()
-        loss(subject.x).backward()
-        named = [(name, p.grad) for name, p in model.named_parameters() if ".conditioner." in name]
-        return torch.cat([grad.flatten().double() for _, grad in named])
-
-    ours = gradient(subject.model, subject.loss)
-    stored = gradient(subject.stored, negative_log_prob(subject.stored))
-    return ((ours - stored).norm() / stored.norm()).item()
+def _relative_error(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    difference = sum((a.double() - b.double()).square().sum() for a, b in zip(ours, exact, strict=True))
+    return float((difference / sum(b.double().square().sum() for b in exact)) ** 0.5)
 
 
 def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
@@ -254,8 +214,9 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     sizes = {name: getattr(args, name) for name in Setting.__annotations__ if hasattr(args, name) and name != "budget"}
     found = []
     for depth in args.depths:
-        budgets = {args.budget, *(BUDGETS if depth == args.depths[-1] else ())}
-        plan: list[tuple[str, float | None]] = [(mode, None) for mode in report.METHODS if mode != "auto"]
+        through = args.model == "glow" and depth == args.depths[-1]
+        budgets = {args.budget, *(BUDGETS if through else ())}
+        plan: list[tuple[str, float | None]] = [(mode, None) for mode in METHODS[args.model] if mode != "auto"]
         plan += [("auto", budget) for budget in sorted(budgets)]
         found += [Setting(mode=mode, depth=depth, budget=budget, budget_bytes=None, **sizes) for mode, budget in plan]
     return found
@@ -298,12 +259,12 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
             rows.append(_row(setting, allocator, "") | measured | counts)
         rows += [_row(s, allocator, "not installed") for s in missing]
-    order = {mode: i for i, mode in enumerate(report.METHODS)}
+    order = {mode: i for i, mode in enumerate(METHODS[args.model])}
     return sorted(rows, key=lambda r: (r["allocator"] != rows[0]["allocator"], r["depth"], order[r["mode"]]))
 
 
 def _row(setting: Setting, allocator: str, note: str) -> dict[str, Any]:
-    known = {name: getattr(setting, name) for name in ("mode", "depth", "budget", "device")}
+    known = {name: getattr(setting, name) for name in ("model", "mode", "depth", "budget", "device")}
     return known | {"allocator": allocator, "note": note} | dict.fromkeys((*TIMED, *COUNTED))
 
 
@@ -324,10 +285,12 @@ def _child(what: str, task: Any, environment: dict[str, str]) -> Any:
 def main() -> None:
     """Print the tables; write the rows and the plot if asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.backprop", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=tuple(SIZES), default="glow")
     parser.add_argument("--quick", action="store_true", help="small sizes, under a minute")
-    for name, (full, quick) in SIZES.items():
+    for name in SIZES["glow"]:
         nargs = "+" if name == "depths" else None
-        parser.add_argument(f"--{name}", type=int, nargs=nargs, help=f"default {full}, quick {quick}")
+        defaults = "; ".join("{}: {}, quick {}".format(model, *SIZES[model][name]) for model in SIZES)
+        parser.add_argument(f"--{name}", type=int, nargs=nargs, help=f"default of {defaults}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the conditioners")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -347,9 +310,11 @@ def main() -> None:
         return
     if args.allocators and args.device == "cuda":
         parser.error("--allocators is about glibc, which does not matter on a GPU")
-    for name, (full, quick) in SIZES.items():
+    for name, (full, quick) in SIZES[args.model].items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
+    if args.model == "eiw" and (unknown := set(args.depths) - set(EIW_STEPS)):
+        parser.error(f"--depths: {min(unknown)} is not one of {', '.join(map(str, EIW_STEPS))}, those of eiw")
     rows = json.loads(Path(args.rows).read_text()) if args.rows else rows_of(args)
     print(report.tables(rows, args.budget))
     if args.json:

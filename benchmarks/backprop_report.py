@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.peers import PEERS
+from benchmarks.backprop_subject import METHODS
 from eiwtrain.flow.config import BACKPROP_MODES
 
 Row = dict[str, Any]
 
-METHODS = (*BACKPROP_MODES, *PEERS)
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "seconds": ("s/step", "{:.3f}".format),
     "to_stored": ("to stored", "{:.2f}".format),
@@ -21,6 +20,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "saved_bytes": ("saved MB", lambda n: f"{n / 1e6:.3g}"),
     "rss_bytes": ("RSS MB", lambda n: f"{n / 1e6:.3g}"),
     "flops": ("GFLOP", lambda n: f"{n / 1e9:.3g}"),
+    "flops_to_stored": ("to stored", "{:.3f}".format),
     "conditioner_forwards": ("forwards", "{:.2f}".format),
     "gradient_error": ("grad error", "{:.0e}".format),
 }
@@ -32,7 +32,7 @@ def tables(rows: Sequence[Row], budget: float) -> str:
     last = max(r["depth"] for r in rows)
     by_depth = [r for r in rows if r["budget"] in (None, budget)]
     by_budget = [r for r in rows if r["budget"] is not None and r["depth"] == last]
-    return f"{_table(by_depth)}\n\n{_table(by_budget)}"
+    return f"{_table(by_depth)}\n\n{_table(by_budget)}" if len(by_budget) > 1 else _table(by_depth)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -53,9 +53,11 @@ def plot(rows: Sequence[Row], budget: float, path: str) -> None:
     depths = sorted({r["depth"] for r in rows})
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds, both = figure.subplots(1, 3)
-    for mode in METHODS:
+    for mode in dict.fromkeys(mode for modes in METHODS.values() for mode in modes):
         line = [r for r in rows if r["mode"] == mode and r["budget"] in (None, budget)]
         last = [r for r in rows if r["mode"] == mode and r["depth"] == depths[-1]]
+        if not line:
+            continue
         style = "o-" if mode in BACKPROP_MODES else "x--"
         label = f"{mode} (left and middle: {budget:.0%} budget)" if mode == "auto" else mode
         steps = [r["depth"] for r in line]
@@ -71,9 +73,9 @@ def plot(rows: Sequence[Row], budget: float, path: str) -> None:
         megabytes = end["peak_bytes"] / 1e6
         name = f"{mode} {megabytes:.0f} MB"
         memory.annotate(name, (depths[-1], megabytes), xytext=shift, textcoords="offset points", ha="right")
-    memory.set(title="Peak memory of a training step", xlabel="Glow steps", ylabel="MB", ylim=(0, None))
-    seconds.set(title="Time of a training step", xlabel="Glow steps", ylabel="ratio to stored", ylim=(0, None))
-    both.set(title=f"Both, at {depths[-1]} Glow steps", xlabel="peak memory, MB", ylabel="time, ratio to stored")
+    memory.set(title="Peak memory of a training step", xlabel="couplings", ylabel="MB", ylim=(0, None))
+    seconds.set(title="Time of a training step", xlabel="couplings", ylabel="ratio to stored", ylim=(0, None))
+    both.set(title=f"Both, at {depths[-1]} couplings", xlabel="peak memory, MB", ylabel="time, ratio to stored")
     both.set(xlim=(0, 1.1 * both.get_xlim()[1]), ylim=(0, None))
     for axes in (memory, seconds):
         axes.set_xticks(depths)

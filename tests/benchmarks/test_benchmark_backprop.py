@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.backprop import _allocated
+from benchmarks.backprop import _allocated, count
+from benchmarks.backprop_subject import NETWORKS, Setting
 from benchmarks.peers import PEERS, installed
 
 pytestmark = pytest.mark.cluster  # a benchmark that takes its time
 
 KEYS = {
-    *("mode", "depth", "budget", "budget_bytes", "allocator", "device", "note"),
+    *("model", "mode", "depth", "budget", "budget_bytes", "allocator", "device", "note"),
     *("seconds", "to_stored", "rss_bytes", "peak_bytes", "gradient_bytes", "saved_bytes"),
-    *("flops", "conditioner_forwards", "gradient_error"),
+    *("flops", "flops_to_stored", "conditioner_forwards", "gradient_error"),
 }
 
 
@@ -105,3 +106,14 @@ def test_allocations_are_counted_to_the_byte() -> None:
         return second
 
     assert _allocated(work, torch.device("cpu")) == (2000, 6000)
+
+
+def test_modes_of_eiw_have_the_gradients_of_stored_and_keep_less() -> None:
+    one: dict[str, Any] = {"depth": 13, "hidden": 6, "batch": 2, "resolution": 8, "dtype": "float32", "device": "cpu"}
+    modes = ("stored", NETWORKS, "invertible")
+    rows = count([Setting("eiw", mode, budget=None, budget_bytes=None, threads=1, repeat=1, **one) for mode in modes])
+    assert all(row["gradient_error"] < 1e-3 for row in rows)
+    assert [row["conditioner_forwards"] for row in rows] == [1, 2, 2]
+    kept = [row["saved_bytes"] for row in rows]
+    assert kept == sorted(kept, reverse=True)
+    assert 1.3 <= rows[-1]["flops_to_stored"] <= 1.34
