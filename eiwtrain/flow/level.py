@@ -181,25 +181,33 @@ class Level(nn.Module):
         for unit, join, uniform in zip(self._units(), self._joining(), self._pieces(noise), strict=True):
             later -= len(unit)
             of_unit = min(max(0, stored - later), len(unit))
+            of_join = 0
             if join is not None and uniform is not None:
                 keeps = self.backprop == "stored" or (self.backprop == "auto" and of_unit == len(unit))
                 joined, gained = _run_join(join, uniform, inputs, keeps)
+                if costs is not None:
+                    of_join = self._bytes_of_join(join, uniform, inputs)
                 inputs.append(out.y)
                 out = out._replace(y=torch.cat((out.y, joined), dim=1), log_det=out.log_det + gained)
-            self._measure(unit, out.y, costs)
+            self._measure(unit, out.y, costs, of_join)
             out = compose(out, run_chain(unit, out.y, self.backprop, self.anchor_every, of_unit))
         return out
 
-    def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: list[int] | None) -> None:
-        """Append the bytes of activations of each of the bijections to `costs`, if given."""
+    def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: list[int] | None, more: int = 0) -> None:
+        """Append the bytes of activations of each of the bijections to `costs`, if given; `more` counts with the first,
+        as the network of noise that joins is stored where a whole unit is."""
         if costs is None:
             return
         parameters = list(self.parameters())
         for bijection in bijections:
             alone = partial(run_chain, [bijection], y.detach().requires_grad_(), "stored")
             cost, out = bytes_saved(alone, parameters)
-            costs.append(cost)
-            y = out.y
+            costs.append(cost + more)
+            y, more = out.y, 0
+
+    def _bytes_of_join(self, join: ConditionedCoupling, uniform: Tensor, inputs: Sequence[Tensor]) -> int:
+        alone = partial(_join, join, uniform, *(x.detach().requires_grad_() for x in inputs))
+        return bytes_saved(alone, self.parameters())[0]
 
     def _pieces(self, noise: Tensor | None) -> list[Tensor | None]:
         """Return the noise that joins before each unit: none before the first."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from flow_helpers import conditioner_calls, gradients, images, make_flow, relative_error
+from flow_helpers import DENSE, conditioner_calls, gradients, images, make_flow, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,21 @@ def test_a_budget_is_kept_to_and_used() -> None:
     assert used == sorted(set(used))
     assert kept(auto(0)) == least
     assert kept(auto(2 * most)) == most
+
+
+def test_a_budget_holds_for_the_networks_of_noise_that_joins_too() -> None:
+    x = images(6, DENSE, torch.float32)
+    noise = torch.rand(6, *DENSE.noise_shape)
+
+    def kept_by(**changes: Any) -> int:
+        flow = make_flow(DENSE, torch.float32, **changes)
+        return bytes_saved(lambda: flow(x, noise), [*flow.parameters(), *flow.buffers()])[0]
+
+    least, most = (kept_by(backprop=mode) for mode in ("invertible", "stored"))
+    for tenths in range(11):
+        budget = tenths * (most - least) // 10
+        assert kept_by(backprop="auto", memory_budget=budget) <= least + budget
+    assert kept_by(backprop="auto", memory_budget=2 * most) > 0.9 * most
 
 
 @pytest.mark.parametrize("batch", [1, 6])
