@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "attention as published": {**TINY, "published": ["attention"]},
     "no attention": {**TINY, "conditioner": {"attention": "none"}},
     "batch normalisation": {**TINY, "published": ["norm"]},
-    "uniform dequantization": {**TINY, "dequantization": "uniform"},
+    "variational dequantization": {**TINY, "dequantization": "variational"},
     "glow, soft": {**GLOW, "shuffle": "soft"},
     "glow, order": {**GLOW, "shuffle": "order"},
 }
