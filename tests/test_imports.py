@@ -68,3 +68,19 @@ def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
     )
     assert "deepspeed" in found
     assert not found & {"mlflow.tracking", COMPILER}
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [("quickstart", []), ("lsun", []), ("quickstart", ["model.conditioner.kind=transformer"])],
+    ids=str,
+)
+def test_an_outline_of_a_flow_does_without_the_compiler(config, overrides):
+    found = imported(
+        "-c",
+        "from eiwtrain.config.file import load_config\n"
+        "from eiwtrain.train.state import outline\n"
+        f"outline(load_config('configs/{config}.yaml', {overrides}), 3)",
+    )
+    assert "torch" in found
+    assert not found & {"torch._dynamo", "sympy"}

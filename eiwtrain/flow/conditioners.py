@@ -170,7 +170,9 @@ class TransformerConditioner(Conditioner):
             raise ValueError(f"patch: {patch} does not divide a level's grid of {height}x{width}; these do: {right}")
         self.grid, self.patch = grid, patch
         self.first = nn.Linear(inputs * patch**2, hidden)
-        self.position = nn.Parameter(torch.randn(height // patch * (width // patch), hidden) / math.sqrt(hidden))
+        position = torch.empty(height // patch * (width // patch), hidden)
+        # not without numbers, for which torch would import its compiler
+        self.position = nn.Parameter(position if position.is_meta else torch.randn_like(position) / math.sqrt(hidden))
         self.blocks = nn.ModuleList(_AttentionBlock(hidden, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(hidden)
         self.last = at_zero(nn.Linear(hidden, outputs * patch**2))

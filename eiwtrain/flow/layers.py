@@ -140,6 +140,21 @@ class ActNorm(Bijection):
         return self.forward(x).y
 
 
+def _rotation(channels: int, identity: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factors, signs and rows with which `InvertibleConv1x1` starts: a random rotation, or the identity."""
+    start = torch.empty(channels, channels, dtype=torch.float64)
+    if start.is_meta:  # arithmetic without numbers would import torch's compiler, for a second
+        return start, start[0], torch.empty(channels, dtype=torch.int64)
+    start.zero_().fill_diagonal_(1.0)
+    if not identity:
+        start = torch.linalg.qr(torch.randn_like(start))[0]
+    p, lower, upper = torch.linalg.lu(start)
+    s = upper.diagonal()
+    factors = lower + upper
+    factors.diagonal().copy_(s.abs().log())
+    return factors, s.sign(), p.argmax(dim=1)
+
+
 class InvertibleConv1x1(Bijection):
     """y = W x at every place, W = P L (U + diag(sign * exp(log_s))); starts as a random rotation
     (Glow, section 3.2), or as the identity.
@@ -150,19 +165,13 @@ class InvertibleConv1x1(Bijection):
 
     def __init__(self, channels: int, identity: bool = False) -> None:
         super().__init__()
-        start = torch.eye(channels, dtype=torch.float64)
-        if not identity:
-            start = torch.linalg.qr(torch.randn_like(start))[0]
-        p, lower, upper = torch.linalg.lu(start)
-        s = upper.diagonal()
+        factors, sign, rows = _rotation(channels, identity)
         dtype = torch.get_default_dtype()
-        factors = lower + upper
-        factors.diagonal().copy_(s.abs().log())
         self.factors = nn.Parameter(factors.to(dtype))
         self.sign: Tensor
         self.rows: Tensor
-        self.register_buffer("sign", s.sign().to(dtype))
-        self.register_buffer("rows", p.argmax(dim=1))  # P M = M[rows]
+        self.register_buffer("sign", sign.to(dtype))
+        self.register_buffer("rows", rows)  # P M = M[rows]
 
     def forward(self, x: Tensor) -> Transformed:
         log_det = x.shape[2] * x.shape[3] * self.factors.diagonal().to(x.dtype).sum()

@@ -52,7 +52,10 @@ class Order(Bijection):
         """The order of the latest forward pass in training mode."""
         self.changes: Tensor
         """How often a forward pass in training mode has found another order than the one before it."""
-        self.register_buffer("latest", self._order(self.logits(torch.get_default_dtype()).detach()))
+        latest = torch.empty(channels, dtype=torch.int64)
+        if not latest.is_meta:  # arithmetic without numbers would import torch's compiler, for a second
+            latest = self._order(self.logits(torch.get_default_dtype()).detach())
+        self.register_buffer("latest", latest)
         self.register_buffer("changes", torch.zeros((), dtype=torch.int64))
 
     def logits(self, dtype: torch.dtype) -> Tensor:

@@ -184,7 +184,9 @@ class SoftHalf(Coupling):
         inputs, size = reversed(sizes) if mirrored else sizes
         self.size = size
         self.solver = Solver(inputs, (1 + _PAIRS) * self.size)
-        self.vectors = nn.Parameter(F.normalize(torch.randn(_PAIRS, self.size), dim=1))
+        vectors = torch.empty(_PAIRS, self.size)
+        # not without numbers, for which torch would import its compiler
+        self.vectors = nn.Parameter(vectors if vectors.is_meta else F.normalize(torch.randn_like(vectors), dim=1))
 
     def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         raw, offsets = self.solver(to_blocks(a, self.block)).split((self.size, _PAIRS * self.size), dim=1)
