@@ -37,21 +37,27 @@ from eiwtrain import data, flow
 
 Row = dict[str, Any]
 
-TINY = {"preset": "eiw-tiny"}
+TINY = {"preset": "eiw-tiny", "lr": 5e-3}
+DENSE = {**TINY, "conditioner": {"kind": "dense", "hidden": 24, "depth": 1, "growth": 24, "activation": "relu"}}
 GLOW = {"levels": 3, "steps": 4, "conditioner": {"kind": "conv", "hidden": 64}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "order": TINY,
     "none": {**TINY, "shuffle": "none"},
     "fixed": {**TINY, "shuffle": "fixed"},
     "soft": {**TINY, "shuffle": "soft"},
-    "order, input 1": {**TINY, "order_input": "one"},
-    "order, true KL": {**TINY, "kl": "true"},
-    "attention as published": {**TINY, "published": ["attention"]},
-    "no attention": {**TINY, "conditioner": {"attention": "none"}},
-    "batch normalisation": {**TINY, "published": ["norm"]},
-    "variational dequantization": {**TINY, "dequantization": "variational"},
     "glow, soft": {**GLOW, "shuffle": "soft"},
     "glow, order": {**GLOW, "shuffle": "order"},
+    "input 1": {**TINY, "order_input": "one"},
+    "true KL": {**TINY, "kl": "true"},
+    "variational": {
+        **TINY,
+        "dequantization": "variational",
+        "dequantizer": {"couplings": 2, "hidden": 16, "growth": 16},
+    },
+    "dense networks": DENSE,
+    "dense networks, attention as published": {**DENSE, "published": ["attention"]},
+    "dense networks, batch normalisation": {**DENSE, "published": ["norm"]},
+    "dense networks, no attention": {**DENSE, "conditioner": {**DENSE["conditioner"], "attention": "none"}},
 }
 _TRAINING = {"optimizer": "adamw", "lr": 2e-3, "batch": 32, "published": []}
 _WARMUP, _CLIP, _EMA, _SIGMA = 0.05, 50.0, 0.99, 1e-3

@@ -42,16 +42,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dequantization": "variational",
         "dequantizer": {"couplings": 2, "hidden": 32, "depth": 2, "growth": 32},
     },
-    # ... and for CPUs, with uniform dequantization, as the variational one takes a third of the time of a flow so small.
+    # ... and for CPUs, with Glow's networks and uniform dequantization, which learn much sooner (benchmarks/RESULTS.md).
     "eiw-tiny": {
         "backbone": "dense",
         "levels": 3,
         "units": (2, 2, 1),
         "steps": (2, 2, 4),
         "noise_channels": 4,
-        "conditioner": {"kind": "dense", "hidden": 24, "depth": 1, "growth": 24, "activation": "relu"},
+        "conditioner": {"kind": "conv", "hidden": 64, "depth": 1},
         "shuffle": "order",
-        "dequantizer": {"couplings": 2, "hidden": 16, "depth": 1, "growth": 16},
     },
     # Jet, the smaller of its ImageNet-64 models (arXiv 2412.15129): 32 couplings, each a transformer of 2 blocks, 512
     # wide, 8 heads, on patches of 4x4 pixels (here 2x2 of squeezed ones), no levels to split at.
