@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dequantization": "variational",
         "dequantizer": {"couplings": 2, "hidden": 32, "depth": 2, "growth": 32},
     },
-    # ... and for CPUs, with Glow's networks and uniform dequantization, which learn much sooner (benchmarks/RESULTS.md).
+    # ... and for CPUs, with Glow's networks and uniform dequantization, which learn sooner (benchmarks/RESULTS.md).
     "eiw-tiny": {
         "backbone": "dense",
         "levels": 3,

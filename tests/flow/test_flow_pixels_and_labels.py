@@ -148,7 +148,7 @@ SIZES = {
     "glow": (40, 50),
     "eiw": (130.922462, 130.922462),  # the authors' program, counted by building it
     "eiw-small": (2, 4),
-    "eiw-tiny": (0.3, 0.6),
+    "eiw-tiny": (0.5, 0.6),
     "jet": (190, 230),
 }
 
