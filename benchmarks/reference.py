@@ -330,6 +330,8 @@ def compare(reference: Reference, backprop: str) -> dict[str, float]:
     if unset := {name for name, _ in model.named_parameters()} - set(ours):
         raise NotAReference(f"no weights for {len(unset)} parameters, such as {min(unset)}")
     model.load_state_dict({name: t.detach() for name, t in ours.items()}, strict=False)
+    for order in model.orders():
+        order.sort()
     pixels, noise = reference.tensors["pixels"].to(torch.uint8), uniform_noise(reference)
     found, back = results(model, pixels, noise)
     found["loss"].backward()

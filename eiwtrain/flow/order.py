@@ -49,7 +49,8 @@ class Order(Bijection):
         self.excite_first = nn.Linear(channels, reduced, bias=False)
         self.excite_last = nn.Linear(reduced, channels, bias=False)
         self.latest: Tensor
-        """The order of the latest forward pass in training mode."""
+        """The order of the latest forward pass in training mode. In eval mode it is the order, so that an average of
+        weights, whose own logits may sort otherwise, keeps the order that its weights were trained with."""
         self.changes: Tensor
         """How often a forward pass in training mode has found another order than the one before it."""
         latest = torch.empty(channels, dtype=torch.int64)
@@ -71,14 +72,14 @@ class Order(Bijection):
 
     def forward(self, x: Tensor) -> Transformed:
         logits = self.logits(x.dtype)
-        order = self._order(logits.detach())
+        order = self._current(logits)
         if self.training:
             self._count(order)
         y = x[:, order]
         return Transformed(y, zeros_per_sample(x), self._penalty(y, logits))
 
     def inverse(self, y: Tensor) -> Tensor:
-        return y[:, self._order(self.logits(y.dtype).detach()).argsort()]
+        return y[:, self._current(self.logits(y.dtype)).argsort()]
 
     def _penalty(self, y: Tensor, logits: Tensor) -> Tensor:
         log_weights = F.log_softmax(logits, dim=0)
@@ -87,6 +88,13 @@ class Order(Bijection):
             excited = F.linear(F.relu(F.linear(y.mean(dim=(2, 3)), first)), last)
         of_image = F.log_softmax(excited, dim=1) if self.kl == "true" else F.softmax(excited, dim=1)
         return (log_weights.exp() * (log_weights - of_image)).sum(dim=1)
+
+    def sort(self) -> None:
+        """Make the order of the weights that of eval mode, too: after weights were set without it."""
+        self.latest.copy_(self._order(self.logits(self.weigh_first.weight.dtype).detach()))
+
+    def _current(self, logits: Tensor) -> Tensor:
+        return self._order(logits.detach()) if self.training else self.latest
 
     @torch.no_grad()
     def _count(self, order: Tensor) -> None:

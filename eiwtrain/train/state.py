@@ -83,6 +83,7 @@ class TrainState:
         else:
             self.flow.load_state_dict(checkpoints.section(tensors, "weights"))
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
+        self._orders = list(zip(self.averaged.orders(), self.flow.orders(), strict=True))
         if config.train.compile:
             self.flow.compile_conditioners()
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
@@ -136,6 +137,8 @@ class TrainState:
         averaged = dict(self.averaged.named_parameters())
         for weights in self.engine.weights():
             torch._foreach_lerp_([averaged[name] for name in weights], list(weights.values()), 1.0 - decay)
+        for average, trained in self._orders:
+            average.latest.copy_(trained.latest)
         self.updates += 1
         return norm, True
 
