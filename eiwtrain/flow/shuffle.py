@@ -14,7 +14,7 @@ at each image. No figure of the paper is claimed for any of them. What guided ou
   and the identity at the start. One reflection can exchange two channels, so a product of enough of them is any
   permutation; we take four a half. A learned 1x1 convolution that starts as the identity comes first, and each `block`
   of places (4x4 by default) is rotated by itself, because informative channels differ within an image: at equal
-  parameters and time that won (`benchmarks.shuffle`), though edges of blocks show in samples of flows trained briefly.
+  parameters and time that won (benchmarks/RESULTS.md), though edges of blocks show in samples of flows trained briefly.
   `hard` sorts channels by weight: no gradient passes the sort, and it costs density. `fixed` permutes once and for all,
   by a permutation drawn at the start.
 
