@@ -18,7 +18,8 @@ DENSE = {
     "units": [2, 1],
     "steps": 1,
     "noise_channels": 2,
-    "conditioner": {"hidden": 4, "depth": 1, "growth": 2},
+    "conditioner": {"kind": "dense", "hidden": 4, "depth": 1, "growth": 2},
+    "dequantization": "variational",
     "dequantizer": {"couplings": 1, "hidden": 4, "depth": 1, "growth": 2},
 }
 """Fields of the model of a small EIW-Flow: noise joins on the way through it, and it learns an order."""

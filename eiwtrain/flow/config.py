@@ -158,18 +158,20 @@ class FlowConfig(FlowSettings):
         for size in self.image_shape:
             check_number("image_shape", size, int, Range(1))
         check_fields(self)
+        _, height, width = self.image_shape
+        # Sides are compared first: two to the power of a hostile number of levels is itself too large.
+        if self.levels >= min(height, width).bit_length() or height % 2**self.levels or width % 2**self.levels:
+            factor = f"2^{self.levels}" if self.levels > 16 else 2**self.levels
+            raise ValueError(
+                f"levels: {self.levels} levels halve {height}x{width} images {self.levels} times, "
+                f"and both sides must be divisible by {factor}"
+            )
         for name in ("units", "steps"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and len(numbers) != self.levels:
                 raise ValueError(f"{name}: {len(numbers)} numbers for {self.levels} levels; give one for each level")
         if self.backbone == "glow" and set(self.units_of_levels) != {1}:
             raise ValueError("units: backbone glow has one unit a level; take backbone dense, or more steps")
-        _, height, width = self.image_shape
-        if height % 2**self.levels or width % 2**self.levels:
-            raise ValueError(
-                f"levels: {self.levels} levels halve {height}x{width} images {self.levels} times, "
-                f"and both sides must be divisible by {2**self.levels}"
-            )
         least, patch = (height // 2**self.levels, width // 2**self.levels), self.conditioner.patch
         if self.conditioner.kind == "transformer" and any(side % patch for side in least):
             raise ValueError(f"patch: {patch} does not divide the grid of the last level, {least[0]}x{least[1]}")

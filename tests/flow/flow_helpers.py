@@ -44,7 +44,10 @@ def at_random_parameters(module: Module, scale: float = 0.2, seed: int = 1) -> M
 def make_flow(config: FlowConfig = TINY, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> EIWFlow:
     """A flow at random parameters, the same ones for the same shapes."""
     torch.manual_seed(seed)
-    return at_random_parameters(EIWFlow(replace(config, **changes)).to(dtype), scale=0.1)
+    flow = at_random_parameters(EIWFlow(replace(config, **changes)).to(dtype), scale=0.1)
+    for order in flow.orders():
+        order.sort()
+    return flow
 
 
 def images(batch: int, config: FlowConfig = TINY, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

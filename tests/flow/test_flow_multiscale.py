@@ -223,6 +223,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image_shape": (0, 8, 8)}, "image_shape"),
     ({"image_shape": (3, 8, 10)}, "levels: 2 levels"),
     ({"levels": 4}, "levels: .* divisible by 16"),
+    ({"levels": 10**12}, "levels: .* divisible by 2.1000000000000"),
     ({"levels": 0}, "levels"),
     ({"steps": True}, "steps"),
     ({"steps": 1.5}, "steps"),
