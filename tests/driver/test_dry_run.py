@@ -162,9 +162,10 @@ def test_configs_have_one_full_micro_batch_a_worker(path):
     assert config.max_workers * config.train.micro_batch == config.train.global_batch
 
 
-@pytest.mark.cluster  # half a minute or so for all, as they are of full size
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_the_head_of_a_config_agrees_with_its_plan(path):
+@pytest.mark.cluster  # a minute or so for a flow of full size; celeba, imagenet and lsun128 have the same one
+@pytest.mark.parametrize("name", ["quickstart", "cifar10-cpu", "cifar10", "lsun"])
+def test_the_head_of_a_config_agrees_with_its_plan(name):
+    path = next(path for path in CONFIGS if path.stem == name)
     meant = MEANT.search(path.read_text())
     config = load_config(str(path))
     found = costs.of(config)
