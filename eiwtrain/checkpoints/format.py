@@ -14,18 +14,15 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from eiwtrain import storage
 from eiwtrain.config import Config, Model, Train, flatten
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-T = TypeVar("T")
 
 FORMAT = "eiwtrain-checkpoint/2"
 MANIFEST = "manifest.json"
@@ -170,7 +167,13 @@ def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for part in checkpoint.parts:
-        tensors.update(from_bytes(_twice(partial(_read_part, storage.join(checkpoint.url, part.name), part))))
+        tensors.update(
+            from_bytes(
+                storage.read_twice(
+                    DamagedCheckpoint, partial(_read_part, storage.join(checkpoint.url, part.name), part)
+                )
+            )
+        )
     return tensors
 
 
@@ -204,17 +207,6 @@ def differences(checkpoint: Checkpoint, config: Config, fingerprint: str | None)
     return lines
 
 
-def _twice(read: Callable[[], T]) -> T:
-    """Return `read()`; if that fails, the read may have been at fault and not what is stored, so read once more."""
-    try:
-        return read()
-    except DamagedCheckpoint as e:
-        found = read()
-        storage.count_faults(1)
-        _log.warning("%s at a first read, and whole at a second", e)
-        return found
-
-
 def _read_part(url: str, part: Part) -> bytes:
     try:
         data = storage.read_bytes(url)
@@ -226,7 +218,7 @@ def _read_part(url: str, part: Part) -> bytes:
 
 
 def _read_manifest(url: str) -> Checkpoint:
-    return _twice(lambda: _parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
+    return storage.read_twice(DamagedCheckpoint, lambda: _parse(url, storage.read_bytes(storage.join(url, MANIFEST))))
 
 
 def _parse(url: str, data: bytes) -> Checkpoint:

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 from eiwtrain import storage
 from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
@@ -27,7 +26,6 @@ _HALF = re.compile(r"[0-9a-f]{64}\.(tar|json)\.[0-9a-f]{32}\.part|\..+\.[0-9a-f]
 _ABANDONED = 3600.0  # seconds after which a partial download counts as left by a killed process
 _TRIES = 3  # of a sidecar that another process evicts, or that is damaged, before it is read
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +76,7 @@ class ShardCache:
         """Return the verified sidecar of a shard, cached like it if the data set is remote. Raises as `fetch`."""
         where = storage.join(url, sidecar_name(shard.name))
         if storage.is_local(url):
-            return _twice(lambda: _sidecar_in_place(url, shard))
+            return storage.read_twice(DataError, lambda: _sidecar_in_place(url, shard))
         path = self.folder / f"{shard.sidecar_sha256}.json"
         for _ in range(_TRIES):
             self._fetch(where, path, None, lambda part: _check_sidecar(part.read_bytes(), shard))
@@ -138,7 +136,7 @@ class ShardCache:
         with suppress(OSError, UnicodeDecodeError):
             if stat.st_size == shard.bytes and seen.read_text() == state:
                 return
-        _twice(lambda: check_shard(path, shard))
+        storage.read_twice(DataError, lambda: check_shard(path, shard))
         with suppress(OSError, storage.StorageError):  # without the note, other processes just check again
             storage.write_bytes(str(seen), state.encode())
 
@@ -217,17 +215,6 @@ def _sidecar_in_place(url: str, shard: Shard) -> Sidecar:
     text = read_sidecar(url, shard.name)
     _check_sidecar(text, shard)
     return sidecar_from_json(text, storage.join(url, sidecar_name(shard.name)))
-
-
-def _twice(read: Callable[[], T]) -> T:
-    """Return `read()`; if what it reads is damaged, the read may have been at fault, so read once more."""
-    try:
-        return read()
-    except DataError as e:
-        found = read()
-        storage.count_faults(1)
-        _log.warning("%s, at a first read, and whole at a second", e)
-        return found
 
 
 def touch(path: Path) -> None:

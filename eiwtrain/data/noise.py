@@ -60,12 +60,6 @@ def uniform(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return ((hashed >> 40).bitwise_and_((1 << 24) - 1).float() * 2**-24).reshape(len(keys), *shape)
 
 
-def of_pixels(noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Return the part of a flow's noise, (n, *noise_shape), that dequantizes the images, in their shape: the first
-    numbers of each sample."""
-    return noise.flatten(1)[:, : images[0].numel()].reshape(images.shape)
-
-
 def _mix(words: Keys) -> Keys:
     """Map 64-bit words one to one; each bit of the input flips about half of the output's bits."""
     for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):

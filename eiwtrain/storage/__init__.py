@@ -19,7 +19,7 @@ from eiwtrain.storage.files import (
 )
 from eiwtrain.storage.foreign import foreign
 from eiwtrain.storage.removal import abandon_uploads, delete
-from eiwtrain.storage.retry import StorageError, count_faults, faults, impatient, retrying, waited
+from eiwtrain.storage.retry import StorageError, count_faults, faults, impatient, read_twice, retrying, waited
 from eiwtrain.storage.urls import absolute, anchored, filesystem, is_local, join
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "put_file",
     "read_bytes",
     "read_range",
+    "read_twice",
     "retrying",
     "sha256_bytes",
     "sha256_file",

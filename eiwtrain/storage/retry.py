@@ -129,6 +129,17 @@ def count_faults(n: int) -> None:
         _faults += n
 
 
+def read_twice(damage: type[Exception], read: Callable[[], T]) -> T:
+    """Return `read()`; if it raises `damage`, the read may have been at fault and not what is stored, so read again."""
+    try:
+        return read()
+    except damage as e:
+        found = read()
+        count_faults(1)
+        _log.warning("%s, at a first read, and whole at a second", e)
+        return found
+
+
 def _patience_seconds() -> float:
     """Return for how many seconds the calls of this context are tried again."""
     patience = _patience.get()

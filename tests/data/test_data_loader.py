@@ -31,7 +31,6 @@ from eiwtrain.data import (
     train_batches,
 )
 from eiwtrain.data.manifest import DataError, load_sidecar
-from eiwtrain.data.noise import of_pixels
 from eiwtrain.flow import FlowConfig
 
 Sample = tuple[int, int, bytes, bytes]
@@ -189,8 +188,9 @@ def test_a_flow_gets_noise_of_the_shape_it_takes(data_set: Path, tmp_path: Path,
     monkeypatch.setattr(FlowConfig, "noise_shape", (300,))
     _, more, _ = flow_inputs(batch, config, cpu)
     assert more.shape == (5, 300)
-    assert torch.equal(of_pixels(more, images), noise)  # its first numbers are those of the pixels
-    assert torch.equal(of_pixels(noise, images), noise)
+    assert torch.equal(
+        more[:, : images[0].numel()].reshape(images.shape), noise
+    )  # its first numbers are those of the pixels
     later = Batch(*(t[2:] for t in batch))
     assert torch.equal(flow_inputs(later, config, cpu)[1], more[2:])
 
