@@ -11,7 +11,6 @@ Not for what the tensors mean (`eiwtrain.train.state`), nor for writing (`eiwtra
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ FIXED = (
     "train.seed",
     "train.optimizer",  # its moments are not those of another
 )
-
-_log = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -167,13 +164,8 @@ def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for part in checkpoint.parts:
-        tensors.update(
-            from_bytes(
-                storage.read_twice(
-                    DamagedCheckpoint, partial(_read_part, storage.join(checkpoint.url, part.name), part)
-                )
-            )
-        )
+        read = partial(_read_part, storage.join(checkpoint.url, part.name), part)
+        tensors.update(from_bytes(storage.read_twice(DamagedCheckpoint, read)))
     return tensors
 
 
