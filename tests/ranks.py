@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,6 +18,7 @@ from helpers import free_port
 
 _KEPT = (1, 2)  # world sizes whose processes stay
 _SECONDS = 500.0  # the longest that one piece of work may take
+TIMEOUT = timedelta(minutes=20)  # of their collectives; not torch's default
 _warm: dict[int, _Ranks] = {}
 
 
@@ -83,7 +85,7 @@ def _serve(rank: int, world_size: int, port: int, end: Connection) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=TIMEOUT)
     while True:
         try:
             work, args = end.recv()

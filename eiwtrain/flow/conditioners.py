@@ -12,9 +12,11 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import CONDITIONERS, ConditionerConfig
 
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
@@ -214,7 +216,7 @@ class _AttentionBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         of_heads = self.queries_keys_values(self.attention_norm(h)).unflatten(-1, (3, self.heads, -1))
         q, k, v = of_heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, tokens, C / heads)
-        of_heads = F.scaled_dot_product_attention(q, k, v)
+        of_heads = attend(q, k, v)
         h = h + self.dropout(self.attended(of_heads.transpose(1, 2).flatten(2)))
         return h + self.dropout(self.down(F.gelu(self.up(self.mlp_norm(h)))))
 
@@ -299,7 +301,7 @@ class PlaceAttention(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         tokens = self.queries_keys_values(h).flatten(2).mT.unsqueeze(1)  # (B, one head, places, 3 * width)
         q, k, v = tokens.chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v) + v
+        out = attend(q, k, v) + v
         return self.attended(out.squeeze(1).mT.unflatten(2, h.shape[2:]))
 
 
@@ -338,6 +340,15 @@ def make_conditioner(
     """
     made_by: Callable[..., Conditioner] = globals()[CONDITIONERS[config.kind]]
     return made_by(inputs, outputs, config, bfloat16, grid=grid)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return scaled dot-product attention, on GPUs by any kernel but cuDNN's: that may run another graph with gradients
+    than without, and the backward pass of a flow runs again with gradients what its forward pass ran without."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)

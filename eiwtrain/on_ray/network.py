@@ -1,5 +1,5 @@
 """Makes the workers' torch communicate where Ray does: gloo by the interface of the node's address, and all of it on
-loopback alone where the node is on loopback.
+loopback alone where the node is on loopback. Workers on CPUs see no GPU.
 
 Not for Ray's own servers (`eiwtrain.on_ray.session`, `cluster.local.ray_nodes`), and no protection on a node that has
 an address in a network: other nodes must reach its workers, and a firewall or network policy says which ones.
@@ -20,6 +20,8 @@ _WAITING = 2048  # connections that the kernel keeps until they are accepted, as
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # it has no public name
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        if backend_config.backend == "gloo":
+            worker_group.execute(hide_gpus)
         worker_group.execute(stay_with_ray)
         super().on_start(worker_group, backend_config)
 
@@ -30,6 +32,12 @@ class NodeTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return _Backend
+
+
+def hide_gpus() -> None:
+    """Hide the GPUs of this machine from this process, a worker on CPUs: Ray leaves them visible to a worker that asked
+    for none. Call it before CUDA is first used, which looks once."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def stay_with_ray() -> None:

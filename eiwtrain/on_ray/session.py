@@ -39,6 +39,7 @@ _SOCKET_BYTES = 107
 
 _ESSENTIAL = ("raylet", "gcs_server")  # the processes of Ray without which nothing works
 
+START_SECONDS = 300.0  # least time of a worker to its first step: a checkpoint may have to be fetched
 OWN_DRAIN = "the drain of this job's own node"  # a reason to stop
 
 

@@ -5,6 +5,7 @@ Not for what the workers do (`eiwtrain.train.loop`), nor for when they start and
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import threading
@@ -24,6 +25,13 @@ from eiwtrain.on_ray.network import NodeTorchConfig
 from eiwtrain.storage.private import private_folder
 
 _MOST_WORDS = 300  # characters of a cause
+_MARGIN_SECONDS = 60.0  # between the watchdog's end of a worker and that of a collective
+
+
+def collective_seconds(workers: Workers) -> int:
+    """Return the seconds for which a collective waits for the other ranks: longer than the watchdog of any rank, whose
+    report names what hangs, while a collective that gives up aborts the process that waited."""
+    return math.ceil(max(workers.hang_seconds, session.START_SECONDS) + _MARGIN_SECONDS)
 
 
 class Fit(threading.Thread):
@@ -56,7 +64,9 @@ class Fit(threading.Thread):
             _Trainer(
                 self._call,
                 train_loop_config=self._settings,
-                torch_config=NodeTorchConfig(backend="nccl" if self._config.gpus else "gloo"),
+                torch_config=NodeTorchConfig(
+                    backend="nccl" if self._config.gpus else "gloo", timeout_s=collective_seconds(self._config)
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=self._workers,
                     use_gpu=bool(self._config.gpus),

@@ -1,4 +1,4 @@
-"""The device of a worker or a command, without TensorFloat-32.
+"""The device of a worker or a command, and how it computes: without TensorFloat-32, always by the same kernels.
 
 Not for the library: `eiwtrain.flow` leaves PyTorch's settings to the program that loads it.
 """
@@ -14,6 +14,7 @@ from eiwtrain.on_ray import session
 def of_worker(workers: Workers) -> torch.device:
     """Return the device of this worker of Ray Train: its GPU, or the CPU with no more threads than its cores."""
     exact_float32()
+    same_kernels()
     if not workers.gpus:
         torch.set_num_threads(workers.cpus)  # no more than its own cores, so that sums are the same each time
         return torch.device("cpu")
@@ -29,6 +30,7 @@ def of_command(name: str) -> torch.device:
         ValueError: there is no GPU.
     """
     exact_float32()
+    same_kernels()
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, and PyTorch finds no GPU; give cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -41,3 +43,9 @@ def exact_float32() -> None:
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def same_kernels() -> None:
+    """Keep cuDNN from choosing a convolution by a race, in this process: its winners differ between threads, and the
+    backward pass, in a thread of its own, computes again what the forward pass computed."""
+    torch.backends.cudnn.benchmark = False

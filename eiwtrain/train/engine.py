@@ -45,7 +45,9 @@ class Engine:
     """
 
     def __init__(self, module: nn.Module, train: Train, micro_batch: int, accumulation: int, world_size: int) -> None:
-        deepspeed = _import_deepspeed(next(module.parameters()).device.type)
+        device = next(module.parameters()).device
+        deepspeed = _import_deepspeed(device.type)
+        _use(device)
         leaves: list[nn.Module] = []
         if train.zero_stage == 3:
             leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)
@@ -246,6 +248,19 @@ def _deepspeed_config(
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
     }
+
+
+def _use(device: torch.device) -> None:
+    """Have DeepSpeed compute on this very device, and wait for other ranks as long as the process group does."""
+    from deepspeed.utils import groups
+
+    if device.index is not None:
+        # All of DeepSpeed takes it for the index of the GPU. Ray numbers workers in another order than GPUs where a
+        # node has more than 10, whose ids it sorts as text.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    if groups._WORLD_GROUP is None:  # in which DeepSpeed reduces; it would make one that waits 10 minutes with NCCL
+        world: Any = dist.group.WORLD
+        groups._WORLD_GROUP = dist.new_group(timeout=world._get_backend(device).options._timeout)
 
 
 def _import_deepspeed(kind: str = "cpu") -> Any:

@@ -16,8 +16,9 @@ import time
 import traceback
 from collections.abc import Callable
 
+from eiwtrain.on_ray.session import START_SECONDS
+
 _LOOKS = 20  # checks within each limit
-_START_SECONDS = 300.0  # least limit of the first beat: a checkpoint may have to be fetched
 _OTHERS_SECONDS = 5.0  # for other ranks to report their stacks also, before the first death stops them
 _STUCK_SECONDS = 30.0  # after which a process whose interpreter hangs also exits without it
 
@@ -31,7 +32,7 @@ class Watchdog:
             limit: seconds between two beats.
             report: receives the event and the stacks as text, in a thread of the watchdog; may block.
         """
-        self._limit, self._allowed, self._report = limit, max(limit, _START_SECONDS), report
+        self._limit, self._allowed, self._report = limit, max(limit, START_SECONDS), report
         self._closed = threading.Event()
         self._main = threading.get_ident()
         self._doing, self._last = "the start", time.monotonic()

@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 from datetime import timedelta
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray.train.torch.config import _TorchBackend
 
 from eiwtrain.on_ray import network, session
 
@@ -69,6 +71,17 @@ def test_variables_of_the_environment_take_precedence(on, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
     assert session.worker_environment() == session.WORKER_ENV | {"GLOO_SOCKET_IFNAME": "ib0"}
     assert on("127.0.0.1")[0] == "ib0"
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "4,5")])
+def test_workers_on_cpus_see_no_gpu_before_cuda_is_used(gpus, seen, on, monkeypatch):
+    on("127.0.0.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    looked = []
+    monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: looked.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    config = network.NodeTorchConfig(backend="nccl" if gpus else "gloo")
+    config.backend_cls().on_start(SimpleNamespace(execute=lambda call: call()), config)
+    assert looked == [seen]
 
 
 @pytest.mark.parametrize(

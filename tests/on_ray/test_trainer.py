@@ -1,6 +1,11 @@
 """The line that is reported about workers that Ray gave up on."""
 
+import pytest
+
+from eiwtrain.config import Workers
+from eiwtrain.on_ray import trainer
 from eiwtrain.on_ray.trainer import cause_of
+from eiwtrain.train.watchdog import Watchdog
 
 
 class TrainingFailed(Exception):
@@ -27,3 +32,14 @@ def test_a_traceback_is_reported_by_its_last_line():
     assert cause_of(raised) == "ValueError: no such thing"
     assert cause_of(None) == "NoneType"
     assert len(cause_of(RuntimeError("x" * 1000))) == 300
+
+
+@pytest.mark.parametrize("hang_seconds", [1200.0, 3600.0, 0.5])
+def test_a_collective_waits_longer_than_any_watchdog(hang_seconds, monkeypatch):
+    given = []
+    monkeypatch.setattr(trainer, "_Trainer", lambda *_args, **options: given.append(options["torch_config"]))
+    trainer.Fit(print, {}, Workers(hang_seconds=hang_seconds), 1, "x").join()
+    dog = Watchdog(hang_seconds, print)
+    dog.close()
+    (config,) = given
+    assert config.timeout_s > dog._allowed >= hang_seconds

@@ -1,3 +1,7 @@
+import os
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import tiny_config, write_shards
@@ -6,15 +10,16 @@ from small_run import export_model, small_flow
 from eiwtrain import evaluate, sample
 from eiwtrain.config import Config
 from eiwtrain.exporting import pyfunc
-from eiwtrain.train import device
+from eiwtrain.train import device, engine
 
 
 @pytest.fixture(autouse=True)
-def rounding():
-    """Let PyTorch round float32 to TensorFloat-32 wherever it can."""
+def rounding(monkeypatch):
+    """Let PyTorch round float32 to TensorFloat-32 wherever it can, and let cuDNN choose convolutions by a race."""
     before = rounds()
     set_to(True, True)
     assert rounds() == (True, True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     yield
     set_to(*before)
 
@@ -34,6 +39,20 @@ def test_a_worker_rounds_no_float32(tmp_path):
     finally:
         torch.set_num_threads(before)
     assert rounds() == (False, False)
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(("index", "rank"), [("cuda:11", "11"), ("cpu", "3")])
+def test_deepspeed_takes_the_workers_own_gpu(index, rank, monkeypatch):
+    world = SimpleNamespace(_get_backend=lambda _device: SimpleNamespace(options=SimpleNamespace(_timeout="as long")))
+    groups = SimpleNamespace(_WORLD_GROUP=None)
+    for name, module in (("deepspeed", SimpleNamespace()), ("deepspeed.utils", SimpleNamespace(groups=groups))):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(engine.dist, "group", SimpleNamespace(WORLD=world))
+    monkeypatch.setattr(engine.dist, "new_group", lambda timeout: f"a group that waits {timeout}")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    engine._use(torch.device(index))
+    assert (os.environ["LOCAL_RANK"], groups._WORLD_GROUP) == (rank, "a group that waits as long")
 
 
 @pytest.mark.parametrize("there_is_one", [False, True])
@@ -41,6 +60,7 @@ def test_a_command_uses_the_named_device_and_rounds_no_float32(there_is_one, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
     assert device.of_command("auto").type == ("cuda" if there_is_one else "cpu")
     assert rounds() == (False, False)
+    assert not torch.backends.cudnn.benchmark
     assert device.of_command("cpu").type == "cpu"
     if there_is_one:
         assert device.of_command("cuda").type == "cuda"

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import TIMEOUT, run_ranks
 from torch import nn
 
 from eiwtrain.config import Train
@@ -61,6 +61,8 @@ def train_and_resume(stage, optimizer):
     options = {"betas": (0.8, 0.9), "weight_decay": 0.1}
     train = Train(zero_stage=stage, clip=CLIP, optimizer=optimizer, **options)
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 2)
+    for group in (engine._engine.data_parallel_group, engine._engine.seq_data_parallel_group):
+        assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT  # that of all its collectives
     if stage:  # no 2 GB for 58 parameters
         assert engine._engine.optimizer.reduce_bucket_size == 58
     norms = [engine.step(losses(x, s), LR)[0] for s in range(3)]

@@ -18,7 +18,7 @@ def run(body, seconds=60):
     program = f"""
         import threading, time
         from eiwtrain.train import watchdog
-        watchdog._OTHERS_SECONDS, watchdog._STUCK_SECONDS, watchdog._START_SECONDS = 0.5, 1.0, 1.5
+        watchdog._OTHERS_SECONDS, watchdog._STUCK_SECONDS, watchdog.START_SECONDS = 0.5, 1.0, 1.5
         {body}
     """
     done = subprocess.run(
