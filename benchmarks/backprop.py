@@ -1,4 +1,4 @@
-"""Memory and time of a training step against depth, by backpropagation mode, beside peers on the same steps.
+"""Memory and time of a training step against depth, by backpropagation mode. Not for peers, which are in `step`.
 
     python -m benchmarks.backprop [--model eiw] [--quick] [--device cuda] [--json FILE] [--plot FILE] [--allocators]
                                   [--depths 8 16 32 64 --hidden 128 --batch 32 --resolution 32 --dtype float32]
@@ -6,8 +6,8 @@
 
 Models, and what is their depth, the number of couplings:
 
-- glow: a level of Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior. The
-  peers (see `peers`) are optional: without them their rows say so. A second table goes through budgets of "auto".
+- glow: a level of Glow steps (actnorm, invertible 1x1 convolution, affine coupling) under a standard normal prior. A
+  second table goes through budgets of "auto".
 - eiw: the preset `eiw` on pixels and noise, whole at depth 74; at 34 and 13 its units are shorter and nothing else
   differs. "checkpointed nets" is the way of the authors' program: the network of each coupling runs again, and the rest
   is stored. "checkpointed", ours, runs whole steps again, cross-unit networks, and the dequantizer.
@@ -15,9 +15,9 @@ Models, and what is their depth, the number of couplings:
 A training step is the loss and its gradients, without an optimizer. Rows of "auto" have a budget: a share of what
 "stored" keeps.
 
-What a row of `--json` holds; null where it does not apply or could not be measured:
+What a row of `--json` holds; null where it does not apply:
 
-- model, mode, depth, budget (the share), budget_bytes, allocator, device, note;
+- model, mode, depth, budget (the share), budget_bytes, allocator, device;
 - seconds: of a step. Every row has processes of its own, one a round, and the rows take turns (with `--quick`, they
   share one); this is the median over rounds of the process's median;
 - to_stored: the median over rounds of the ratio to the same round's "stored";
@@ -26,7 +26,7 @@ What a row of `--json` holds; null where it does not apply or could not be measu
 - peak_bytes: the most that a step has allocated at once through torch, above what stood before it (parameters and
   batch). The parameters' gradients, gradient_bytes, are in it: they alone make it grow with depth when nothing is kept;
 - saved_bytes: what is still allocated after the forward pass, no matter what holds it: tensors for the backward pass,
-  and the loss. Saved-tensor hooks would not see what an autograd function keeps on its own, as memcnn's does;
+  and the loss. Saved-tensor hooks would not see what an autograd function keeps on its own;
 - flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products; flops_to_stored;
 - conditioner_forwards: how often a coupling's network is run in a step, the mean over couplings;
 - gradient_error: of the networks' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
@@ -47,11 +47,9 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,22 +57,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import backprop_report as report
-from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject
-from benchmarks.peers import PEERS, installed
+from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject, subject_of
+from benchmarks.measuring import allocated
 from eiwtrain.on_ray.session import WORKER_ENV
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TIMED = ("seconds", "to_stored", "rss_bytes")
-COUNTED = (
-    "peak_bytes",
-    "gradient_bytes",
-    "saved_bytes",
-    "flops",
-    "flops_to_stored",
-    "conditioner_forwards",
-    "gradient_error",
-    "budget_bytes",
-)
 SIZES: dict[str, dict[str, tuple[Any, Any]]] = {
     "glow": {
         "depths": ([8, 16, 32, 64], [4, 8]),
@@ -98,7 +85,7 @@ SIZES: dict[str, dict[str, tuple[Any, Any]]] = {
 
 def clock(setting: Setting) -> dict[str, Any]:
     """Return seconds of a step, and what steps add to the process's high-water mark, if this is the first in it."""
-    subject = Subject(setting)
+    subject = subject_of(setting)
 
     def seconds(*batch: Any) -> float:
         subject.model.zero_grad()
@@ -124,7 +111,7 @@ def count(settings: list[Setting]) -> list[dict[str, Any]]:
     for setting in settings:
         if setting.budget is not None:
             setting = replace(setting, budget_bytes=round(setting.budget * stored["saved_bytes"]))
-        measured, gradients = _count(Subject(setting))
+        measured, gradients = _count(subject_of(setting))
         if setting.mode == "stored":
             stored, exact = measured, gradients
         measured["budget_bytes"] = setting.budget_bytes
@@ -137,8 +124,8 @@ def count(settings: list[Setting]) -> list[dict[str, Any]]:
 
 def _count(subject: Subject) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Return the counted values of a setting by itself, and the gradients of its networks."""
-    saved, _ = _allocated(lambda: subject.loss(*subject.batch), subject.device)
-    _, peak = _allocated(lambda: subject.loss(*subject.batch).backward(), subject.device)
+    saved, _ = allocated(lambda: subject.loss(*subject.batch), subject.device)
+    _, peak = allocated(lambda: subject.loss(*subject.batch).backward(), subject.device)
     named = subject.model.named_parameters()
     gradients = [cast(torch.Tensor, p.grad) for name, p in named if ".conditioner." in name]
     subject.model.zero_grad()
@@ -187,28 +174,6 @@ def _relative_error(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> floa
     return float((difference / sum(b.double().square().sum() for b in exact)) ** 0.5)
 
 
-def _allocated(work: Callable[[], Any], device: Any) -> tuple[int, int]:
-    """Return bytes of torch's allocator above the level before: while the result is alive, and at the peak."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = work()
-        left, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-    else:
-        # Not torch.profiler.profile, which takes seconds to import torch.compile.
-        with torch.autograd.profiler.profile(profile_memory=True) as profile:
-            result = work()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-        totals = list(accumulate((change for _, change in changes), initial=0))
-        left, peak = totals[-1], max(totals)
-    del result
-    return left, peak
-
-
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Return the settings to measure, in the order that `count` needs."""
     sizes = {name: getattr(args, name) for name in Setting.__annotations__ if hasattr(args, name) and name != "budget"}
@@ -225,8 +190,6 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
 def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and return every row."""
     settings = settings_of(args)
-    missing = [s for s in settings if s.mode in PEERS and not installed(s.mode)]
-    settings = [s for s in settings if s not in missing]
     _say("counting")
     counted = _child("count", [asdict(s) for s in settings], WORKER_ENV)
     settings = [replace(s, budget_bytes=c["budget_bytes"]) for s, c in zip(settings, counted, strict=True)]
@@ -257,15 +220,10 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "to_stored": statistics.median(ratios),
                 "rss_bytes": statistics.median(rss) if has_rss else None,
             }
-            rows.append(_row(setting, allocator, "") | measured | counts)
-        rows += [_row(s, allocator, "not installed") for s in missing]
+            known = {name: getattr(setting, name) for name in ("model", "mode", "depth", "budget", "device")}
+            rows.append(known | {"allocator": allocator} | measured | counts)
     order = {mode: i for i, mode in enumerate(METHODS[args.model])}
     return sorted(rows, key=lambda r: (r["allocator"] != rows[0]["allocator"], r["depth"], order[r["mode"]]))
-
-
-def _row(setting: Setting, allocator: str, note: str) -> dict[str, Any]:
-    known = {name: getattr(setting, name) for name in ("model", "mode", "depth", "budget", "device")}
-    return known | {"allocator": allocator, "note": note} | dict.fromkeys((*TIMED, *COUNTED))
 
 
 def _say(text: str) -> None:

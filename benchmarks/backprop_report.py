@@ -40,7 +40,7 @@ def _table(rows: Sequence[Row]) -> str:
     for r in rows:
         mode = r["mode"] if r["budget"] is None else f"{r['mode']}, {r['budget']:.0%}"
         values = [(r.get(key), text) for key, (_, text) in COLUMNS.items()]
-        cells = [r["note"]] if r.get("note") else ["-" if v is None else text(v) for v, text in values]
+        cells = ["-" if v is None else text(v) for v, text in values]
         lines.append(f"{r.get('allocator', ''):17} {r['depth']:>5} {mode:18}" + "".join(f"{c:>11}" for c in cells))
     return "\n".join(lines)
 
@@ -49,7 +49,7 @@ def plot(rows: Sequence[Row], budget: float, path: str) -> None:
     """Draw memory and time against depth, and time against memory at the last depth, under the first allocator."""
     from matplotlib.figure import Figure
 
-    rows = [r for r in rows if r.get("allocator") == rows[0].get("allocator") and not r.get("note")]
+    rows = [r for r in rows if r.get("allocator") == rows[0].get("allocator")]
     depths = sorted({r["depth"] for r in rows})
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     memory, seconds, both = figure.subplots(1, 3)
@@ -58,7 +58,7 @@ def plot(rows: Sequence[Row], budget: float, path: str) -> None:
         last = [r for r in rows if r["mode"] == mode and r["depth"] == depths[-1]]
         if not line:
             continue
-        style = "o-" if mode in BACKPROP_MODES else "x--"
+        style = "o-" if mode in BACKPROP_MODES else "x--"  # the authors' way is not ours
         label = f"{mode} (left and middle: {budget:.0%} budget)" if mode == "auto" else mode
         steps = [r["depth"] for r in line]
         memory.plot(steps, [r["peak_bytes"] / 1e6 for r in line], style, label=label)

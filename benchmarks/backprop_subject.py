@@ -1,4 +1,4 @@
-"""What `benchmarks.backprop` measures: a flow or a peer in one mode of backpropagation, its loss and its batch.
+"""What `benchmarks.backprop` and `benchmarks.step` measure: a flow in one mode of backpropagation, its loss and batch.
 
 Not for measuring it.
 """
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import PEERS
-from benchmarks.peers import loss as loss_of_peer
 from eiwtrain import flow
 from eiwtrain.flow.config import BACKPROP_MODES
 
 NETWORKS = "checkpointed nets"
-METHODS = {"glow": (*BACKPROP_MODES, *PEERS), "eiw": ("stored", NETWORKS, *BACKPROP_MODES[1:])}
-"""The modes and peers that are measured of each model, "stored" first, "auto" after it."""
+METHODS = {"glow": BACKPROP_MODES, "eiw": ("stored", NETWORKS, *BACKPROP_MODES[1:])}
+"""The modes that are measured of each model, "stored" first, "auto" after it."""
 
 EIW_STEPS = {13: (1, 1, 3), 34: (2, 3, 10), 74: (5, 6, 20)}
 """Steps of each level's units, by how many couplings that makes in the units of the preset `eiw`: 6, 4 and 1."""
@@ -46,35 +44,43 @@ class Setting:
     repeat: int
 
 
-class Subject:
-    """A model in the mode of a setting, or a peer's, its loss, and the batch that the loss takes."""
+def subject_of(setting: Setting) -> Subject:
+    """Return what a setting measures; sets the threads of this process."""
+    torch.set_num_threads(setting.threads)
+    config = replace(
+        _CONFIGS[setting.model](setting),
+        memory_budget=setting.budget_bytes,
+        conditioner_dtype=cast(Any, setting.dtype),
+    )
+    return Subject(config, setting.mode, setting.batch, torch.device(setting.device))
 
-    def __init__(self, setting: Setting) -> None:
-        torch.set_num_threads(setting.threads)
+
+class Subject:
+    """A flow in a mode of backpropagation, its loss, and the batch that the loss takes.
+
+    Args:
+        mode: one of `BACKPROP_MODES`, or `NETWORKS`.
+        batch: images in the batch.
+    """
+
+    def __init__(self, config: flow.FlowConfig, mode: str, batch: int, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.device = torch.device(setting.device)
-        config = replace(
-            _CONFIGS[setting.model](setting),
-            backprop=setting.mode if setting.mode in BACKPROP_MODES else "stored",
-            memory_budget=setting.budget_bytes,
-            conditioner_dtype=cast(Any, setting.dtype),
-        )
-        self.model = flow.EIWFlow(config).to(self.device)
+        self.device = device
+        config = replace(config, backprop=cast(Any, mode if mode in BACKPROP_MODES else "stored"))
+        self.model = flow.EIWFlow(config).to(device)
         for name, p in self.model.named_parameters():
             if name.endswith("conditioner.last.weight"):
                 torch.nn.init.normal_(p, std=0.02)  # at zero, as it starts, layers before it would get no gradient
-        self.batch = _batch(config, setting.batch, self.device)
+        self.batch = _batch(config, batch, device)
         self.model.initialize(*(t[:2] for t in self.batch))
         self.networks = networks_of(self.model)
-        if setting.mode == NETWORKS:
+        if mode == NETWORKS:
             for network in self.networks:
                 again = partial(checkpoint, network.forward, use_reentrant=False, preserve_rng_state=False)
                 cast(Any, network).forward = again
-        self.loss: Callable[..., Tensor] = self._loss
-        if setting.mode in PEERS:
-            self.loss = loss_of_peer(setting.mode, self.model)
 
-    def _loss(self, *batch: Tensor) -> Tensor:
+    def loss(self, *batch: Tensor) -> Tensor:
+        """Return the mean of -log p(x), in nats, and of the penalty."""
         out: flow.FlowOutput = self.model(*batch)
         return (out.penalty - out.log_prob).mean()
 

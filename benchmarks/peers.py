@@ -1,22 +1,26 @@
-"""The Glow steps of a flow in peer libraries, with the flow's own weights. Not for measuring them: that is `backprop`.
+"""Glow in other libraries, at the size of one of our configs, for `benchmarks.step`. Not for measuring it.
 
-Each peer is made as favourable as is fair:
+Each is built from the library's own parts, as its documentation builds Glow: levels that begin with a squeeze, steps of
+actnorm, 1x1 convolution and affine coupling, and half of the channels leaving after each level but the last. The
+networks of the couplings are Glow's: convolutions of 3x3, 1x1 and 3x3 with rectifiers between them.
 
-- memcnn 1.5.2 keeps no activations. One `InvertibleModuleWrapper(keep_input=False)` goes around a whole step of our
-  layers (around each layer it would keep and invert more). On the way back it inverts the step and then runs it forward
-  again, so a conditioner runs three times a training step. It knows nothing of log-determinants, and its own
-  `AffineCoupling` gives none and always transforms both halves, with two networks: hence our layers, and the
-  log-determinant as the step's second output.
-- FrEIA 0.2 stores activations. `SequenceINN` of its `ActNorm`, `Fixed1x1Conv` and `AffineCouplingOneSided`, with our
-  conditioner as the subnet and our bound as the clamp. Its 1x1 convolution for images is a fixed matrix, not a trained
-  one: it has less to keep and less to compute than the others.
+- normflows: `MultiscaleFlow` of `GlowBlock` under a trained diagonal Gaussian, as in its example, without classes.
+- nflows: `MultiscaleCompositeTransform` of `ActNorm`, `OneByOneConvolution` and `AffineCouplingTransform` under a
+  standard normal.
+- FrEIA: `GraphINN` of `AllInOneBlock`, which is such a step, under a standard normal. Its 1x1 convolution is a fixed
+  rotation: it has less to train and to compute than the others.
+- memcnn keeps no activations. It knows nothing of log-determinants, and its own couplings transform both halves with
+  two networks, so it gets our layers: one `InvertibleModuleWrapper(keep_input=False)` goes around a whole step (around
+  each layer it would keep and invert more), with the log-determinant as the step's second output. On the way back it
+  inverts the step and runs it forward again: a network runs three times a training step.
 
-Neither depends on the other, and both are optional. What they are imported with: torch and numpy; FrEIA also scipy.
+All are optional and depend on nothing of each other. What they are imported with: torch, numpy, and scipy for FrEIA.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -26,35 +30,124 @@ from torch import Tensor, nn
 
 from eiwtrain import flow
 
-PEERS = ("memcnn", "FrEIA")
-
-Steps = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""(B, C, H, W) to the same and the log-determinants, (B,)."""
-
 
 def installed(peer: str) -> bool:
     """Whether the package can be imported."""
     return importlib.util.find_spec(peer) is not None
 
 
-def loss(peer: str, model: flow.EIWFlow) -> Callable[[Tensor], Tensor]:
-    """What a peer makes of `-model.log_prob(x).mean()`, up to a constant.
+def glow(peer: str, config: flow.FlowConfig) -> nn.Module:
+    """Return a Glow of the peer that maps reals, (B, C, H, W), to -log p(x), (B,), in nats.
 
     Args:
         peer: one of `PEERS`, installed.
-        model: of one level, with affine couplings, no shuffle and a standard normal prior, as it is at the start. Its
-            conditioners are shared, not copied: their gradients are found there.
+        config: the image's shape, and the levels, steps of each, and hidden channels.
     """
-    chains = list(cast(Any, model.levels[0]).bijections())
-    channels, height, width = model.latent_shapes[0]
-    prior = flow.ActNorm(channels).to(next(model.parameters()).device)
-    steps = {"memcnn": _memcnn, "FrEIA": _freia}[peer](chains, prior, (channels, height, width))
+    with warnings.catch_warnings():  # memcnn uses what torch deprecates, and would silence all UserWarnings forever
+        warnings.simplefilter("ignore")
+        return PEERS[peer](config)
 
-    def of(x: Tensor) -> Tensor:
-        z, log_det = steps(flow.squeeze(x))
-        return (0.5 * z.square().flatten(1).sum(1) - log_det).mean()
 
-    return of
+class _NegativeLogProb(nn.Module):
+    """A flow of a peer and the function that makes of it -log p(x)."""
+
+    def __init__(self, model: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _levels(config: flow.FlowConfig) -> list[tuple[int, int, int]]:
+    """Return (C, H, W) of each level, after its squeeze."""
+    channels, height, width = config.image_shape
+    return [(channels << n + 1, height >> n, width >> n) for n in range(1, config.levels + 1)]
+
+
+def _network(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, hidden, 1),
+        nn.ReLU(),
+        nn.Conv2d(hidden, outputs, 3, padding=1),
+    )
+
+
+def _normflows(config: flow.FlowConfig) -> nn.Module:
+    import normflows as nf
+
+    priors, flows, merges = [], [], []
+    for level, (channels, *grid) in reversed(list(enumerate(_levels(config)))):  # in the order of sampling
+        last = level == config.levels - 1
+        steps = config.steps_of_levels[level]
+        flows.append([nf.flows.GlowBlock(channels, config.conditioner.hidden) for _ in range(steps)])
+        flows[-1].append(nf.flows.Squeeze())
+        if not last:
+            merges.append(nf.flows.Merge())
+        priors.append(nf.distributions.DiagGaussian((channels if last else channels // 2, *grid)))
+    model = nf.MultiscaleFlow(priors, flows, merges, class_cond=False)
+    return _NegativeLogProb(model, lambda x: model(x))
+
+
+class _WithoutContext(nn.Module):
+    """A network as nflows calls it, with a condition, which there is not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return cast(Tensor, self.network(x))
+
+
+def _nflows(config: flow.FlowConfig) -> nn.Module:
+    from nflows import transforms
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        return _WithoutContext(_network(inputs, outputs, config.conditioner.hidden))
+
+    multiscale = transforms.MultiscaleCompositeTransform(config.levels)
+    for (channels, *grid), steps in zip(_levels(config), config.steps_of_levels, strict=True):
+        parts: list[nn.Module] = [transforms.SqueezeTransform()]
+        for _ in range(steps):
+            parts.append(transforms.ActNorm(channels))
+            parts.append(transforms.OneByOneConvolution(channels))
+            mask = torch.arange(channels) >= channels // 2
+            parts.append(transforms.AffineCouplingTransform(mask, network))
+        multiscale.add_transform(transforms.CompositeTransform(parts), (channels, *grid))
+    model = Flow(multiscale, StandardNormal([config.dims]))
+    return _NegativeLogProb(model, lambda x: -model.log_prob(x))
+
+
+def _freia(config: flow.FlowConfig) -> nn.Module:
+    import FrEIA.framework as framework
+    import FrEIA.modules as parts
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        return _network(inputs, outputs, config.conditioner.hidden)
+
+    nodes = [framework.InputNode(*config.image_shape)]
+    latents = []
+    for level, steps in enumerate(config.steps_of_levels):
+        nodes.append(framework.Node(nodes[-1], parts.IRevNetDownsampling, {}))
+        for _ in range(steps):
+            options = {"subnet_constructor": network, "permute_soft": True}
+            nodes.append(framework.Node(nodes[-1], parts.AllInOneBlock, options))
+        if level < config.levels - 1:
+            nodes.append(framework.Node(nodes[-1], parts.Split, {}))
+            latents.append(framework.OutputNode(nodes[-1].out1))
+    latents.append(framework.OutputNode(nodes[-1]))
+    model = framework.GraphINN([*nodes, *latents])
+
+    def negative_log_prob(x: Tensor) -> Tensor:
+        z, log_det = model(x)
+        return -_standard_normal(z if isinstance(z, (tuple, list)) else [z]) - log_det
+
+    return _NegativeLogProb(model, negative_log_prob)
 
 
 class _Step(nn.Module):
@@ -72,48 +165,41 @@ class _Step(nn.Module):
         return self.bijection.inverse(y)
 
 
-def _memcnn(chains: list[Any], prior: flow.ActNorm, shape: tuple[int, int, int]) -> Steps:
-    with warnings.catch_warnings():  # it uses what torch deprecates, and would silence all UserWarnings forever
-        warnings.simplefilter("ignore")
-        import memcnn
+def _memcnn(config: flow.FlowConfig) -> nn.Module:
+    import memcnn
 
-    wrapped = [memcnn.InvertibleModuleWrapper(_Step(part), keep_input=False) for part in (*chains, prior)]
+    model = flow.EIWFlow(config)
+    levels = [cast(flow.Level, level) for level in model.levels]
+    chains = [
+        [
+            memcnn.InvertibleModuleWrapper(_Step(part), keep_input=False)
+            for part in (*level.bijections(), cast(flow.Bijection, level.prior))
+        ]
+        for level in levels
+    ]
 
-    def steps(x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0])
-        for step in wrapped:
-            x, log_det = step(x)
-            total = total + log_det
-        return x, total
+    def negative_log_prob(x: Tensor) -> Tensor:
+        total, latents = x.new_zeros(len(x)), []
+        for level, chain in zip(levels, chains, strict=True):
+            x = flow.squeeze(x)
+            for step in chain:
+                x, log_det = step(x)
+                total = total + log_det
+            x, z = level.split(x)
+            latents.append(z)
+        return -_standard_normal(latents) - total
 
-    return steps
-
-
-def _freia(chains: list[Any], prior: flow.ActNorm, shape: tuple[int, int, int]) -> Steps:
-    import FrEIA.framework
-    import FrEIA.modules as parts
-
-    inn = FrEIA.framework.SequenceINN(*shape)
-    for chain in chains:
-        actnorm, mixing, coupling = chain
-        with torch.no_grad():
-            weight = mixing(torch.eye(shape[0])[:, :, None, None].to(mixing.factors.device)).y[:, :, 0, 0].mT
-        inn.append(parts.ActNorm)
-        inn.append(parts.Fixed1x1Conv, M=weight.mT)  # it convolves with the transpose of M
-        inn.append(
-            parts.AffineCouplingOneSided,
-            subnet_constructor=lambda _inputs, _outputs, coupling=coupling: coupling.conditioner,
-            clamp=coupling.bound,
-            clamp_activation=lambda raw, coupling=coupling: torch.tanh(raw / coupling.bound),
-        )
-        _copy(actnorm, inn[len(inn) - 3])
-    inn.append(parts.ActNorm)
-    _copy(prior, inn[len(inn) - 1])
-    return inn.to(prior.bias.device)
+    return _NegativeLogProb(model, negative_log_prob)
 
 
-@torch.no_grad()
-def _copy(ours: flow.ActNorm, theirs: Any) -> None:
-    theirs.init_on_next_batch = False
-    theirs.scale.copy_(ours.log_scale)
-    theirs.bias.copy_(ours.bias * ours.log_scale.exp())  # theirs comes after the scale
+def _standard_normal(latents: Any) -> Tensor:
+    flat = torch.cat([z.flatten(1) for z in latents], dim=1)
+    return -0.5 * (flat.square().sum(1) + flat.shape[1] * math.log(2 * math.pi))
+
+
+PEERS: dict[str, Callable[[flow.FlowConfig], nn.Module]] = {
+    "normflows": _normflows,
+    "nflows": _nflows,
+    "FrEIA": _freia,
+    "memcnn": _memcnn,
+}

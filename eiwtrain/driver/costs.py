@@ -248,7 +248,7 @@ def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool
         backward: also run the backward pass, or else count the FLOPs and operations of the forward pass alone.
         fake: run on tensors without data; or on real ones, which gives the same.
     """
-    started = _Started()
+    started = Started()
     with FakeTensorMode() if fake else nullcontext():
         model = flow.EIWFlow(shape)
         pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
@@ -288,7 +288,7 @@ _VIEWS = {  # operations that start nothing on a device
 }
 
 
-class _Started(TorchDispatchMode):
+class Started(TorchDispatchMode):
     """Counts operations, and sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every
     operation apart, half as fast, and cannot follow modules that are run in a backward pass."""
 
