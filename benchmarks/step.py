@@ -1,7 +1,7 @@
 """One training step, forward and backward, beside other flow libraries at equal size: speed, operations, memory.
 
     pip install --no-deps normflows==1.7.3 nflows==0.14 FrEIA==0.2 memcnn==1.5.2     # the peers, if you want them
-    python -m benchmarks.step [--seconds 80] [--tables small large eiw] [--device cuda] [--batch 256] [--json FILE]
+    python -m benchmarks.step [--seconds 60] [--tables small large eiw] [--device cuda] [--batch 256] [--json FILE]
     python -m benchmarks.step --rows FILE                            # the tables of an earlier run's --json
 
 Tables:
@@ -26,7 +26,7 @@ What a row of `--json` holds; null where it could not be measured:
 - operations: those that a step starts, views not counted; flops, as torch counts convolutions and matrix products;
 - kept_bytes: still allocated after the forward pass; peak_bytes: the most that a step has allocated at once, above the
   parameters and the batch;
-- seconds: of a step, the median over rounds; images_per_second;
+- seconds: of a step, the median over rounds, on a CPU of CPU time of the one thread; images_per_second;
 - to_normflows: images/s, ratio to normflows; to_first: time, ratio to the table's first row of ours. Both are
   [median, quartile, quartile] over rounds of the ratio within the round.
 
@@ -149,17 +149,16 @@ class Candidate:
         return loss
 
     def seconds(self) -> float:
-        """Return the seconds of a step."""
-        self.synchronize()
+        """Return the seconds of a step: on a CPU of the one thread's own time, as others may share the machine."""
+        if self.device.type == "cpu":
+            began = time.thread_time()
+            self.step()
+            return time.thread_time() - began
+        torch.cuda.synchronize()
         began = time.perf_counter()
         self.step()
-        self.synchronize()
+        torch.cuda.synchronize()
         return time.perf_counter() - began
-
-    def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def counted(self) -> Row:
         """Return what is counted of a step, and what is wrong with it."""
@@ -250,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("task", nargs="?", type=json.loads, help=argparse.SUPPRESS)  # a child's
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--seconds", type=float, default=80, help="of the rounds of a table")
+    parser.add_argument("--seconds", type=float, default=60, help="of the rounds of a table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     default = ", ".join(f"{table} {size.batch}" for table, size in SIZES.items())
     help_ = f"images; default on a CPU: {default}, {EIW} {EIW_BATCH}; on a GPU {ON_GPU} times as many"
