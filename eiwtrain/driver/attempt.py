@@ -58,6 +58,7 @@ class Attempt:
         began: float,
         attempt_began: float,
         skip_to: int | None,
+        shortages: int,
     ) -> None:
         """Start the workers.
 
@@ -68,12 +69,13 @@ class Attempt:
             number: of this attempt under this driver, from 1.
             began, attempt_began: Unix times at which the driver started, and at which the attempt before ended.
             skip_to: step to resume at, with the weights of the last good checkpoint.
+            shortages: attempts under this driver that have run out of a GPU's memory.
         """
         self._config, self._lease, self._node_request, self._workers = config, lease, node_request, workers
         self._driver_end = DriverEnd()
         assignment = Assignment(
             config, data_fingerprint, tracked, self._driver_end.mailbox, lease.guard(), session.forwarded_environment(),
-            began, lease.earlier_seconds, attempt_began, lease.failures, skip_to,
+            began, lease.earlier_seconds, attempt_began, lease.failures, skip_to, shortages,
         )  # fmt: skip
         name = f"{config.run.name}-{int(began)}-{number}"
         self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)

@@ -49,7 +49,7 @@ def run_attempts(
     node_request = NodeRequest(config)
     try:
         attempt_began, skip_to = began, None
-        number = crashes = 0
+        number = crashes = shortages = 0
         with stop.polled():
             while True:
                 number += 1
@@ -61,7 +61,7 @@ def run_attempts(
                 console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
                 attempt = Attempt(
                     config, data_fingerprint, tracked, lease, node_request, workers, number, began, attempt_began,
-                    skip_to,
+                    skip_to, shortages,
                 )  # fmt: skip
                 outcome = attempt.follow(console, stop)
                 attempt_began, skip_to = time.time(), None
@@ -70,6 +70,7 @@ def run_attempts(
                 elif isinstance(outcome, Crashed):
                     console.note(f"the workers failed: {outcome.reason}")
                     lease.failed()
+                    shortages += outcome.short_of_memory
                     before, newest = newest, _newest(config) or newest
                     crashes = crashes + 1 if newest == before else 1
                 else:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from eiwtrain import storage
 from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.sampling import BATCH
-from eiwtrain.terminal.lines import one_line
+from eiwtrain.terminal.lines import is_out_of_memory, one_line
 
 
 def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -23,20 +23,13 @@ def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namesp
     except (ValueError, OSError, storage.StorageError, DamagedCheckpoint) as e:
         why = one_line(e, limit=None)
     except RuntimeError as e:
-        if not _is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         draws = getattr(args, "batch_draws", 1)
         which, what = ("--batch", "images") if draws == 1 else ("--batch, --batch-draws", f"images and {draws} draws")
         why = f"{which}: {args.batch} {what} at a time do not fit in the GPU's memory; give fewer"
     print(f"error: {why}", file=sys.stderr)
     return 2
-
-
-def _is_out_of_memory(e: RuntimeError) -> bool:
-    """Whether torch, which `--help` does not import, has found no memory on a GPU."""
-    import torch
-
-    return isinstance(e, torch.OutOfMemoryError)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

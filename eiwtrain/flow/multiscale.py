@@ -78,6 +78,10 @@ class EIWFlow(nn.Module):
                 config.image_shape, config.n_bits, config.dequantizer, config.backprop, bfloat16
             )
         self._stored: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = {}
+        self.memory_share = 1.0
+        """Share of the memory budget that activations may fill under `backprop="auto"`."""
+        self.kept: tuple[int, int] | None = None
+        """Number of bijections that keep their activations under `backprop="auto"`, and of all, as last measured."""
         self._numbers = sum(p.numel() for p in self.parameters())  # now, as ZeRO 3 empties parameters
 
     @classmethod
@@ -266,7 +270,8 @@ class EIWFlow(nn.Module):
         if budget is None:
             budget = free_bytes(x.device, self._numbers)
             budget -= 2 * max(max(level) for level in costs)  # memory to invert one of them
-        left = how_many_fit([cost for level in costs for cost in level], budget)
+        left = how_many_fit([cost for level in costs for cost in level], int(self.memory_share * budget))
+        self.kept = (left, sum(len(level) for level in costs))
         stored = []
         for level in reversed(costs):
             stored.append(min(left, len(level)))

@@ -40,6 +40,8 @@ class Assignment:
     """Attempts that have died or failed so far."""
     skip_to: int | None
     """Step to resume at, with the weights of the last good checkpoint; None: that checkpoint's own step."""
+    shortages: int = 0
+    """Attempts under this driver that have run out of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class Crashed:
     """Workers died or raised; another attempt may do better."""
 
     reason: str
+    short_of_memory: bool = False
+    """Whether a GPU's memory was short: the next attempt takes less where the config lets it choose."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from eiwtrain.terminal.redact import redact
 
 _LONGEST = 20_000  # characters that are looked at
+# torch's own words, those of CUDA and NCCL, and the codes of cuBLAS, cuSOLVER and cuDNN
+_SHORT_OF_MEMORY = re.compile(
+    r"out of memory|_STATUS_ALLOC_FAILED|_ALLOCATION_FAILED|failed to cuda (m|c)alloc", re.IGNORECASE
+)
 
 
 def one_line(text: object, limit: int | None = 200) -> str:
@@ -21,3 +27,9 @@ def one_line(text: object, limit: int | None = 200) -> str:
 def printable(text: str) -> str:
     """Return a text without line breaks and other characters that command a terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that a GPU's memory was too small. Not all of these are OutOfMemoryError: that
+    comes from torch's own allocator, and not from the libraries that it calls."""
+    return _SHORT_OF_MEMORY.search(str(error)) is not None

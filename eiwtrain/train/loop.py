@@ -27,6 +27,7 @@ from eiwtrain.on_ray.mailbox import WorkerEnd
 from eiwtrain.on_ray.messages import (
     Again,
     Assignment,
+    Crashed,
     Failed,
     Finished,
     Lost,
@@ -39,12 +40,13 @@ from eiwtrain.on_ray.messages import (
 from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.storage.lease import LeaseLost
+from eiwtrain.terminal.lines import is_out_of_memory
 from eiwtrain.testing import failpoints
 from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import Tracker
 from eiwtrain.tracking.curves import SKIPPED_STEPS
 from eiwtrain.tracking.system import System
-from eiwtrain.train import device, goodput, report
+from eiwtrain.train import device, goodput, report, shortage
 from eiwtrain.train.finish import METRICS, finish
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
@@ -104,11 +106,15 @@ def train_worker(settings: dict[str, Assignment]) -> None:
     except (Fatal, OtherRun, data.DataError, storage.StorageError, DamagedCheckpoint) as e:
         # not raised: the workers would be started again, to fail in the same way. The driver stops the other ranks.
         driver.finish(Failed(str(e)))
-    except torch.OutOfMemoryError as e:
-        what = report.out_of_memory(e, assignment.config)
-        if assignment.failures or (worker is not None and worker.state.step > worker.first_step):
-            raise RuntimeError(what) from e  # it did fit, or a process that died may not have let go of its memory yet
-        driver.finish(Failed(what))
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        did_fit = worker is not None and worker.state.step > worker.first_step
+        # it did fit, or a process that died may not have let go of its memory yet
+        ended = shortage.outcome(e, assignment.config, may_pass=did_fit or assignment.failures > 0)
+        driver.finish(ended)
+        if isinstance(ended, Crashed):
+            raise RuntimeError(ended.reason) from e
     else:
         if outcome is not None:
             driver.finish(outcome)
@@ -141,6 +147,8 @@ class Worker:
         self.job, self.driver, self.watchdog, self.config = job, driver, watchdog, job.config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = device.of_worker(job.config.workers)
+        if job.failures:
+            shortage.await_memory(self.device)
         self.micro_batch, accumulation = batching(job.config.train, self.world_size)
         d = job.config.data
         manifest = same_data(job)
@@ -155,6 +163,7 @@ class Worker:
             first=lambda: self._on_device(data.first_batch(self.train_set, _INITIALIZE_IMAGES, _FIRST_SEED)),
             note=self.note,
             skip_to=job.skip_to,
+            memory_share=shortage.memory_share(job.shortages),
         )
         self.first_step = self.state.step
         self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)

@@ -51,6 +51,17 @@ def out_of_memory(error: Exception, config: Config) -> str:
     )
 
 
+def kept_line(kept: int, of: int, share: float) -> str:
+    """Return one line about what `model.backprop: auto` has found to fit into memory.
+
+    Args:
+        kept, of: how many bijections keep their activations, and how many there are.
+        share: `flow.EIWFlow.memory_share`.
+    """
+    line = f"model.backprop=auto: {kept} of {of} bijections keep their activations, the others are inverted"
+    return line + (f"; they may take {share:.0%} of what was measured, as memory was short before" if share < 1 else "")
+
+
 class Meter:
     """Means over the steps since this meter was made."""
 

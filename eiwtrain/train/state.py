@@ -23,6 +23,7 @@ from eiwtrain.data.manifest import Manifest
 from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.train.engine import Engine
+from eiwtrain.train.report import kept_line
 
 
 def flow_config(config: Config, channels: int) -> flow.FlowConfig:
@@ -55,6 +56,7 @@ class TrainState:
         first: Callable[[], tuple[Tensor, Tensor, Tensor | None]],
         note: Callable[[str], None],
         skip_to: int | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         """Restore the newest intact checkpoint, or begin a new run. Collective.
 
@@ -66,6 +68,7 @@ class TrainState:
             note: prints a line for the user.
             skip_to: step to continue with, on the newest weights that were not followed by a skipped step; None: the
                 step of the newest checkpoint.
+            memory_share: see `flow.EIWFlow.memory_share`.
 
         Raises:
             OtherRun: as it says; on every rank. A job before this one, which was cut off, may have committed that
@@ -74,6 +77,9 @@ class TrainState:
         self.config, self.manifest, self.device = config, manifest, device
         torch.manual_seed(config.train.seed)
         self.flow = flow.EIWFlow(flow_config(config, manifest.channels)).to(device)
+        self.flow.memory_share = memory_share
+        self._note = note
+        self._kept: tuple[int, int] | None = None  # as last noted
         saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
         if saved is not None and (problems := checkpoints.differences(saved, config, manifest.fingerprint)):
             raise OtherRun(problems[0])
@@ -126,6 +132,9 @@ class TrainState:
         """Make one optimizer step and update the average; return the gradient norm, and whether the step was applied.
         It is skipped if loss or gradient is not finite. Collective."""
         norm, applied = self.engine.step(losses, lr)
+        if self.flow.kept is not None and self.flow.kept != self._kept:
+            self._kept = self.flow.kept
+            self._note(kept_line(*self._kept, self.flow.memory_share))
         self.step += 1
         self.score = None
         if not applied:

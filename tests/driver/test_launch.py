@@ -7,7 +7,7 @@ from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config
 from eiwtrain.driver import launch
 from eiwtrain.on_ray import session
-from eiwtrain.on_ray.messages import Stopped
+from eiwtrain.on_ray.messages import Crashed, Stopped
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
 
@@ -24,6 +24,30 @@ def test_a_waiting_job_whose_own_node_drains_stops(tmp_path, monkeypatch):
     assert launch._wait_for_room(config, node_request, lease, Console(), stop) == 0
     assert renewed
     assert launch._stopped(config, stop) == Stopped("the drain of this job's own node", 0, None)
+
+
+def test_an_attempt_is_told_how_often_memory_was_short(tmp_path, monkeypatch):
+    config = Config.model_validate(tiny_config(tmp_path))
+    outcomes = [
+        Crashed("x", short_of_memory=True),
+        Crashed("y"),
+        Crashed("z", short_of_memory=True),
+        Stopped("", 0, None),
+    ]
+    told = []
+
+    def attempt(*arguments):
+        told.append(arguments[-1])
+        return SimpleNamespace(follow=lambda *_: outcomes[len(told) - 1], holds_on=False)
+
+    monkeypatch.setattr("eiwtrain.driver.attempt.Attempt", attempt)
+    for name in ("_start_ray", "_clean"):
+        monkeypatch.setattr(launch, name, lambda *_: None)
+    monkeypatch.setattr(launch, "_wait_for_room", lambda *_: 1)
+    monkeypatch.setattr(launch, "NodeRequest", lambda _config: SimpleNamespace(end=lambda: None))
+    lease = SimpleNamespace(next_attempt=lambda: None, failed=lambda: None)
+    launch.run_attempts(config, "", None, None, lease, 0.0, Console(), Stop(Console()))
+    assert told == [0, 1, 1, 2]
 
 
 class Guard:

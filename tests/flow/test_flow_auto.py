@@ -63,6 +63,17 @@ def test_a_budget_holds_for_the_networks_of_noise_that_joins_too() -> None:
     assert kept_by(backprop="auto", memory_budget=2 * most) > 0.9 * most
 
 
+def test_a_share_of_the_budget_keeps_fewer_and_says_how_many() -> None:
+    flows = [auto(60_000), auto(60_000), auto(30_000)]
+    flows[1].memory_share = 0.5
+    kept_by = [(kept(flow), flow.kept) for flow in flows]
+    assert kept_by[1] == kept_by[2]
+    assert kept_by[1][0] < kept_by[0][0]
+    least, most, of = (flow.kept for flow in (auto(0), auto(10**9), auto(1)) if kept(flow) and flow.kept)
+    assert (least[0], most[0]) == (0, most[1])
+    assert of[1] == most[1] == sum(len(level) for level in auto(0)._costs(images(2).float(), None))
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_what_each_bijection_keeps_is_predicted_from_samples(batch: int) -> None:
     flow = make_flow(dtype=torch.float32, steps=STEPS)

@@ -453,9 +453,16 @@ def test_images_of_another_size_are_refused(folder, tmp_path, capsys):
     assert "--data: images of large are 3x16x16, and the model takes 3x8x8" in capsys.readouterr().err
 
 
-def test_a_batch_that_does_not_fit_in_memory_is_one_line(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_batch_that_does_not_fit_in_memory_is_one_line(error, folder, tmp_path, capsys, monkeypatch):
     def decode(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise error
 
     monkeypatch.setattr(flow.EIWFlow, "decode", decode)
     assert command(folder / "model", "--output", tmp_path / "x.png") == 2

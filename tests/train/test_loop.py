@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from eiwtrain import data, flow
 from eiwtrain.config import Config, Train, batching
-from eiwtrain.on_ray.messages import Assignment, Failed, Finished, Stopped
+from eiwtrain.on_ray.messages import Assignment, Crashed, Failed, Finished, Stopped
 from eiwtrain.train import device, loop
 from eiwtrain.train.objective import MicroBatch, learning_rate
 from eiwtrain.train.state import flow_config
@@ -132,10 +132,10 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
     write_shards(tmp_path / "data")
 
-    def start(fingerprint="", failures=0, **sections):
+    def start(fingerprint="", failures=0, shortages=0, **sections):
         config = Config.model_validate(tiny_config(tmp_path, **sections))
         fingerprint = fingerprint or data.load_manifest(config.data.path).fingerprint
-        assignment = Assignment(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None)
+        assignment = Assignment(config, fingerprint, None, None, None, {}, 0.0, 0.0, 0.0, failures, None, shortages)
         loop.train_worker({"assignment": assignment})
         return Driver.last.said
 
@@ -152,6 +152,21 @@ def test_a_data_set_that_was_replaced_ends_the_run(start, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.50 GiB of which 1.25 GiB "
+    "is free.\nIncluding non-PyTorch memory, this process has 2 GiB memory in use. Of the allocated"
+)
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+
+
+def ended(start, **options):
+    """What a worker says at its end, and whether it dies for another attempt."""
+    try:
+        return start(**options)[-1], False
+    except RuntimeError:
+        return Driver.last.said[-1], True
+
+
 @pytest.mark.parametrize(
     ("model", "rows", "remedies"),
     [
@@ -163,22 +178,21 @@ def test_a_data_set_that_was_replaced_ends_the_run(start, tmp_path):
     ],
 )
 def test_a_worker_without_enough_gpu_memory_says_what_takes_less(model, rows, remedies, start, monkeypatch):
-    error = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 3.50 GiB of which 1.25 GiB "
-    error += "is free.\nIncluding non-PyTorch memory, this process has 2 GiB memory in use. Of the allocated"
-
     def no_room(*_args, **_kwargs):
-        raise torch.OutOfMemoryError(error)
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
     monkeypatch.setattr(loop, "TrainState", no_room)
     sections = {"model": model, "train": {"micro_batch": rows}}
-    (said,) = start(**sections)
-    assert isinstance(said, Failed)
+    said, again = ended(start, **sections)
+    takes_less = model.get("backprop") == "auto"  # in the next attempt
+    assert said == (Crashed(said.reason, short_of_memory=True) if takes_less else Failed(said.reason))
+    assert again == takes_less
     assert said.reason.startswith("out of GPU memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
     assert said.reason.splitlines() == [said.reason]
     assert "1.25 GiB is free" in said.reason
     assert remedies in said.reason
-    with pytest.raises(RuntimeError, match=r"out of GPU memory: .* eval\.samples"):  # a dead worker may still hold it
-        start(failures=1, **sections)
+    # a dead worker may still hold it
+    assert ended(start, failures=1, **sections) == (Crashed(said.reason, short_of_memory=True), True)
 
 
 def test_what_did_fit_is_tried_again(start, monkeypatch):
@@ -190,14 +204,40 @@ def test_what_did_fit_is_tried_again(start, monkeypatch):
 
         def run(self):
             self.state.step += self.steps
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
 
     monkeypatch.setattr(loop, "Worker", Fits)
-    Fits.steps = 0
-    assert isinstance(start()[-1], Failed)
-    Fits.steps = 1
-    with pytest.raises(RuntimeError, match=r"out of GPU memory: CUDA out of memory; use a train\.micro_batch below 4"):
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError(CUBLAS)):
+        Fits.steps, Fits.error, Fits.state.step = 0, error, 3
+        assert isinstance(ended(start)[0], Failed)
+        Fits.steps = 1
+        said, again = ended(start)
+        assert again
+        assert said == Crashed(said.reason, short_of_memory=True)
+        assert "use a train.micro_batch below 4" in said.reason
+
+
+def test_an_error_of_another_kind_is_no_lack_of_memory(start, monkeypatch):
+    def fails(*_args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(loop, "Worker", fails)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         start()
+    assert Driver.last.said == []
+
+
+def test_after_shortages_activations_may_take_less(start, monkeypatch):
+    shares = []
+
+    def state(*_args, memory_share, **_kwargs):
+        shares.append(memory_share)
+        raise loop.Fatal("enough")
+
+    monkeypatch.setattr(loop, "TrainState", state)
+    for shortages in range(3):
+        start(shortages=shortages)
+    assert shares == [1.0, 0.75, 0.75**2]
 
 
 def test_a_padded_row_gives_no_gradient(model):

@@ -58,3 +58,9 @@ def test_curves_are_grouped_and_leave_out_what_does_not_exist():
     assert "flow/order_entropy_level1" not in curves
     assert (curves["train/epoch"], curves["time/storage_faults"]) == (1.5, 2.0)
     assert {name.split("/")[0] for name in curves} == {"train", "flow", "time"}
+
+
+def test_what_auto_keeps_is_said_with_the_reason_for_less():
+    assert "3 of 8" in report.kept_line(3, 8, 1.0)
+    assert "short" not in report.kept_line(3, 8, 1.0)
+    assert "56%" in report.kept_line(3, 8, 0.75**2)
