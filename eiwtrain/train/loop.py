@@ -46,7 +46,7 @@ from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import Tracker
 from eiwtrain.tracking.curves import SKIPPED_STEPS
 from eiwtrain.tracking.system import System
-from eiwtrain.train import device, goodput, report, shortage
+from eiwtrain.train import device, goodput, recompute, report, shortage
 from eiwtrain.train.finish import METRICS, finish
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
@@ -160,11 +160,13 @@ class Worker:
             manifest,
             self.device,
             (self.micro_batch, accumulation),
-            first=lambda: self._on_device(data.first_batch(self.train_set, _INITIALIZE_IMAGES, _FIRST_SEED)),
+            first=lambda: self._first(_INITIALIZE_IMAGES),
             note=self.note,
             skip_to=job.skip_to,
             memory_share=shortage.memory_share(job.shortages),
         )
+        if warning := recompute.warning(self.state.averaged, lambda: self._first(self.micro_batch)):
+            self.note(warning)
         self.first_step = self.state.step
         self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)
         saved = self.state.newest.state if self.state.newest else {}
@@ -388,6 +390,10 @@ class Worker:
             micro_batch=self.micro_batch, rank=self.rank, world_size=self.world_size, workers=c.data.loader_workers,
             augment=c.data.augment, lanes=c.data.lanes, block=c.data.shuffle_block, warn=self.note,
         )  # fmt: skip
+
+    def _first(self, images: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the first training images, the same on every rank, as the flow takes them."""
+        return self._on_device(data.first_batch(self.train_set, images, _FIRST_SEED))
 
     def _on_device(self, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what the flow takes: pixels, noise, labels."""
