@@ -1,7 +1,8 @@
 """One training step, forward and backward, beside other flow libraries at equal size: speed, operations, memory.
 
     pip install --no-deps normflows==1.7.3 nflows==0.14 FrEIA==0.2 memcnn==1.5.2     # the peers, if you want them
-    python -m benchmarks.step [--seconds 60] [--tables small large eiw] [--device cuda] [--batch 256] [--json FILE]
+    python -m benchmarks.step [--seconds 60] [--tables small large eiw] [--device cuda] [--dtype bfloat16]
+                              [--batch 256] [--json FILE]
     python -m benchmarks.step --rows FILE                            # the tables of an earlier run's --json
 
 Tables:
@@ -16,13 +17,14 @@ Not for "auto", any point between stored and invertible, nor for depth: `benchma
 all else of a step of training: `benchmarks.overhead`.
 
 The step is the mean of -log p(x) over a batch of reals (eiw: of pixels and noise), and its gradients. All rows of a
-table share a process with the workers' allocator setting, and take turns, for `--seconds` a table. With `--device cuda`
-networks are bf16: ours by `conditioner_dtype`, the peers' by torch's autocast around the forward pass.
+table share a process with the workers' allocator setting, and take turns, for `--seconds` a table. With `--dtype
+bfloat16`, the default on a GPU, networks are bf16: ours by `conditioner_dtype`, the peers' by torch's autocast around
+the forward pass.
 
 What a row of `--json` holds; null where it could not be measured:
 
 - table, name, note (what is missing, or wrong: a loss or gradient that is not finite, a parameter without gradient);
-- parameters, batch, device;
+- parameters, batch, device, dtype;
 - operations: those that a step starts, views not counted; flops, as torch counts convolutions and matrix products;
 - kept_bytes: still allocated after the forward pass; peak_bytes: the most that a step has allocated at once, above the
   parameters and the batch;
@@ -42,7 +44,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -116,8 +117,7 @@ class Candidate:
 
     def __init__(self, config: flow.FlowConfig, mode: str, batch: int, device: torch.device) -> None:
         self.device = device
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-        subject = Subject(replace(config, conditioner_dtype=dtype), mode, batch, device)
+        subject = Subject(config, mode, batch, device)
         self.model: nn.Module = subject.model
         self.batch = subject.batch
         self.loss: Callable[..., Tensor] = subject.loss
@@ -126,10 +126,10 @@ class Candidate:
             for module in self.model.modules():
                 if isinstance(module, nn.Conv2d) and not module.weight.any():
                     nn.init.normal_(module.weight, std=0.02)  # as Subject does, and why
-            autocast = torch.autocast("cuda", torch.bfloat16) if dtype == "bfloat16" and mode != "memcnn" else None
+            peer_casts = config.conditioner_dtype == "bfloat16" and mode != "memcnn"  # which has our networks
 
             def loss(x: Tensor) -> Tensor:
-                with autocast or nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=peer_casts):
                     return self.model(x).mean()
 
             self.loss = loss
@@ -183,7 +183,14 @@ class Candidate:
         }
 
 
-def measure(table: str, batch: int, device: str = "cpu", seconds: float = 0.0, size: Size | None = None) -> list[Row]:
+def measure(
+    table: str,
+    batch: int,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seconds: float = 0.0,
+    size: Size | None = None,
+) -> list[Row]:
     """Return the rows of a table, measured in this process with one thread.
 
     Args:
@@ -195,7 +202,9 @@ def measure(table: str, batch: int, device: str = "cpu", seconds: float = 0.0, s
     rows: dict[str, Row] = {}
     made: dict[str, Candidate] = {}
     for name, (config, mode) in candidates(table, size).items():
-        rows[name] = {"table": table, "name": name, "batch": batch, "device": device, "note": "not installed"}
+        config = replace(config, conditioner_dtype=cast(Any, dtype))
+        rows[name] = {"table": table, "name": name, "batch": batch, "device": device, "dtype": dtype}
+        rows[name] |= {"note": "not installed"}
         rows[name] |= dict.fromkeys(("parameters", "operations", "flops", "kept_bytes", "peak_bytes"))
         rows[name] |= dict.fromkeys(("seconds", "images_per_second", "to_normflows", "to_first"))
         if mode not in peers.PEERS or peers.installed(mode):
@@ -221,7 +230,7 @@ def text(rows: list[Row]) -> str:
     pages = []
     for table in dict.fromkeys(row["table"] for row in rows):
         own = [row for row in rows if row["table"] == table]
-        title = f"{table}, batches of {own[0]['batch']} on {own[0]['device']}"
+        title = f"{table}, batches of {own[0]['batch']}, {own[0]['dtype']} on {own[0]['device']}"
         cells = [[row["name"], *(_cells(row) if row["seconds"] else [row["note"], *[""] * 7])] for row in own]
         wrong = [f"{row['name']}: {row['note']}" for row in own if row["note"] and row["seconds"]]
         pages.append("\n\n".join([title, measuring.markdown((table, *HEADER), cells), *wrong]))
@@ -251,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--seconds", type=float, default=60, help="of the rounds of a table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks; default: bfloat16 on a GPU")
     default = ", ".join(f"{table} {size.batch}" for table, size in SIZES.items())
     help_ = f"images; default on a CPU: {default}, {EIW} {EIW_BATCH}; on a GPU {ON_GPU} times as many"
     parser.add_argument("--batch", type=int, help=help_)
@@ -264,10 +274,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(text(json.loads(args.rows.read_text())))
         return 0
     rows: list[Row] = []
+    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     for table in args.tables:
         batch = (SIZES[table].batch if table in SIZES else EIW_BATCH) * (ON_GPU if args.device == "cuda" else 1)
-        task = {"table": table, "batch": args.batch or batch, "device": args.device, "seconds": args.seconds}
-        rows += environments.child(sys.executable, "benchmarks.step", task, WORKER_ENV)
+        task = {"table": table, "batch": args.batch or batch, "device": args.device, "dtype": dtype}
+        task["seconds"] = args.seconds
+        try:
+            rows += environments.child(sys.executable, "benchmarks.step", task, WORKER_ENV)
+        except environments.FailedError as e:
+            sys.exit(f"error: {table}: {e.line}")
         print(text([row for row in rows if row["table"] == table]), end="\n\n", flush=True)
     packages = environments.versions("torch", *peers.PEERS)
     print(environments.describe(environments.machine(), packages))

@@ -66,11 +66,13 @@ def test_rows_make_the_same_tables_from_a_file(
         assert f"| {row['name']} |" in page
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", peers.PEERS)
-def test_a_peer_gives_every_parameter_a_gradient(peer: str) -> None:
+def test_a_peer_gives_every_parameter_a_gradient(peer: str, dtype: Any) -> None:
     if not peers.installed(peer):
         pytest.skip(f"{peer} is not installed")
-    config = flow.FlowConfig((3, 8, 8), levels=2, steps=2, conditioner=flow.ConditionerConfig(hidden=8), shuffle="none")
+    network = flow.ConditionerConfig(hidden=8)
+    config = flow.FlowConfig((3, 8, 8), levels=2, steps=2, conditioner=network, shuffle="none", conditioner_dtype=dtype)
     ours = sum(p.numel() for p in flow.EIWFlow(config).parameters())
     counted = step.Candidate(config, peer, 4, torch.device("cpu")).counted()
     assert counted["note"] == ""
