@@ -25,6 +25,7 @@ from torch import Tensor
 
 from eiwtrain import checkpoints, storage
 from eiwtrain.checkpoints import Checkpoint, Part
+from eiwtrain.checkpoints.pinned import PinnedMemory
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.testing import failpoints
 
@@ -89,6 +90,7 @@ class CheckpointWriter:
         self._root, self._keep, self._guard = root, (keep_last, keep_every), guard
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._pinned = PinnedMemory()
         self._thread: threading.Thread | None = None
         self._result: SaveResult | None = None
 
@@ -112,7 +114,7 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         before = self.wait()
-        share = snapshot(tensors, self._rank, self._world_size)
+        share = snapshot(tensors, self._rank, self._world_size, self._pinned)
         stall = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._save,
@@ -159,12 +161,17 @@ class CheckpointWriter:
         self._result = SaveResult(saved, failure, stall, seconds, saved.bytes if saved else 0)
 
 
-def snapshot(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
+def snapshot(
+    tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int, pinned: PinnedMemory | None = None
+) -> dict[str, Tensor]:
     """Copy this rank's share to CPU memory; each tensor goes to the rank with the fewest bytes so far.
 
     Args:
         tensors: (name, whole tensor) in the same order on every rank; iterated once. If that is collective, so is this.
+        pinned: memory for tensors of a GPU, whose previous content is no longer needed.
     """
+    pinned = pinned or PinnedMemory()
+    pinned.clear()
     share: dict[str, Tensor] = {}
     load, on_gpu = [0] * world_size, False
     for name, tensor in tensors:
@@ -172,7 +179,7 @@ def snapshot(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) 
         load[owner] += tensor.nbytes
         if owner == rank:
             on_gpu |= tensor.is_cuda
-            share[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            share[name] = pinned.take(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)
             share[name].copy_(tensor.detach(), non_blocking=True)
     if on_gpu:
         torch.cuda.synchronize()
