@@ -192,6 +192,9 @@ class Train(Section):
     """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also gradients, 3 also weights."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initial weights, sample order, dequantisation noise and augmentation."""
+    deterministic: bool = False
+    """Use only kernels that compute the same each time: slower on GPUs, where a replayed step is then equal to the
+    bit, as it always is on CPUs."""
     log_every_seconds: PositiveFloat = 5.0
     """Time between two training lines, seconds."""
 

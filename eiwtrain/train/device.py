@@ -5,18 +5,22 @@ Not for the library: `eiwtrain.flow` leaves PyTorch's settings to the program th
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-from eiwtrain.config import Workers
+from eiwtrain.config import Config
 from eiwtrain.on_ray import session
 
 
-def of_worker(workers: Workers) -> torch.device:
+def of_worker(config: Config) -> torch.device:
     """Return the device of this worker of Ray Train: its GPU, or the CPU with no more threads than its cores."""
     exact_float32()
     same_kernels()
-    if not workers.gpus:
-        torch.set_num_threads(workers.cpus)  # no more than its own cores, so that sums are the same each time
+    if config.train.deterministic:
+        deterministic_kernels()
+    if not config.workers.gpus:
+        torch.set_num_threads(config.workers.cpus)  # no more than its own cores, so that sums are the same each time
         return torch.device("cpu")
     device: torch.device = session.worker_gpu()
     torch.cuda.set_device(device)
@@ -49,3 +53,11 @@ def same_kernels() -> None:
     """Keep cuDNN from choosing a convolution by a race, in this process: its winners differ between threads, and the
     backward pass, in a thread of its own, computes again what the forward pass computed."""
     torch.backends.cudnn.benchmark = False
+
+
+def deterministic_kernels() -> None:
+    """Have this process use only kernels whose result depends on nothing but their input. Call it before cuBLAS is
+    first used, which then reads its setting."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it

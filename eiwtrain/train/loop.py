@@ -146,7 +146,7 @@ class Worker:
         """Restore or initialise the state. Collective."""
         self.job, self.driver, self.watchdog, self.config = job, driver, watchdog, job.config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = device.of_worker(job.config.workers)
+        self.device = device.of_worker(job.config)
         if job.failures:
             shortage.await_memory(self.device)
         self.micro_batch, accumulation = batching(job.config.train, self.world_size)

@@ -32,12 +32,22 @@ def rounds():
     return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
-def test_a_worker_rounds_no_float32(tmp_path):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_worker_rounds_no_float32_and_repeats_its_kernels(deterministic, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.get_num_threads()
     try:
-        assert device.of_worker(Config.model_validate(tiny_config(tmp_path)).workers) == torch.device("cpu")
+        config = Config.model_validate(tiny_config(tmp_path, train={"deterministic": deterministic}))
+        assert device.of_worker(config) == torch.device("cpu")
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+        flow = small_flow().train()  # every kernel that it needs has a deterministic kind
+        flow(torch.rand(2, 3, 8, 8) - 0.5).log_prob.sum().backward()
     finally:
         torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
     assert rounds() == (False, False)
     assert not torch.backends.cudnn.benchmark
 

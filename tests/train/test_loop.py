@@ -129,7 +129,7 @@ class Driver:
 def start(tmp_path, monkeypatch):
     """Start the only worker of a run; return what it sends to its driver."""
     monkeypatch.setattr(loop, "WorkerEnd", Driver)
-    monkeypatch.setattr(device, "of_worker", lambda _workers: torch.device("cpu"))  # and this process keeps its threads
+    monkeypatch.setattr(device, "of_worker", lambda _config: torch.device("cpu"))  # and this process keeps its threads
     write_shards(tmp_path / "data")
 
     def start(fingerprint="", failures=0, shortages=0, **sections):
