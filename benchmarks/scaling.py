@@ -144,6 +144,7 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
         cache_bytes=config.data.cache_bytes,
         loader_workers=config.data.loader_workers,
         max_failures=config.run.max_failures,
+        update_operations=counted.update_operations,
     )
     cluster = Cluster(
         network=Network(NODE, inside, between, CALL, INSIDE_HOP, BETWEEN_HOP),
@@ -255,7 +256,8 @@ def planned_table(planned: dict[str, Any]) -> str:
     job = planned["job"]
     enough = job["operations"] * planned["cluster"]["launch_seconds"] * planned["cluster"]["flops_per_second"]
     lines = [
-        f"{job['flops'] / 1e9:,.0f} GFLOP an image, {job['operations']:,} operations a micro-batch, "
+        f"{job['flops'] / 1e9:,.0f} GFLOP an image, {job['operations']:,} operations a micro-batch "
+        f"and {job['update_operations']:,} a step, "
         f"{job['gradient_bytes'] / 1e6:,.0f} MB of gradients, {job['tensors']:,} tensors. Below "
         f"{math.ceil(enough / job['flops'])} images a micro-batch the host is slower than the GPU.",
         "",

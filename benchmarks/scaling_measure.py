@@ -32,9 +32,10 @@ import data_prep
 from benchmarks.scaling_model import Network, calls, passes, transfer_seconds
 from eiwtrain import data
 from eiwtrain.config import Config, batching
+from eiwtrain.train import agreed
 from eiwtrain.train.engine import MOST_IN_BUCKET
 from eiwtrain.train.objective import MicroBatch
-from eiwtrain.train.state import TrainState, flow_config, sum_over_ranks
+from eiwtrain.train.state import TrainState, flow_config
 
 RESOLUTION = 16
 MODELS: dict[str, tuple[dict[str, Any], int]] = {  # the model, and images of a micro-batch
@@ -245,8 +246,7 @@ class Subject:
     def step(self) -> None:
         """Make one as `eiwtrain.train.loop` does."""
         own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, self.flow, _CPU)) for b in next(self._batches)]
-        self.state.advance([m.loss for m in own], 1e-4)
-        sum_over_ranks([*torch.stack([m.sums for m in own]).sum(0).tolist(), *[0.0] * 5], _CPU)
+        self.state.advance([m.loss for m in own], 1e-4, lambda: agreed.pack(own, [0.0] * 5, dist.get_rank()))
 
     def timed(self) -> float:
         """Seconds of a step."""

@@ -71,6 +71,8 @@ class Job:
     """On each machine."""
     loader_workers: int = 1
     max_failures: int = 3
+    update_operations: int = 0
+    """Operations that the host starts once a step, after the micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ def passes(zero_stage: int, accumulation: int) -> int:
 
 
 def calls(zero_stage: int, accumulation: int, tensors: int, buckets: int) -> int:
-    """Collectives of a step. At stage 0 DeepSpeed reduces up to 500 million gradients at once."""
+    """Collectives of a step. At stage 0 all gradients are one tensor."""
     reductions = accumulation * buckets
-    return {0: 3, 1: buckets + 3, 2: reductions + 3, 3: tensors + accumulation + reductions + 2}[zero_stage]
+    return {0: 2, 1: buckets + 3, 2: reductions + 3, 3: tensors + accumulation + reductions + 2}[zero_stage]
 
 
 def transfer_seconds(sent: float, times: float, collectives: int, workers: int, network: Network) -> float:
@@ -181,6 +183,7 @@ def step(job: Job, cluster: Cluster, workers: int) -> Step:
         raise ValueError(f"{workers} workers cannot share a global batch of {job.global_batch}")
     rows, accumulation = batching(job.global_batch, job.micro_batch, workers)
     compute = accumulation * compute_seconds(rows * job.flops, job.operations, cluster)
+    compute += job.update_operations * cluster.launch_seconds  # behind the read of the norm, so nothing hides them
     communication = communication_seconds(job, cluster.network, workers)
     share = job.global_batch / workers
     decode = share / cluster.decoded

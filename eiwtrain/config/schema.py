@@ -188,8 +188,9 @@ class Train(Section):
     the samples after the bad steps."""
     compile: bool = False
     """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: 0 replicates the optimizer state, 1 shards it over workers, 2 also gradients, 3 also weights."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO: 0 replicates the optimizer state, the fastest where it fits; 1 shards it over workers, 2 also
+    gradients, 3 also weights."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of initial weights, sample order, dequantisation noise and augmentation."""
     deterministic: bool = False

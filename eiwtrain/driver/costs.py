@@ -12,6 +12,7 @@ Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -19,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -28,7 +29,10 @@ from eiwtrain import flow
 from eiwtrain.config import Config, Train, batching
 from eiwtrain.flow.config import BackpropMode
 from eiwtrain.flow.memory import SLACK, STATE_BYTES
-from eiwtrain.train.engine import MOST_IN_BUCKET
+from eiwtrain.train import agreed
+from eiwtrain.train.engine import MOST_IN_BUCKET, optimizer_of, scaled
+from eiwtrain.train.flat import FlatModule
+from eiwtrain.train.objective import MicroBatch
 from eiwtrain.train.state import flow_config, outline
 
 COUNTED_MODES: tuple[BackpropMode, ...] = ("stored", "checkpointed", "invertible")
@@ -44,6 +48,12 @@ after the other, so a micro-batch takes at least that for each of its operations
 
 FREE = 0.2
 """The share of a GPU's memory that is left to what is not counted here."""
+
+_BY_DEEPSPEED = (2, 2)
+"""Operations that DeepSpeed adds at stage 0: to each micro-batch, whose loss it divides, and to the reduction."""
+_FOR_EACH_TENSOR = (0, 4, 4, 9)
+"""Operations that it adds at a ZeRO stage for each parameter, with a micro-batch a step; at most, as it shares some out
+among the workers."""
 
 _FLOAT = 4  # bytes of a parameter, its gradient, its average and each of its moments
 
@@ -84,7 +94,8 @@ class Costs:
     """FLOPs of a training step, forward and backward with what it recomputes, at the config's micro-batch. A
     multiplication and an addition are two; convolutions and matrix products count, as in torch's `FlopCounterMode`."""
     operations: dict[str, int]
-    """Operations that a training step starts for each micro-batch, forward and backward; views do not count."""
+    """Operations that a training step starts for each micro-batch, forward and backward, the loss and the gathering of
+    gradients included; views do not count."""
     activation_bytes: dict[str, int]
     """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
     fixed_bytes: dict[str, int]
@@ -98,6 +109,9 @@ class Costs:
     backprop: str
     memory_budget: int | None
     """The config's own."""
+    update_operations: int = 0
+    """Operations that a training step starts once: to reduce and clip the gradient, to read its norm and what the
+    workers agree on, to update weights, moments and average."""
 
     @property
     def gradient_bytes(self) -> int:
@@ -169,7 +183,8 @@ class Costs:
         rows, accumulation = batching(self.train, workers)
         mode = self.mode_in(gpu.bytes)
         computed = rows * self.flops_per_image[mode] / (gpu.flops_per_second * MFU)
-        return accumulation * max(computed, self.operations[mode] * LAUNCH)
+        # the host reads the norm before it starts the update, so nothing hides these operations
+        return accumulation * max(computed, self.operations[mode] * LAUNCH) + self.update_operations * LAUNCH
 
 
 def of(config: Config, channels: int = 3) -> Costs:
@@ -184,10 +199,11 @@ def of(config: Config, channels: int = 3) -> Costs:
     operations: dict[str, int] = {}
     each: dict[str, int] = {}
     fixed: dict[str, int] = {}
+    each_loss, update = count_around(config, model)
     for mode in COUNTED_MODES:
         step = _of_all_steps(replace(shape, backprop=mode), images)
         more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
-        flops[mode], operations[mode] = step.flops / images, step.operations
+        flops[mode], operations[mode] = step.flops / images, step.operations + each_loss
         each[mode] = more.kept - step.kept
         fixed[mode] = step.kept - images * each[mode]
     return Costs(
@@ -201,6 +217,7 @@ def of(config: Config, channels: int = 3) -> Costs:
         train=config.train,
         backprop=config.model.backprop,
         memory_budget=config.model.memory_budget,
+        update_operations=update,
     )
 
 
@@ -261,6 +278,46 @@ def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool
             if backward:
                 loss.backward()
     return Counted(kept, started.flops, started.operations)
+
+
+def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
+    """Return the operations that a training step starts outside its flow: for each micro-batch, and once.
+
+    The code of a training step is run on parameters of one number each, as many as the model has: at ZeRO stage 0 they
+    are one tensor whatever their number. At other stages DeepSpeed's own loops over them come on top.
+
+    Args:
+        model: the flow, with or without numbers.
+    """
+    own = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in model.parameters())
+    flat = FlatModule(own)
+    average = flat.average_in(dict(copy.deepcopy(own).named_parameters()))
+    optimizer = optimizer_of(flat.parameters(), config.train)
+    images = torch.zeros(2, *model.config.image_shape, dtype=torch.uint8)
+    log_prob, penalty = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    out = flow.FlowOutput(log_prob, penalty, torch.zeros(model.config.levels, 2))
+    batch = MicroBatch(torch.ones(2), config, images)
+
+    def step() -> tuple[int, int]:
+        loss, update = Started(), Started()
+        with loss:
+            scaled(batch.loss(lambda *_: out), 1.0).backward()  # type: ignore[arg-type]
+        for parameter in own:
+            parameter.grad = torch.ones(1)
+        with loss:
+            flat.gather()
+        with update:
+            norm, *_ = agreed.beside(flat.norm(), agreed.pack([batch], [0.0] * 5, 0)).tolist()
+            flat.clip_(norm, norm / 2)
+            optimizer.step()
+            average(0.5)
+            for order in model.orders():
+                order.latest.copy_(order.latest)
+        return loss.operations, update.operations
+
+    step()  # the optimizer makes its moments
+    each, once = (a + b for a, b in zip(step(), _BY_DEEPSPEED, strict=True))
+    return each, once + _FOR_EACH_TENSOR[config.train.zero_stage] * len(own)
 
 
 def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:

@@ -5,6 +5,7 @@ Not for the arithmetic, which is `eiwtrain.driver.costs`, nor for the checks, wh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from eiwtrain.config import Config, ConfigError, Train, batching, micro_batches
@@ -13,7 +14,7 @@ from eiwtrain.terminal.console import Console
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
-    from eiwtrain.driver.costs import Costs
+    from eiwtrain.driver.costs import Costs, Gpu
 
 
 def plan(config: Config, console: Console) -> Manifest | None:
@@ -49,6 +50,8 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
         f"rate      {_rate(config.train, epoch)}",
         *_by_mode(config, found),
         f"state     {_gb(found.state_bytes(most))} a worker at {most}: {held}",
+        f"started   {found.operations[found.mode]:,} operations a micro-batch, {found.update_operations:,} more a step "
+        "for clip, optimizer and average",
         f"network   {_gb(found.gradient_bytes)} of gradients are summed over the workers in a step",
         f"resume    reads a checkpoint of {_gb(found.checkpoint_bytes)}",
     ]
@@ -125,12 +128,21 @@ def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
     said.append(f"            GPU           images/s each{heads}")
     for gpu in costs.GPUS:
         if not found.fits(gpu, workers[-1]):
-            said.append(f"            {gpu.name:13}{'does not fit':>14}")
+            said.append(f"            {gpu.name:13}{'does not fit':>14}{_by_sharding(found, gpu, most)}")
             continue
         each = t.global_batch / found.step_seconds(gpu, most) / most
         hours = [(n, t.max_steps * found.step_seconds(gpu, n) / 3600) for n in workers]
         said.append(f"            {gpu.name:13}{each:14,.0f}" + "".join(f"{h:13,.1f}{n * h:11,.0f}" for n, h in hours))
     return said
+
+
+def _by_sharding(found: Costs, gpu: Gpu, workers: int) -> str:
+    """Return which ZeRO stage makes a config that does not fit into a GPU fit, if one does."""
+    for stage in (1, 2, 3):
+        train = found.train.model_copy(update={"zero_stage": stage})
+        if replace(found, train=train).fits(gpu, workers):
+            return f"; on {workers} it does with train.zero_stage={stage}"
+    return ""
 
 
 def look(config: Config, manifest: Manifest | None, console: Console) -> int:

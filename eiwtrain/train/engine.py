@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from eiwtrain import flow
 from eiwtrain.config import Train
+from eiwtrain.train import agreed
+from eiwtrain.train.flat import FlatModule
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read when `torch.compile` decorates a function
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
@@ -40,8 +42,9 @@ class Engine:
     runs in bf16 (the flow autocasts only its conditioners), so DeepSpeed's own precision modes, which would cast the
     trunk and its log-determinants, stay off.
 
-    At stage 3 `module` is sharded over the ranks in place: one of the `LEAVES` is whole only while it runs forward or
-    backward, and outside `step` no parameter has any elements; `weights` returns them.
+    At stage 0 DeepSpeed has a `FlatModule` in its place. At stage 3 `module` is sharded over the ranks in place: one of
+    the `LEAVES` is whole only while it runs forward or backward, and outside `step` no parameter has any elements;
+    `weights` returns them.
     """
 
     def __init__(self, module: nn.Module, train: Train, micro_batch: int, accumulation: int, world_size: int) -> None:
@@ -54,12 +57,14 @@ class Engine:
             for leaf in leaves:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
-        optimizer = _OPTIMIZERS[train.optimizer](
-            module.parameters(), lr=0.0, betas=train.betas, weight_decay=train.weight_decay
-        )
         numbers = sum(p.numel() for p in module.parameters())
+        self._flat = FlatModule(module) if train.zero_stage == 0 else None
+        seen = module if self._flat is None else self._flat
+        optimizer = optimizer_of(seen.parameters(), train)
+        if self._flat is not None:
+            optimizer.get_grads_for_reduction = self._flat.gradients_to_reduce  # DeepSpeed looks for this name
         self._engine, *_ = deepspeed.initialize(
-            model=module,
+            model=seen,
             optimizer=optimizer,
             config=_deepspeed_config(train, micro_batch, accumulation, world_size, numbers),
             dist_init_required=False,  # Ray Train has made the process group
@@ -67,20 +72,29 @@ class Engine:
         self.module = module
         self.device: torch.device = self._engine.device
         self._accumulation = accumulation
-        self._stage = train.zero_stage
+        self._stage, self._clip = train.zero_stage, train.clip
+        self.reported: list[float] = []
+        """What the last step's `report` returned, summed over ranks."""
         leaf_of = {id(p): number for number, leaf in enumerate(leaves) for p in leaf.parameters()}
         groups: defaultdict[int | None, dict[str, nn.Parameter]] = defaultdict(dict)
         for name, parameter in module.named_parameters():
             groups[leaf_of.get(id(parameter))][name] = parameter
         self._groups = list(groups.values())
 
-    def step(self, losses: Sequence[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
+    def step(
+        self,
+        losses: Sequence[Callable[[nn.Module], Tensor]],
+        lr: float,
+        report: Callable[[], Tensor] | None = None,
+    ) -> tuple[float, bool]:
         """Make one optimizer step, or none if the loss or a gradient is not finite. Collective.
 
         Args:
             losses: for each of the `accumulation` micro-batches, a function of the module that returns this rank's
                 contribution to the loss, a scalar. Their sum over micro-batches and ranks is minimised.
             lr: learning rate of this step.
+            report: called after the last backward pass; returns (n,) float64 on the device, which are summed over ranks
+                into `reported`. They are read together with the norm: the host waits for the device once.
 
         Returns:
             The gradient norm before clipping, and whether the step was applied; both are the same on every rank. The
@@ -89,24 +103,46 @@ class Engine:
         """
         if len(losses) != self._accumulation:
             raise ValueError(f"{len(losses)} micro-batches for {self._accumulation} accumulation steps")
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rate(lr)
         # DeepSpeed averages over micro-batches and ranks; the sum is needed
         scale = self._accumulation * dist.get_world_size()
         norm = None
-        for loss in losses:
+        for number, loss in enumerate(losses, 1):
             contribution = loss(self._engine)
-            # 1, or NaN: a contribution that is not finite then shows in the norm of every rank, whatever its gradients
-            finite = 1.0 + 0.0 * contribution.detach()
-            self._engine.backward(contribution * scale * finite)
-            if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
-                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-                norm = float(nn.utils.get_total_norm(gradients))
-                self._optimizer.passes = not math.isfinite(norm)
+            self._engine.backward(scaled(contribution, scale))
+            if self._flat is not None:
+                if number < len(losses):
+                    self._flat.gather()
+                else:
+                    norm = self._read(self._flat.norm(), report)
+                    self._flat.clip_(norm, self._clip)
+                    self._optimizer.passes = not math.isfinite(norm)
             self._engine.step()  # at stages 1 to 3 DeepSpeed skips a norm that is not finite, and reports inf
-        if norm is None:  # DeepSpeed has none at stage 0
-            norm = float(self._engine.get_global_grad_norm())
+        if norm is None:  # DeepSpeed computes it
+            norm = self._read(self._engine.get_global_grad_norm(), report)
         return norm, math.isfinite(norm)
+
+    def _read(self, norm: Any, report: Callable[[], Tensor] | None) -> float:
+        """Return the norm as a number; with it read what `report` returns, summed over ranks. Collective."""
+        own = torch.empty(0, dtype=torch.float64, device=self.device) if report is None else report()
+        if report is not None:
+            dist.all_reduce(own)
+        value, *self.reported = agreed.beside(norm, own).tolist()
+        return float(value)
+
+    def average_in(self, model: nn.Module) -> Callable[[float], None]:
+        """Return a function that moves the parameters of `model`, a copy of the module, a share 0..1 of the way to
+        those of the module. Collective, as is the function."""
+        own = dict(model.named_parameters())
+        if self._flat is not None:
+            return self._flat.average_in(own)
+        averages: list[list[Tensor]] = [[own[name] for name in group] for group in self._groups]
+
+        def move(share: float) -> None:
+            for average, weights in zip(averages, self.weights(), strict=True):
+                torch._foreach_lerp_(average, list(weights.values()), share)
+
+        return move
 
     def weights(self) -> Iterator[dict[str, Tensor]]:
         """Yield the parameters by name, whole and detached, in groups that together are all. Collective.
@@ -121,6 +157,8 @@ class Engine:
     def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         """Return a context in which these parameters are whole, which they are anyway if nothing is sharded.
         Collective."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
         from deepspeed import zero
 
         context: contextlib.AbstractContextManager[Any] = zero.GatheredParameters(parameters)
@@ -131,12 +169,14 @@ class Engine:
         Collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        state = self._optimizer.state
+        flat = self._flat_moments() if self._flat is not None and state else {}
         for name, parameter in self.module.named_parameters():
             for key in self._optimizer.moments:
-                if not self._optimizer.state:  # no step has been applied
+                if not state:  # no step has been applied
                     yield f"{name}.{key}", torch.zeros(_whole_shape(parameter), device=self.device)
-                elif self._stage == 0:
-                    yield f"{name}.{key}", self._engine.optimizer.state[parameter][key]
+                elif flat:
+                    yield f"{name}.{key}", flat[key][name]
                 else:
                     yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
 
@@ -145,24 +185,37 @@ class Engine:
 
         `loss` is any loss of the module to which every parameter contributes: a fresh optimizer has no state to fill
         before its first step, so one is made with gradients of zero at a learning rate of zero, which leaves the
-        weights as they are.
+        weights as they are. At stage 0 that takes no loss.
         """
-        hooks = [parameter.register_hook(torch.zeros_like) for parameter in self.module.parameters()]
-        self.step([loss] * self._accumulation, lr=0.0)
-        for hook in hooks:
-            hook.remove()
-        for name, parameter in self.module.named_parameters():
-            for key in self._optimizer.moments:
-                self._load_moment(parameter, key, moments[f"{name}.{key}"].to(self.device))
+        if self._flat is not None:
+            self._set_rate(0.0)
+            self._flat.weights.grad = torch.zeros_like(self._flat.weights)
+            self._optimizer.step()
+            self._flat.weights.grad = None
+            for key, named in self._flat_moments().items():
+                for name, part in named.items():
+                    part.copy_(moments[f"{name}.{key}"])
+        else:
+            hooks = [parameter.register_hook(torch.zeros_like) for parameter in self.module.parameters()]
+            self.step([loss] * self._accumulation, lr=0.0)
+            for hook in hooks:
+                hook.remove()
+            for name, parameter in self.module.named_parameters():
+                for key in self._optimizer.moments:
+                    self._load_moment(parameter, key, moments[f"{name}.{key}"].to(self.device))
         for state in self._optimizer.state.values():
             state["step"].fill_(updates)
+
+    def _flat_moments(self) -> dict[str, dict[str, Tensor]]:
+        """Return the optimizer's moments at stage 0, by kind and parameter."""
+        assert self._flat is not None
+        (state,) = self._optimizer.state.values()
+        return {key: self._flat.named(state[key]) for key in self._optimizer.moments}
 
     def _load_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed import utils
 
-        if self._stage == 0:
-            self._engine.optimizer.state[parameter][key].copy_(value)
-        elif self._stage < 3:
+        if self._stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         else:
             # the `full` setter fails where the ranks do not divide a parameter: it forgets that shards are padded
@@ -170,10 +223,21 @@ class Engine:
             padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
             utils.safe_set_local_optimizer_state(parameter, padded.narrow(0, size * dist.get_rank(), size), key)
 
+    def _set_rate(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
     @property
     def _optimizer(self) -> Any:
         """The optimizer inside ZeRO's wrapper, whose state holds the count of its steps."""
         return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
+
+
+def scaled(contribution: Tensor, scale: float) -> Tensor:
+    """Return a loss times `scale`, NaN if it is not finite: it then shows in the norm of every rank, whatever its
+    gradients are."""
+    finite = 1.0 + 0.0 * contribution.detach()  # 1, or NaN
+    return contribution * scale * finite
 
 
 class _Passing:
@@ -195,7 +259,10 @@ class _Adamax(_Passing, torch.optim.Adamax):
     moments = ("exp_avg", "exp_inf")
 
 
-_OPTIMIZERS: dict[str, Any] = {"adamw": _AdamW, "adamax": _Adamax}
+def optimizer_of(parameters: Iterable[nn.Parameter], train: Train) -> Any:
+    """Return the config's optimizer, at a learning rate that each step sets."""
+    options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
+    return _Adamax(parameters, **options) if train.optimizer == "adamax" else _AdamW(parameters, fused=True, **options)
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -231,7 +298,9 @@ def _deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world_size,
-        "gradient_clipping": train.clip,  # DeepSpeed's default is 1.0, so it is always set
+        # DeepSpeed's default is 1.0, so it is always set; at stage 0 the norm is known by then, and DeepSpeed would
+        # compute it once more
+        "gradient_clipping": train.clip if train.zero_stage else 0.0,
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
@@ -247,6 +316,7 @@ def _deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # or the host waits for the device twice a micro-batch
     }
 
 

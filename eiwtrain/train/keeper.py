@@ -57,10 +57,14 @@ class Keeper:
         self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
         """(step, whether it has its score) of the last checkpoint that was begun or restored."""
 
-    def due(self) -> bool:
-        """Return whether a checkpoint should be begun now; called on rank 0. One is written at a time."""
+    def due(self, step: int | None = None) -> bool:
+        """Return whether a checkpoint should be begun now; called on rank 0. One is written at a time.
+
+        Args:
+            step: a step that is about to be finished; None: the last one.
+        """
         now = time.monotonic()
-        self._overdue = self._overdue or self._pace.due(self._state.step, now)
+        self._overdue = self._overdue or self._pace.due(self._state.step if step is None else step, now)
         return self._overdue and not self._saver.busy and now >= self._not_before
 
     def save(self, wait: bool = False) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import fsspec.config
 import torch
@@ -46,7 +46,7 @@ from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import Tracker
 from eiwtrain.tracking.curves import SKIPPED_STEPS
 from eiwtrain.tracking.system import System
-from eiwtrain.train import device, goodput, recompute, report, shortage
+from eiwtrain.train import agreed, device, goodput, recompute, report, shortage
 from eiwtrain.train.finish import METRICS, finish
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
@@ -57,29 +57,6 @@ from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
 _FIRST_SEED = 0  # for their noise
-
-
-class StepSums(NamedTuple):
-    """What the ranks sum up in each step, so that all of them decide alike. In float64; flags are 0 or 1 a rank."""
-
-    bits: float
-    """Bits/dim, summed over the images."""
-    penalty: float
-    """The shuffle's regulariser, summed over the images."""
-    faults: float
-    """Storage failures since the step before that were retried with success."""
-    again: float
-    """Whether to return for another attempt."""
-    stop: float
-    """Whether to stop the run."""
-    save: float
-    """Whether a checkpoint is due."""
-    look: float
-    """Whether to look at the machines' load."""
-
-    def over_ranks(self, device: torch.device) -> StepSums:
-        """Return the sums over all ranks. Collective."""
-        return StepSums(*sum_over_ranks(list(self), device))
 
 
 Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: continue, or one of the driver's requests
@@ -237,17 +214,14 @@ class Worker:
         torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
         micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
         lr = learning_rate(state.step, self.config.train, len(self.train_set))
-        norm, applied = state.advance([m.loss for m in micro_batches], lr)
+        logs = (state.step + 1) % self.config.tracking.log_every == 0
+
+        norm, applied = state.advance([m.loss for m in micro_batches], lr, lambda: self._report(micro_batches, logs))
+        sums, entropy = agreed.unpack(state.engine.reported)
 
         indices = [i for b in own for i in b.indices[b.indices >= 0].tolist()]
         self.audit.made(state.step - 1, indices)
         self.skipped = [] if applied else self.skipped + indices
-        bits, penalty = (sum(column) for column in torch.stack([m.sums for m in micro_batches]).T.tolist())
-        again, stop = self._wants()
-        save = self.rank == 0 and self.keeper.due()
-        logs = state.step % self.config.tracking.log_every == 0
-        look = logs and self.system.due()
-        sums = StepSums(bits, penalty, data.new_faults(), again, stop, save, look).over_ranks(self.device)
         bits, penalty, faults = sums.bits / images, sums.penalty / images, int(sums.faults)
         worked = time.perf_counter() - started - waited
         self.clock.spend("productive" if applied else "lost", worked)
@@ -262,13 +236,19 @@ class Worker:
         of_machines = self.system.curves() if sums.look else {}
         orders = state.orders() if logs else []
         if self.tracker is not None and logs:
-            entropy, epoch = micro_batches[-1].entropy, state.samples_seen / len(self.train_set)
+            epoch = state.samples_seen / len(self.train_set)
             curves = report.curves(self.meter, bits, penalty, norm, lr, entropy, orders, self.faults, epoch)
             curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self.clock) | of_machines
             self.tracker.metrics(state.step, curves)
         self.keeper.hear()
         self._progress()
         return _ending(sums.again, sums.stop), sums.save > 0
+
+    def _report(self, micro_batches: list[MicroBatch], logs: bool) -> Tensor:
+        """Return what this rank has to say at the end of a step, which no rank has finished yet; see `agreed.pack`."""
+        save = self.rank == 0 and self.keeper.due(self.state.step + 1)
+        look = logs and self.system.due()
+        return agreed.pack(micro_batches, [data.new_faults(), *self._wants(), save, look], self.rank)
 
     def _progress(self) -> None:
         """Send the training line, every few seconds."""

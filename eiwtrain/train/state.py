@@ -93,6 +93,7 @@ class TrainState:
         if config.train.compile:
             self.flow.compile_conditioners()
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
+        self._average = self.engine.average_in(self.averaged)
         self.step = self.updates = 0
         """Steps made so far, and those of them that changed the weights."""
         self.skipped = self.skipped_in_row = 0
@@ -128,10 +129,15 @@ class TrainState:
         """Position in the sample stream."""
         return self.step * self.config.train.global_batch
 
-    def advance(self, losses: list[Callable[[nn.Module], Tensor]], lr: float) -> tuple[float, bool]:
+    def advance(
+        self, losses: list[Callable[[nn.Module], Tensor]], lr: float, report: Callable[[], Tensor] | None = None
+    ) -> tuple[float, bool]:
         """Make one optimizer step and update the average; return the gradient norm, and whether the step was applied.
-        It is skipped if loss or gradient is not finite. Collective."""
-        norm, applied = self.engine.step(losses, lr)
+        It is skipped if loss or gradient is not finite. Collective.
+
+        `report` is as in `Engine.step`, whose `reported` then holds the sums.
+        """
+        norm, applied = self.engine.step(losses, lr, report)
         if self.flow.kept is not None and self.flow.kept != self._kept:
             self._kept = self.flow.kept
             self._note(kept_line(*self._kept, self.flow.memory_share))
@@ -143,9 +149,7 @@ class TrainState:
         self.skipped_in_row = 0
         # a horizon that grows with the steps made, so that the average forgets the initial weights
         decay = min(self.config.train.ema, (1 + self.updates) / (10 + self.updates)) if self.config.train.ema else 0.0
-        averaged = dict(self.averaged.named_parameters())
-        for weights in self.engine.weights():
-            torch._foreach_lerp_([averaged[name] for name in weights], list(weights.values()), 1.0 - decay)
+        self._average(1.0 - decay)
         for average, trained in self._orders:
             average.latest.copy_(trained.latest)
         self.updates += 1
@@ -156,7 +160,9 @@ class TrainState:
         the run began, by level; none without `shuffle: order`. Collective."""
         found = self.flow.orders()
         with self.engine.whole([p for order in found for p in order.parameters()]):
-            return [(order.entropy().item(), float(order.changes.item())) for order in found]
+            numbers = [n for order in found for n in (order.entropy().double(), order.changes.double())]
+            values = torch.stack(numbers).tolist() if numbers else []
+        return list(zip(values[::2], values[1::2], strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps in addition to tensors."""

@@ -51,6 +51,7 @@ JOB = model.Job(
     max_steps=300_000,
     eval_every=2_000,
     eval_images=300,
+    update_operations=30,
 )
 law = settings(deadline=None, max_examples=50)
 WORKERS = st.integers(1, 300)
@@ -189,6 +190,7 @@ def test_a_step_computes_as_long_as_the_plan_of_the_config_says(workers: int, mi
         train=Train(global_batch=JOB.global_batch, micro_batch=micro_batch),
         backprop="stored",
         memory_budget=None,
+        update_operations=JOB.update_operations,
     )
     there = replace(CLUSTER, flops_per_second=gpu.flops_per_second * costs.MFU, launch_seconds=costs.LAUNCH)
     job = replace(JOB, micro_batch=micro_batch)

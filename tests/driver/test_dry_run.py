@@ -79,7 +79,8 @@ def test_a_config_that_cannot_be_read_has_no_plan(path, capsys):
 def a_plan(path, operations: int, *given: str) -> list[str]:
     """Return the plan of a million steps of 8 images at 156 GFLOP, in micro-batches of 4 with these operations."""
     config = load_config(path, ["workers.gpus=1", "workers.min=1", "train.max_steps=1000000", *given])
-    found = replace(costs.of(config), flops_per_image=dict.fromkeys(costs.COUNTED_MODES, 156e9))
+    flops = dict.fromkeys(costs.COUNTED_MODES, 156e9)
+    found = replace(costs.of(config), flops_per_image=flops, update_operations=0)
     return dry_run.lines(config, replace(found, operations=dict.fromkeys(costs.COUNTED_MODES, operations)), None)
 
 
@@ -184,3 +185,10 @@ def test_the_head_of_a_config_agrees_with_its_plan(name):
     assert float(meant["hours"]) == pytest.approx(hours, abs=0.06)
     assert float(meant["gb"]) == pytest.approx(memory, abs=0.06)
     assert found.fits(gpu, config.max_workers)
+
+
+def test_a_stage_at_which_a_model_fits_is_named(path):
+    config = load_config(path, ["workers.gpus=1", "workers.max=8"])
+    found = replace(costs.of(config), parameters=10**9)  # 20 GB of state, for 24 GB of an L4
+    text = dry_run.lines(config, found, None)
+    assert ["on 8 it does with train.zero_stage=1" in line for line in text if "does not fit" in line] == [True]

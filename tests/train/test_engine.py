@@ -171,6 +171,25 @@ def test_what_is_loaded_does_not_depend_on_the_loss_that_makes_room_for_it():
     run_ranks(at_every_stage, 1, load_before_any_update_by_a_loss_that_is_not_finite)
 
 
+def report_with_every_step(stage, optimizer):
+    x, own = inputs(2), dist.get_rank() + 1.0
+    engine = Engine(model(), Train(zero_stage=stage, optimizer=optimizer), MICRO_BATCH, ACCUMULATION, 2)
+    called = []
+
+    def report():
+        called.append(own)
+        return torch.tensor([own, 10.0], dtype=torch.float64)
+
+    assert engine.step(losses(x, 0), LR, report)[1]
+    assert (engine.reported, len(called)) == ([3.0, 20.0], 1)
+    norm, applied = engine.step([lambda module: nan(module(x[0, 0, 0]))] * ACCUMULATION, LR, report)
+    assert (applied, math.isfinite(norm), engine.reported) == (False, False, [3.0, 20.0])
+
+
+def test_what_ranks_report_is_summed_whether_or_not_a_step_is_applied():
+    run_ranks(at_every_stage, 2, report_with_every_step)
+
+
 def refuse_another_number_of_micro_batches():
     engine = Engine(model(), Train(), MICRO_BATCH, ACCUMULATION, 1)
     with pytest.raises(ValueError, match="1 micro-batches for 2"):
