@@ -11,13 +11,13 @@ meanwhile (`benchmarks.checkpoint`). Not for a step's own speed: `benchmarks.ste
 
 A row of `--json` is a round: seconds of a step of each, by part. The parts are exclusive:
 
-- data: waiting for the loader; inputs: from its batch to tensors, with the noise of each image by its key;
+- data: the batch from the loader; inputs: from its batch to tensors, with the noise of each image by its key;
 - forward: the losses of the micro-batches;
 - backward: and clipping and optimizer, by DeepSpeed or by torch;
 - average; collectives, which includes the agreed numbers; other: audit, tracker, training line.
 
-The loader fills its queue while the bare loop runs, which hides its waits if it is slower than training; it is not
-within an order of magnitude (`benchmarks.loader`).
+The quick start's loader works within the worker, so all that it does counts. With `data.loader_workers=1` it has a
+process of its own, whose queue fills while the bare loop runs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Row = dict[str, Any]
 T = TypeVar("T")
 
 PARTS = {
-    "data": "waiting for data",
+    "data": "data from the loader",
     "inputs": "inputs, noise by key",
     "forward": "forward",
     "backward": "backward, clip, optimizer",
