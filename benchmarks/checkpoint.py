@@ -1,6 +1,6 @@
 """How long a checkpoint holds training up, and how long it takes: ours, and PyTorch's distributed checkpoint.
 
-    python -m benchmarks.checkpoint --megabytes 50 400 --ranks 1 2 --json rows.json
+    python -m benchmarks.checkpoint --megabytes 50 400 --ranks 1 2 [--device cuda] --json rows.json
 
 Each rank holds the same tensors whole, as under ZeRO 1. "held": from the call to its return, when tensors may change
 again, of the slowest rank; "written": until the checkpoint is committed. The ways take turns, a new checkpoint each:
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 400], help="of the state")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that the tensors are on")
     parser.add_argument("--folder", type=Path, help="for checkpoints (default: a temporary one)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args(argv)
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for megabytes in args.megabytes:
             for ranks in args.ranks:
-                rows += _measure(Path(folder), megabytes, ranks, args.rounds)
+                rows += _measure(Path(folder), megabytes, ranks, args.rounds, args.device)
     print(table(rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -67,12 +68,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _measure(folder: Path, megabytes: int, ranks: int, rounds: int) -> list[dict[str, Any]]:
+def _measure(folder: Path, megabytes: int, ranks: int, rounds: int, device: str) -> list[dict[str, Any]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     answer = folder / "answer.json"
-    mp.start_processes(_rank, (ranks, port, megabytes, rounds, str(folder), str(answer)), ranks, start_method="spawn")
+    given = (ranks, port, megabytes, rounds, str(folder), str(answer), device)
+    mp.start_processes(_rank, given, ranks, start_method="spawn")
     times = json.loads(answer.read_text())
     return [
         {
@@ -87,14 +89,14 @@ def _measure(folder: Path, megabytes: int, ranks: int, rounds: int) -> list[dict
     ]
 
 
-def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, folder: str, answer: str) -> None:
+def _rank(rank: int, ranks: int, port: int, megabytes: int, rounds: int, folder: str, answer: str, device: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     generator = torch.Generator().manual_seed(0)
     n = megabytes * 1_000_000 // (4 * _TENSORS)
-    state = {f"weights/{i:03d}": torch.randn(n, generator=generator) for i in range(_TENSORS)}
+    state = {f"weights/{i:03d}": torch.randn(n, generator=generator).to(device) for i in range(_TENSORS)}
     ways = _ways(state, folder)
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for turn in range(rounds + 1):  # the first warms up
