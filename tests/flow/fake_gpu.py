@@ -1,4 +1,5 @@
-"""Walks flows forward and backward on a GPU that is not there, and reports what would be slow or fail on a real one.
+"""Walks training steps, of flows and beside them, on a GPU that is not there, and reports what would be slow or fail on
+a real one.
 
 The device is torch's device for backends written in Python, with tensors that have no numbers (`FakeTensorMode`).
 It has a backward thread of its own, like a GPU; a build of torch without CUDA has no such thing for the name `cuda`.
@@ -23,8 +24,13 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, multiscale
+from eiwtrain.config import Config
+from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, FlowOutput, multiscale
 from eiwtrain.flow.config import BACKPROP_MODES, SHUFFLES
+from eiwtrain.train import agreed
+from eiwtrain.train.engine import optimizer_of, scaled
+from eiwtrain.train.flat import FlatModule
+from eiwtrain.train.objective import MicroBatch
 
 
 class Backend(backend_registration._DummyBackendModule):
@@ -146,13 +152,51 @@ def walk(config: FlowConfig) -> list[str]:
     return problems + [f"{name} has no gradient" for name in lost]
 
 
+def update(optimizer: str) -> list[str]:
+    """Return the problems of what a training step at ZeRO stage 0 does beside its flow, but for the read of the norm.
+
+    The host's own numbers, as the count of steps, are on the CPU.
+    """
+    config = Config.model_validate(
+        {"run": {"name": "x"}, "data": {"path": "x", "resolution": 8}, "train": {"optimizer": optimizer}}
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module, averaged = nn.Linear(4, 4), nn.Linear(4, 4)
+        on_gpu(module), on_gpu(averaged)
+        flat = FlatModule(module)
+        average = flat.average_in(dict(averaged.named_parameters()))
+        chosen = optimizer_of(flat.parameters(), config.train)
+        pixels = torch.empty(BATCH, 3, 8, 8, dtype=torch.uint8, device=GPU)
+        weight = torch.empty(BATCH, device=GPU)
+
+        def forward(images: Tensor, *_: Any) -> FlowOutput:
+            values = module(images.flatten(1)[:, :4].float()).sum(1)
+            return FlowOutput(values, values, torch.empty(2, 2, device=GPU))
+
+        def step() -> None:
+            batch = MicroBatch(weight, config, pixels)
+            for _ in range(2):
+                scaled(batch.loss(forward), 2.0).backward()  # type: ignore[arg-type]
+                flat.gather()
+            agreed.beside(flat.norm(), batch.sums)
+            flat.clip_(2.0, 1.0)
+            chosen.step()
+            average(0.5)
+            flat.weights.grad = None
+
+        found = watched(step) + watched(step)  # the first makes the optimizer's state
+        return [problem for problem in found if not problem.endswith("makes a tensor on the CPU")]
+
+
 def main() -> None:
     """Print the problems of all cases."""
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(3, 3, device=GPU)
         found = {name: watched(lambda fault=fault: fault(x)) for name, fault in faults().items()}
-    print(json.dumps({"faults": found, "flows": {name: walk(config) for name, config in cases().items()}}), flush=True)
+    flows = {name: walk(config) for name, config in cases().items()}
+    updates = {name: update(name) for name in ("adamw", "adamax")}
+    print(json.dumps({"faults": found, "flows": flows, "updates": updates}), flush=True)
     os._exit(0)  # the backward threads of the device do not end by themselves
 
 

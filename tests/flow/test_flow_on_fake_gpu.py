@@ -31,6 +31,10 @@ def test_no_step_leaves_the_gpu_or_waits_for_it(walked: dict[str, Any]) -> None:
     assert {name: problems for name, problems in walked["flows"].items() if problems} == {}
 
 
+def test_the_rest_of_a_step_does_not_wait_for_the_gpu(walked: dict[str, Any]) -> None:
+    assert walked["updates"] == {"adamw": [], "adamax": []}
+
+
 def test_a_walk_finds_what_leaves_the_gpu_or_waits_for_it(walked: dict[str, Any]) -> None:
     assert [name for name, problems in walked["faults"].items() if not problems] == []
 
