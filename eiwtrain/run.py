@@ -24,6 +24,7 @@ from eiwtrain.on_ray.messages import Finished, Outcome, Stopped, Summary
 from eiwtrain.terminal.console import Console, duration
 from eiwtrain.terminal.output import protect
 from eiwtrain.terminal.signals import Interrupted, Stop
+from eiwtrain.testing import timeline
 
 if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
@@ -34,6 +35,7 @@ EXIT_USAGE, EXIT_FAILED, EXIT_RESUMES_LATER = 2, 1, 75  # 75: EX_TEMPFAIL of sys
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return the exit code."""
     began = time.time()
+    timeline.mark("imports")
     argv = sys.argv[1:] if argv is None else argv
     args = _parse(argv)
     if args.fields:
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                     return dry_run.look(config, manifest, console)
                 preflight.check_storage(config)
             manifest = manifest or main_job.prepare(config, console)
+            timeline.mark("data")
             preflight.find_checkpoint(config, manifest)  # so that a mistake is named before the lease is waited for
             command = main_job.resume_command(argv)
             outcome, tracked = main_job.train_under_lease(config, began, command, console, stop)

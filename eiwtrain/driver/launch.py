@@ -16,6 +16,7 @@ from eiwtrain.on_ray.messages import Again, Crashed, Failed, Lost, Outcome, Stop
 from eiwtrain.storage.lease import Lease, LeaseLost
 from eiwtrain.terminal.console import Console, duration
 from eiwtrain.terminal.signals import Interrupted, Stop
+from eiwtrain.testing import timeline
 
 if TYPE_CHECKING:
     from eiwtrain.tracking import TrackedRun
@@ -46,6 +47,7 @@ def run_attempts(
     _start_ray(config)  # before Ray is imported, which decides much by the environment
     from eiwtrain.driver.attempt import Attempt
 
+    timeline.mark("Ray")
     node_request = NodeRequest(config)
     try:
         attempt_began, skip_to = began, None
@@ -58,6 +60,7 @@ def run_attempts(
                     return _stopped(config, stop)
                 with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
                     _clean(config, lease, stop)
+                timeline.mark("room")
                 console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
                 attempt = Attempt(
                     config, data_fingerprint, tracked, lease, node_request, workers, number, began, attempt_began,
@@ -65,6 +68,7 @@ def run_attempts(
                 )  # fmt: skip
                 outcome = attempt.follow(console, stop)
                 attempt_began, skip_to = time.time(), None
+                timeline.mark("end of the attempt")
                 if isinstance(outcome, Again):
                     skip_to = outcome.skip_to
                 elif isinstance(outcome, Crashed):

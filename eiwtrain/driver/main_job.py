@@ -23,6 +23,7 @@ from eiwtrain.storage.lease import Lease, LeaseHeld
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.signals import Interrupted, Stop
+from eiwtrain.testing import timeline
 
 if TYPE_CHECKING:
     from eiwtrain.checkpoints import Checkpoint
@@ -89,6 +90,7 @@ def train_under_lease(
             tracked = tracking.begin(config, tags, provenance.inputs(config, manifest), provenance.environment())
             watcher = Watcher(tracked, config.root, lease.owner)
         _end_abandoned(tracked, console)
+        timeline.mark("MLflow")
         outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)
         return outcome, tracked

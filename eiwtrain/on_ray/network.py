@@ -15,6 +15,8 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
+from eiwtrain.testing import timeline
+
 _WAITING = 2048  # connections that the kernel keeps until they are accepted, as torch's own
 
 
@@ -45,6 +47,7 @@ def stay_with_ray() -> None:
     there. Call it before the process group is made; variables that are already set take precedence."""
     import ray
 
+    timeline.mark("worker")
     host = ray.util.get_node_ip_address()
     interface = interface_of(host)
     if interface is not None:  # else gloo takes what the host's name resolves to: on Debian 127.0.1.1

@@ -41,7 +41,7 @@ from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.storage.lease import LeaseLost
 from eiwtrain.terminal.lines import is_out_of_memory
-from eiwtrain.testing import failpoints
+from eiwtrain.testing import failpoints, timeline
 from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import Tracker
 from eiwtrain.tracking.curves import SKIPPED_STEPS
@@ -68,6 +68,7 @@ class Fatal(RuntimeError):
 
 def train_worker(settings: dict[str, Assignment]) -> None:
     """Train until `max_steps`, a stop or a failure; Ray Train's entry point in each worker."""
+    timeline.mark("process group")
     assignment = settings["assignment"]
     os.environ.update(assignment.environment)
     fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
@@ -132,6 +133,7 @@ class Worker:
         self.train_set = data.ShardReader(d.path, manifest, d.train_split, d.cache_dir, d.cache_bytes)
         eval_set = data.ShardReader(d.path, manifest, d.eval_split, d.cache_dir, d.cache_bytes)
         self.flow_config = flow_config(job.config, manifest.channels)
+        timeline.mark("data set")
         self.state = TrainState(
             job.config,
             manifest,
@@ -173,6 +175,7 @@ class Worker:
         self.say(Training(state.step, c.train.max_steps, nodes))
         self.system = System(nodes, self.device, self.note)
         batches = self._train_batches()
+        timeline.mark("the rest")
         try:
             if self.job.skip_to is not None:
                 self.keeper.save()  # or, after a crash, the next attempt would try these steps with the same weights

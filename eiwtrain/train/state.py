@@ -22,6 +22,7 @@ from eiwtrain.config import Config
 from eiwtrain.data.manifest import Manifest
 from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
+from eiwtrain.testing import timeline
 from eiwtrain.train.engine import Engine
 from eiwtrain.train.report import kept_line
 
@@ -81,6 +82,7 @@ class TrainState:
         self._note = note
         self._kept: tuple[int, int] | None = None  # as last noted
         saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
+        timeline.mark("checkpoint")
         if saved is not None and (problems := checkpoints.differences(saved, config, manifest.fingerprint)):
             raise OtherRun(problems[0])
         if saved is None:
@@ -88,11 +90,13 @@ class TrainState:
             self.flow.initialize(images, noise)
         else:
             self.flow.load_state_dict(checkpoints.section(tensors, "weights"))
+        timeline.mark("weights")
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
         self._orders = list(zip(self.averaged.orders(), self.flow.orders(), strict=True))
         if config.train.compile:
             self.flow.compile_conditioners()
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
+        timeline.mark("DeepSpeed")
         self._average = self.engine.average_in(self.averaged)
         self.step = self.updates = 0
         """Steps made so far, and those of them that changed the weights."""
@@ -118,6 +122,7 @@ class TrainState:
             names = {name for name, _ in self.flow.named_buffers()}
             weights = checkpoints.section(tensors, "weights")
             self.flow.load_state_dict({name: t for name, t in weights.items() if name in names}, strict=False)
+        timeline.mark("moments")
         if skip_to is not None and skip_to > self.step:
             note(f"step {skip_to:,} follows, with the weights of step {self.step:,}")
             self.skipped += skip_to - self.step
