@@ -91,6 +91,7 @@ def start(cpus: int) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it is a thread of the driver
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # it restarts workers as it sees fit
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
@@ -117,7 +118,7 @@ def start(cpus: int) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with contextlib.nullcontext() if joins_cluster() else _sessions_of_their_own():
+            with contextlib.nullcontext() if joins_cluster() else _of_this_program():
                 ray.init(log_to_driver=False, logging_level="ERROR", **where)
         finally:
             if handler is not None and threading.current_thread() is threading.main_thread():
@@ -136,20 +137,34 @@ def start(cpus: int) -> None:
 
 
 @contextlib.contextmanager
-def _sessions_of_their_own() -> Iterator[None]:
-    """Have the processes of Ray start in sessions of their own.
+def _of_this_program() -> Iterator[None]:
+    """Have Ray start no more processes than one program on one machine needs, in sessions of their own.
 
     A signal to the whole process group of this program, as `timeout` and a terminal that closes send it, is for this
     program alone: the workers still have to write a checkpoint. Ray's processes end with this one nevertheless.
     """
     from ray._private import services
+    from ray._private.node import Node
 
-    before = services.ConsolePopen
-    services.ConsolePopen = functools.partial(before, start_new_session=True)
+    instead = {
+        (services, "ConsolePopen"): functools.partial(services.ConsolePopen, start_new_session=True),
+        (Node, "start_monitor"): _start_none,  # of an autoscaler
+        (Node, "start_log_monitor"): _start_none,  # which would copy the workers' output to this program's
+        (Node, "start_api_server"): _start_none,  # of the dashboard, for which Ray would wait
+    }
+    before = {where: getattr(*where) for where in instead}
+    for (owner, name), replacement in instead.items():
+        setattr(owner, name, replacement)
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        for (owner, name), original in before.items():
+            setattr(owner, name, original)
+
+
+def _start_none(node: Any, **_: Any) -> None:
+    """Start no process, where Ray's `Node` would, and leave no address of a dashboard."""
+    node._webui_url = ""
 
 
 def stop() -> None:

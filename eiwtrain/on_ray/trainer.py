@@ -5,6 +5,8 @@ Not for what the workers do (`eiwtrain.train.loop`), nor for when they start and
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import re
 import shutil
@@ -16,7 +18,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 
 from eiwtrain.config import Workers
 from eiwtrain.on_ray import session
@@ -85,11 +87,12 @@ class Fit(threading.Thread):
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer without the actors that a run does not need.
+    """Ray's trainer without the actors that a run does not need: for each, Ray would start a process and import itself
+    and torch, before the workers start or beside them.
 
-    One would tidy up after a dead driver: Ray does so itself, and the actor stays in the cluster forever. Another would
-    hand out Ray's data sets, and its process would start beside the workers. Nor does it ask for nodes, which the
-    driver does.
+    One would control the workers: here, a thread of the driver does, which ends them when it ends. One would tidy up
+    after a dead driver: Ray does so itself, and the actor stays in the cluster forever. Another would hand out Ray's
+    data sets. Nor does it ask for nodes, which the driver does.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -98,26 +101,61 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = without_request(options["scaling_policy"])
-        if session.joins_cluster():
-            return super()._initialize_and_run_controller(**options)
-        controller = ray.remote(num_cpus=0)(_Controller).remote(**options)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        controller = _Controller(**options)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
 
 class _WorkerGroup(WorkerGroup):
-    """Workers on a Ray that this program has started: they have its environment, and need none of their own.
+    """Workers of a controller that is no actor."""
 
-    Ray starts Python twice for a process with an environment of its own, and keeps none waiting for it.
-    """
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,  # whom workers would ask for checkpoints that they have reported
+                    **{name: values[i] for name, values in train_context_args.items()},
+                )
+                for i, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
 
     @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> None:
-        return None
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """Return nothing on a Ray that this program has started: workers have its environment, and need none of their
+        own. Ray starts Python twice for a process with an environment of its own, and keeps none waiting for it."""
+        return WorkerGroup._get_worker_runtime_env(custom_runtime_env) if session.joins_cluster() else None
 
 
 class _Controller(TrainController):
     worker_group_cls = _WorkerGroup
+
+
+class _NoActor:
+    """Stands where Ray Train's workers would meet to report checkpoints to it: they report none."""
+
+    def options(self, **_: Any) -> _NoActor:
+        return self
+
+    def remote(self, **_: Any) -> str:
+        return "none"
+
+
+def _end_no_actor(_: Any) -> None:
+    """Do nothing, where Ray Train would kill that actor."""
+
+
+worker_group.SynchronizationActor = _NoActor()
+state._shutdown_sync_actor = _end_no_actor
+logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends an attempt comes as an exception
 
 
 def cause_of(error: BaseException | None) -> str:

@@ -155,10 +155,12 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(folder, uninterr
 
     job = Job(folder, name="killed")
     job.wait_for(f"checkpoint at step {CHECKPOINT_EVERY}:")
-    workers = [
-        p for p in psutil.Process(job.process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
-    ]
+    family = psutil.Process(job.process.pid).children(recursive=True)
+    workers = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2
+    # of Ray no more than it takes: each process more would delay the workers, and each attempt again
+    unwanted = ("TrainController", "SynchronizationActor", "dashboard.py", "log_monitor.py", "monitor.py")
+    assert not [line for p in family if any(word in (line := " ".join(p.cmdline())) for word in unwanted)]
     workers[0].kill()
     exit_code, output = job.wait(240)
     assert exit_code == 0, output
