@@ -67,7 +67,25 @@ def test_deepspeed_brings_neither_mlflow_nor_the_compiler():
         "from deepspeed.runtime.zero.muon import muon_optimizer  # by all ranks at ZeRO 1 to 3",
     )
     assert "deepspeed" in found
-    assert not found & {"mlflow.tracking", COMPILER}
+    assert not found & {"mlflow.tracking", "torch._dynamo", COMPILER}
+
+
+def test_a_training_step_does_without_the_compiler():
+    found = imported(
+        "-c",
+        "import os, tempfile, torch\n"
+        "from eiwtrain.config import Train\n"
+        "from eiwtrain.train.engine import Engine\n"
+        "os.environ['LOCAL_RANK'] = '0'\n"
+        "store = f'file://{tempfile.mkdtemp()}/store'\n"
+        "torch.distributed.init_process_group('gloo', init_method=store, rank=0, world_size=1)\n"
+        "for stage in (0, 1, 2):\n"
+        "    engine = Engine(torch.nn.Linear(2, 1), Train(zero_stage=stage), 1, 1, 1)\n"
+        "    engine.step([lambda module: module(torch.ones(1, 2)).sum()], 0.1)\n"
+        "    engine.load_moments(dict(engine.moments()), 1, lambda module: module(torch.ones(1, 2)).sum())",
+    )
+    assert "deepspeed" in found
+    assert "torch._dynamo" not in found
 
 
 @pytest.mark.parametrize(

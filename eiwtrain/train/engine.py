@@ -8,6 +8,7 @@ any world size and ZeRO stage.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from eiwtrain import flow
@@ -26,7 +28,6 @@ from eiwtrain.config import Train
 from eiwtrain.train import agreed
 from eiwtrain.train.flat import FlatModule
 
-_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read when `torch.compile` decorates a function
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level, flow.VariationalDequantizer)
 """Modules that ZeRO 3 must gather whole, as their forward uses parameters of submodules that it does not call.
@@ -51,6 +52,8 @@ class Engine:
         device = next(module.parameters()).device
         deepspeed = _import_deepspeed(device.type)
         _use(device)
+        if not train.compile:
+            _keep_compiler_out()
         leaves: list[nn.Module] = []
         if train.zero_stage == 3:
             leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)
@@ -248,7 +251,11 @@ class _Passing:
     """Its state for each parameter, in addition to the count of its steps."""
 
     def step(self, closure: Any = None) -> Any:
-        return None if self.passes else super().step(closure)  # type: ignore[misc]
+        if self.passes:
+            return None
+        step = inspect.unwrap(super().step)  # type: ignore[misc]  # the wrapper would import torch's compiler
+        with torch.no_grad():
+            return step(self, closure)
 
 
 class _AdamW(_Passing, torch.optim.AdamW):
@@ -370,12 +377,24 @@ def _without_mlflow() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
     """Have `torch.compile` do nothing: for the decorators of DeepSpeed's Muon optimizer it would import torch's
-    compiler, which takes another second."""
-    before = os.environ.get(_NO_COMPILER)
-    os.environ[_NO_COMPILER] = "1"
+    compiler, which takes more than a second of each rank's start."""
+    before = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
     try:
         yield
     finally:
-        del os.environ[_NO_COMPILER]
-        if before is not None:
-            os.environ[_NO_COMPILER] = before
+        torch.compile = before
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    """Return the function, or a decorator that does."""
+    return _as_it_is if function is None else function
+
+
+def _keep_compiler_out() -> None:
+    """Have those functions of torch that are never compiled run as they are: by itself torch would import its compiler
+    when an optimizer is made or activations are recomputed, to except them from what nobody compiles."""
+    wrapper = torch._disable_dynamo(_as_it_is).__code__
+    for function in (*vars(torch.optim.Optimizer).values(), *vars(torch.utils.checkpoint).values()):
+        if getattr(function, "__code__", None) is wrapper:
+            function.__wrapped__.__dynamo_disable = function.__wrapped__
