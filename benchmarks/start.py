@@ -183,7 +183,7 @@ def _parts(folder: Path, began: float, ended: float) -> dict[str, float]:
     """Return the seconds of each part between two times: of ranks, the later one's end counts."""
     marks: dict[str, float] = {}
     for line in _lines(folder / "timeline"):
-        if began < line["time"] <= ended and line["part"] != "step":
+        if began < line["time"] <= ended:
             marks[line["part"]] = line["time"]
     parts, before = {}, began
     for part, moment in sorted(marks.items(), key=lambda mark: mark[1]):

@@ -13,7 +13,7 @@ def write(folder, name, lines):
 
 def test_a_part_ends_when_its_last_process_has_finished_it(tmp_path):
     driver = [{"time": 11.0, "part": "imports"}, {"time": 14.0, "part": "Ray"}]
-    ranks = [[{"time": t, "part": "worker"}, {"time": 21.0, "part": "step"}] for t in (16.0, 17.5)]
+    ranks = [[{"time": t, "part": "worker"}, {"time": 21.0, "part": "weights"}] for t in (16.0, 17.5)]
     for name, lines in (("1", driver), ("2", ranks[0]), ("3", ranks[1]), ("4", [{"time": 40.0, "part": "worker"}])):
         write(tmp_path / "timeline", name, lines)
     assert start._parts(tmp_path, 10.0, 20.0) == {"imports": 1.0, "Ray": 3.0, "worker": 3.5, "steps": 2.5}
