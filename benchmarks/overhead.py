@@ -1,6 +1,6 @@
 """A step of training by the whole system, beside a bare loop on tensors in memory: the ratio, and where it goes.
 
-    python -m benchmarks.overhead [--rounds 12 --steps 8] [--json FILE] [SECTION.FIELD=VALUE ...]
+    python -m benchmarks.overhead [--rounds 12 --steps 8] [--clock thread] [--json FILE] [SECTION.FIELD=VALUE ...]
 
 The system is a run of the quick start with one worker: driver, Ray, loader, DeepSpeed, the average of weights, the
 numbers that ranks agree on, the tracker. Between its steps the same thread makes steps of a bare loop: a copy of the
@@ -8,6 +8,8 @@ flow, the system's last micro-batches, gradients added up and clipped by torch, 
 `--steps` of the one, then of the other, so that other load of the machine meets both. Steps are timed from the end of
 one to the end of the next, so nothing that the loop does is left out; checkpoints and evaluations are, as none is made
 meanwhile (`benchmarks.checkpoint`). Not for a step's own speed: `benchmarks.step`.
+
+On a machine with other load, `--clock thread` counts the CPU time of that thread, without what it waits for.
 
 A row of `--json` is a round: seconds of a step of each, by part. The parts are exclusive:
 
@@ -58,6 +60,7 @@ PARTS = {
     "collectives": "collectives, agreed numbers",
     "other": "all else",
 }
+CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 WARM_UP = 6
 """Steps of each before the first round: the first are slower."""
 
@@ -65,7 +68,7 @@ WARM_UP = 6
 class Watch:
     """Seconds by part, each without the parts inside it."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._open = clock, ["other"]
         self._since = clock()
         self.seconds: Counter[str] = Counter()
@@ -171,9 +174,9 @@ def _each(seconds: dict[str, float], steps: int) -> dict[str, float]:
     return {part: seconds.get(part, 0.0) / steps for part in PARTS}
 
 
-def train_beside(answer: str, steps: int, settings: dict[str, Any]) -> None:
+def train_beside(answer: str, steps: int, clock: str, settings: dict[str, Any]) -> None:
     """Do as `train_worker`, with a bare loop beside it; write the rows to the file `answer`. In a worker of its own."""
-    watch = Watch()
+    watch = Watch(CLOCKS[clock])
     beside = Beside(steps, watch, lambda rows: _write(answer, rows))
     train_batches, flow_inputs, advance = data.train_batches, data.flow_inputs, TrainState.advance
     timed_step = watch.timed("backward", Engine.step)
@@ -209,7 +212,7 @@ def _write(answer: str, rows: list[Row]) -> None:
     Path(answer).write_text(json.dumps(rows))
 
 
-def measure(rounds: int, steps: int, overrides: list[str]) -> list[Row]:
+def measure(rounds: int, steps: int, clock: str, overrides: list[str]) -> list[Row]:
     """Return the rows of a run of the quick start with these fields changed."""
     import benchmarks.overhead as here  # the worker finds the function by its module, which is not __main__
     from eiwtrain import run
@@ -218,7 +221,7 @@ def measure(rounds: int, steps: int, overrides: list[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "rows.json")
         patched: Any = attempt
-        patched.train_worker = partial(here.train_beside, str(answer), steps)
+        patched.train_worker = partial(here.train_beside, str(answer), steps, clock)
         fields = {
             "run.storage": f"{folder}/runs",
             "data.path": f"{folder}/data",
@@ -260,10 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=8, help="of each in a round")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("overrides", nargs="*", help="fields of the config, as eiwtrain.run takes them")
     args = parser.parse_args(arguments)
-    rows = measure(args.rounds, args.steps, args.overrides)
+    rows = measure(args.rounds, args.steps, args.clock, args.overrides)
     print(f"\n{text(rows)}\n")
     print(environments.describe(environments.machine(), environments.versions("torch", "deepspeed", "ray")))
     if args.json:
