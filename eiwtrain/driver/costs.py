@@ -236,12 +236,13 @@ class Counted:
 
 
 def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
-    """Return `count` of the whole flow; of Glow's backbone from flows of one step and of two: each step adds the same.
-    With anchors, each period of steps does."""
+    """Return `count` of the whole flow; of Glow's backbone from flows of two steps and of three: each step adds the
+    same, except for the first, as what is computed for several together is laid out otherwise for one. With anchors,
+    each period of steps does."""
     if shape.backbone != "glow" or not isinstance(shape.steps, int):
         return count(shape, images, backward)
     period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
-    few = 1 + (shape.steps - 1) % period
+    few = min(shape.steps, 2 + (shape.steps - 2) % period)
     times = (shape.steps - few) // period
     less = count(replace(shape, steps=few), images, backward)
     if not times:

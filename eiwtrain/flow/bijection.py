@@ -27,6 +27,20 @@ class Transformed(NamedTuple):
     penalty: Tensor
 
 
+class Half(NamedTuple):
+    """The half of a batch that a coupling transforms, as `Transformed`; no penalty is None."""
+
+    y: Tensor
+    log_det: Tensor
+    penalty: Tensor | None = None
+
+
+Kept = tuple[Tensor, ...]
+"""Integer tensors of a forward pass, which the backward pass must not compute again from floats."""
+
+Grads = tuple[Tensor, Tensor, Tensor]
+"""The gradients at y, at the log-determinant and at the penalty."""
+
 Reversed = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 """The output of `Bijection.reverse`: x, the gradient at x, the gradients of `tuple(self.parameters())`."""
 
@@ -54,11 +68,28 @@ def zeros_per_sample(x: Tensor) -> Tensor:
     return x.new_zeros(x.shape[0])
 
 
-def backpropagate(outputs: Transformed, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients at `inputs` from those at `outputs`; None where no output depends on an input."""
-    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out.requires_grad]
-    outs, gs = [out for out, _ in pairs], [grad for _, grad in pairs]
+def backpropagate(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients at `inputs` from those at `outputs`, where there are any; None where no output depends on an
+    input."""
+    both = ((o, grad) for o, grad in zip(outputs, grads, strict=True) if o is not None and grad is not None)
+    pairs = [(o, grad) for o, grad in both if o.requires_grad]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    outs, gs = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outs, list(inputs), gs, allow_unused=True))
+
+
+def parameters_of(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return `tuple(module.parameters())`, several times as fast."""
+    found: dict[nn.Parameter, None] = {}  # in order, each once
+    modules = [module]
+    while modules:
+        now = modules.pop()
+        found.update((p, None) for p in now._parameters.values() if p is not None)
+        modules += [m for m in reversed(now._modules.values()) if m is not None]
+    return tuple(found)
 
 
 def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -120,13 +151,11 @@ class Bijection(nn.Module):
         out: Transformed = self(x)
         return out.y
 
-    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, Kept]:
         """Run `forward`; also return the `kept_count` integer tensors that `reverse` must not recompute from floats."""
         return self(x), ()
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         """Return the input and the gradients at it and at the parameters, from the output and the gradients at it.
 
         This default inverts, runs forward again with grad, and differentiates: good enough where forward is cheap.
@@ -136,7 +165,7 @@ class Bijection(nn.Module):
         """
         with torch.no_grad():
             x = self.inverse(y)
-        parameters = tuple(self.parameters())
+        parameters = parameters_of(self)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             grads = backpropagate(self(x), (x, *trainable(parameters)), (grad_y, grad_log_det, grad_penalty))
@@ -156,11 +185,11 @@ class Coupling(Bijection):
         super().__init__()
         self.mirrored = mirrored
 
-    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    def condition(self, a: Tensor, kept: Kept = ()) -> tuple[Tensor, ...]:
         """Return the parameters of `transform` from the half a. Integers are taken from `kept`, if given."""
         raise NotImplementedError
 
-    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Half:
         """Transform the half b."""
         raise NotImplementedError
 
@@ -168,9 +197,37 @@ class Coupling(Bijection):
         """Invert `transform`."""
         raise NotImplementedError
 
-    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept_of(self, params: tuple[Tensor, ...]) -> Kept:
         """Return the integers among `params`."""
         return ()
+
+    def pull_back(
+        self, b: Tensor, params: tuple[Tensor, ...], grads: Grads
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Return the half before `transform`, from the half b after it; and the gradients at that half and at the
+        params, from those at what `transform` returns."""
+        with torch.no_grad():
+            params = tuple(p.detach().requires_grad_() if p.is_floating_point() else p for p in params)
+            b = self.untransform(b, params).requires_grad_()
+        with torch.enable_grad():
+            out = self.transform(b, params)
+        floats = [p for p in params if p.is_floating_point()]
+        grad_b, *of_floats = backpropagate(out, (b, *floats), grads)
+        left = iter(of_floats)
+        return b.detach(), _or_zeros(grad_b, b), [next(left) if p.is_floating_point() else None for p in params]
+
+    def go_back(
+        self, a: Tensor, b: Tensor, kept: Kept, grads: Grads
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Do as `reverse` with the halves: return b before the coupling, what the gradient at a gains by the params,
+        the gradient at b, and those at the parameters. `condition` runs once."""
+        parameters = parameters_of(self)
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            params = self.condition(a, kept)
+        b, grad_b, at_params = self.pull_back(b, params, grads)
+        grad_a, *of_parameters = backpropagate(params, (a, *trainable(parameters)), at_params)
+        return b, _or_zeros(grad_a, a), grad_b, align_gradients(parameters, of_parameters)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split x into the half that conditions and the half that is transformed."""
@@ -187,35 +244,22 @@ class Coupling(Bijection):
     def forward(self, x: Tensor) -> Transformed:
         return self.forward_keeping(x)[0]
 
-    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, Kept]:
         a, b = self.halves(x)
         params = self.condition(a)
         out = self.transform(b, params)
-        return out._replace(y=self.whole(a, out.y)), self.kept_of(params)
+        penalty = zeros_per_sample(b) if out.penalty is None else out.penalty
+        return Transformed(self.whole(a, out.y), out.log_det, penalty), self.kept_of(params)
 
     def inverse(self, y: Tensor) -> Tensor:
         a, b = self.halves(y)
         return self.whole(a, self.untransform(b, self.condition(a)))
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         """Do as `Bijection.reverse`, with one run of the conditioner for both the inversion and the gradients."""
-        a, b = self.halves(y)
-        grad_a, grad_b = self.halves(grad_y)
-        parameters = tuple(self.parameters())
-        with torch.enable_grad():
-            a = a.detach().requires_grad_()
-            params = self.condition(a, kept)
-        with torch.no_grad():
-            b = self.untransform(b, tuple(p.detach() for p in params))
-        with torch.enable_grad():
-            b = b.detach().requires_grad_()
-            out = self.transform(b, params)
-            grads = backpropagate(out, (a, b, *trainable(parameters)), (grad_b, grad_log_det, grad_penalty))
-        grad_a = grad_a if grads[0] is None else grad_a + grads[0]
-        grad_x = self.whole(grad_a, _or_zeros(grads[1], b))
-        return self.whole(a.detach(), b.detach()), grad_x, align_gradients(parameters, grads[2:])
+        (a, b), (grad_a, grad_b) = self.halves(y), self.halves(grad_y)
+        b, more_a, grad_b, grads = self.go_back(a, b, kept, (grad_b, grad_log_det, grad_penalty))
+        return self.whole(a, b), self.whole(grad_a + more_a, grad_b), grads
 
 
 class Chain(Bijection):
@@ -246,17 +290,15 @@ class Chain(Bijection):
             x = part.initialize(x)
         return x
 
-    def forward_keeping(self, x: Tensor) -> tuple[Transformed, tuple[Tensor, ...]]:
+    def forward_keeping(self, x: Tensor) -> tuple[Transformed, Kept]:
         out = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
-        kept: tuple[Tensor, ...] = ()
+        kept: Kept = ()
         for part in self:
             step, ints = part.forward_keeping(out.y)
             out, kept = compose(out, step), (*kept, *ints)
         return out, kept
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         """Reverse part by part from the last, so that only one part's graph is alive at a time."""
         total: dict[int, Tensor | None] = {}  # by identity: parts may share a parameter
         for part in reversed(list(self)):

@@ -5,7 +5,8 @@ Not for the networks inside couplings (`conditioners`) nor for the shuffle befor
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 from .bijection import (
     Bijection,
     Coupling,
+    Grads,
+    Half,
+    Kept,
     Reversed,
     Transformed,
-    align_gradients,
     halves_of,
-    trainable,
     with_own_randomness,
     without_autocast,
     zeros_per_sample,
@@ -67,9 +69,7 @@ class Squeeze(Bijection):
     def inverse(self, y: Tensor) -> Tensor:
         return unsqueeze(y)
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         return unsqueeze(y), unsqueeze(grad_y), ()
 
 
@@ -82,9 +82,7 @@ class Exchange(Bijection):
     def inverse(self, y: Tensor) -> Tensor:
         return y.roll(halves_of(y.shape[1])[0], dims=1)
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         return self.inverse(y), self.inverse(grad_y), ()
 
 
@@ -106,9 +104,7 @@ class OnFirst(Bijection):
     def inverse(self, y: Tensor) -> Tensor:
         return torch.cat((self.bijection.inverse(y[:, : self.channels]), y[:, self.channels :]), dim=1)
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
+    def reverse(self, y: Tensor, kept: Kept, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> Reversed:
         n = self.channels
         x, grad_x, grads = self.bijection.reverse(y[:, :n], kept, grad_y[:, :n], grad_log_det, grad_penalty)
         return torch.cat((x, y[:, n:]), dim=1), torch.cat((grad_x, grad_y[:, n:]), dim=1), grads
@@ -180,42 +176,39 @@ class InvertibleConv1x1(Bijection):
     def inverse(self, y: Tensor) -> Tensor:
         return mix_channels(self._inverse_weight().to(y.dtype), y)
 
-    def reverse(
-        self, y: Tensor, kept: tuple[Tensor, ...], grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor
-    ) -> Reversed:
-        """Do as `Bijection.reverse` without computing y again, because the map is linear."""
-        parameters = tuple(self.parameters())
-        with torch.no_grad():
-            x = self.inverse(y)
-            with without_autocast(y):
-                grad_weight = torch.bmm(grad_y.flatten(2), x.flatten(2).mT).sum(0)
-        with torch.enable_grad():
-            weight = self._weight().to(y.dtype)
-            log_det = y.shape[2] * y.shape[3] * self.factors.diagonal().to(y.dtype).sum()
-        grad_x = mix_channels(weight.detach().mT, grad_y)
-        pairs = [(weight, grad_weight), (log_det, grad_log_det.sum())]
-        pairs = [(out, grad) for out, grad in pairs if out.requires_grad]
-        if not pairs:
-            return x, grad_x, align_gradients(parameters, ())
-        outs, grads = zip(*pairs, strict=True)
-        grad_parameters = torch.autograd.grad(outs, trainable(parameters), grads, allow_unused=True)
-        return x, grad_x, align_gradients(parameters, grad_parameters)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Return L and U in float64, so that W and its inverse are each rounded only once."""
-        factors = self.factors.double()
-        eye = torch.eye(len(factors), dtype=factors.dtype, device=factors.device)
-        return factors.tril(-1) + eye, factors.triu(1) + torch.diag(self.sign.double() * factors.diagonal().exp())
-
     def _weight(self) -> Tensor:
-        lower, upper = self._factors()
-        return (lower @ upper)[self.rows]
+        """Return W in float64, so that W and its inverse are each rounded only once."""
+        return product_of(self.factors.double(), self.sign.double(), self.rows)
 
     def _inverse_weight(self) -> Tensor:
-        lower, upper = self._factors()
-        p = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)[self.rows].mT
-        p = torch.linalg.solve_triangular(lower, p, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, p, upper=True)
+        return inverse_of(self.factors.double(), self.sign.double(), self.rows)
+
+
+def product_of(factors: Tensor, sign: Tensor, rows: Tensor) -> Tensor:
+    """Return the matrix P L (U + diag(sign * exp(log_s))) of `InvertibleConv1x1`'s factors, (..., C, C)."""
+    lower, upper = _triangles(factors, sign)
+    return _permutation(rows, factors) @ (lower @ upper)
+
+
+def inverse_of(factors: Tensor, sign: Tensor, rows: Tensor) -> Tensor:
+    """Return the inverse of `product_of` the same, (..., C, C)."""
+    lower, upper = _triangles(factors, sign)
+    half = torch.linalg.solve_triangular(lower, _permutation(rows, factors).mT, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper, half, upper=True)
+
+
+def _triangles(factors: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    diagonal = factors.diagonal(dim1=-2, dim2=-1)
+    return factors.tril(-1) + _eye(factors), factors.triu(1) + torch.diag_embed(sign * diagonal.exp())
+
+
+def _permutation(rows: Tensor, like: Tensor) -> Tensor:
+    """Return P as a matrix: a product with it has a gradient that is one, too."""
+    return _eye(like)[rows]
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 class NetworkCoupling(Coupling):
@@ -242,7 +235,7 @@ class NetworkCoupling(Coupling):
         """Turn the output of the conditioner into the parameters of `transform`."""
         raise NotImplementedError
 
-    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    def condition(self, a: Tensor, kept: Kept = ()) -> tuple[Tensor, ...]:
         if not self.kept_count:
             return self.parameters_from(self._network(a))
         if not self.training:
@@ -252,7 +245,7 @@ class NetworkCoupling(Coupling):
             raw = self._network(a)
         return *self.parameters_from(raw), seed
 
-    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept_of(self, params: tuple[Tensor, ...]) -> Kept:
         return params[len(params) - self.kept_count :]
 
     def _network(self, a: Tensor) -> Tensor:
@@ -281,16 +274,60 @@ class AffineCoupling(NetworkCoupling):
         self.bound = bound
 
     def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
-        scale, shift = raw.chunk(2, dim=1)
-        return bounded(scale, self.bound), shift
+        return (raw,)
 
-    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
-        log_scale, shift, *_ = params
-        return Transformed(b * log_scale.exp() + shift, log_scale.flatten(1).sum(1), zeros_per_sample(b))
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Half:
+        return Half(*_Affine.apply(b, params[0], self.bound))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
-        log_scale, shift, *_ = params
-        return (b - shift) * (-log_scale).exp()
+        _, scale, shift = _scale_and_shift(params[0], self.bound)
+        return (b - shift) / scale.exp()
+
+    def pull_back(
+        self, b: Tensor, params: tuple[Tensor, ...], grads: Grads
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Do as `Coupling.pull_back`, by hand: autograd starts twice as many operations."""
+        raw = params[0].detach()
+        with torch.no_grad():
+            tanh, log_scale, shift = _scale_and_shift(raw, self.bound)
+            scale = log_scale.exp()
+            b = (b - shift) / scale
+            grad_b, grad_raw = _affine_gradients(b, tanh, scale, grads[0], grads[1])
+        return b, grad_b, [grad_raw, *(None for _ in params[1:])]
+
+
+def _scale_and_shift(raw: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tanh, the log-scale that is `bound` times it, and the shift."""
+    scale, shift = raw.chunk(2, dim=1)
+    tanh = torch.tanh(scale / bound)
+    return tanh, bound * tanh, shift
+
+
+def _affine_gradients(
+    b: Tensor, tanh: Tensor, scale: Tensor, grad_y: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients at b and at the raw parameters, from those at y and at the log-determinant."""
+    grad_b = grad_y * scale
+    grad_log_scale = torch.addcmul(grad_log_det[:, None, None, None], grad_b, b)
+    # d(bound * tanh(s / bound)) / ds = 1 - tanh^2, whatever the bound
+    return grad_b, torch.cat((torch.ops.aten.tanh_backward(grad_log_scale, tanh), grad_y), dim=1)
+
+
+class _Affine(torch.autograd.Function):
+    """y = b * exp(log_scale) + shift, and the log-determinant; raw has what `_scale_and_shift` takes."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, raw: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+        _, log_scale, shift = _scale_and_shift(raw, bound)
+        ctx.save_for_backward(b, raw)
+        ctx.bound = bound
+        return torch.addcmul(shift, b, log_scale.exp()), log_scale.sum((1, 2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor, None]:
+        b, raw = ctx.saved_tensors
+        tanh, log_scale, _ = _scale_and_shift(raw, ctx.bound)
+        return *_affine_gradients(b, tanh, log_scale.exp(), grad_y, grad_log_det), None
 
 
 class ConditionedCoupling(AffineCoupling):

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .bijection import Bijection, Transformed, compose, zeros_per_sample
+from .bijection import Bijection
 from .config import FlowConfig
+from .fused import Fused, Run
 from .gaussian import log_normal, normal
 from .layers import ConditionedCoupling, bounded, squeeze, unsqueeze
 from .memory import bytes_saved
-from .reversible import run_chain
+from .reversible import run, run_chain
 
 PRIOR_BOUND = 4.0
 """Largest absolute log-scale of a prior, in nats: wider than a step's, as nothing after it can make up for it."""
@@ -130,12 +131,12 @@ class Level(nn.Module):
         out = body
         if self.prior is not None:
             self._measure([self.prior], body.y, costs)
-            out = compose(body, run_chain([self.prior], body.y, self.backprop, stored=stored))
+            out = body.then(run([self.prior], body.y, self.backprop, stored=stored))
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(out.y)
             z, log_det = self.class_prior(z, labels)
-            out = out._replace(y=torch.cat((stays, z), dim=1), log_det=out.log_det + log_det)
-        return *out, entropy
+            out = out.then(Run(torch.cat((stays, z), dim=1), (log_det,)))
+        return *out.transformed(), entropy
 
     def inverse(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """Invert the map of `forward` from x to y, whatever the noise was."""
@@ -146,8 +147,7 @@ class Level(nn.Module):
             y = self.prior.inverse(y)
         joining = [0, *(join.second for join in self._joins())]
         for unit, joined in zip(reversed(self._units()), reversed(joining), strict=True):
-            for bijection in reversed(unit):
-                y = bijection.inverse(y)
+            y = Fused(unit).inverse(y)
             y = y[:, : y.shape[1] - joined]
         return unsqueeze(y) if self.squeezes else y
 
@@ -173,9 +173,9 @@ class Level(nn.Module):
         for unit in self._units():
             yield from unit
 
-    def _through_units(self, x: Tensor, noise: Tensor | None, stored: int, costs: list[int] | None) -> Transformed:
+    def _through_units(self, x: Tensor, noise: Tensor | None, stored: int, costs: list[int] | None) -> Run:
         y = squeeze(x) if self.squeezes else x
-        out = Transformed(y, zeros_per_sample(y), zeros_per_sample(y))
+        out = Run(y)
         inputs = [y]
         later = sum(len(unit) for unit in self._units())
         for unit, join, uniform in zip(self._units(), self._joining(), self._pieces(noise), strict=True):
@@ -188,9 +188,9 @@ class Level(nn.Module):
                 if costs is not None:
                     of_join = self._bytes_of_join(join, uniform, inputs)
                 inputs.append(out.y)
-                out = out._replace(y=torch.cat((out.y, joined), dim=1), log_det=out.log_det + gained)
+                out = out.then(Run(torch.cat((out.y, joined), dim=1), (gained,)))
             self._measure(unit, out.y, costs, of_join)
-            out = compose(out, run_chain(unit, out.y, self.backprop, self.anchor_every, of_unit))
+            out = out.then(run(unit, out.y, self.backprop, self.anchor_every, of_unit))
         return out
 
     def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: list[int] | None, more: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Every public name of `eiwtrain.flow`. Not to be imported from directly: that package offers them."""
 
-from .bijection import Bijection, Chain, Coupling, Transformed
+from .bijection import Bijection, Chain, Coupling, Half, Transformed
 from .conditioners import (
     Conditioner,
     ConvConditioner,
@@ -55,6 +55,7 @@ __all__ = [
     "FixedShuffle",
     "FlowConfig",
     "FlowOutput",
+    "Half",
     "HardHalf",
     "InvertibleConv1x1",
     "Level",

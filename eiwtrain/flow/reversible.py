@@ -20,13 +20,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .bijection import Bijection, Chain, Transformed, compose, flatten_chains, without_autocast, zeros_per_sample
+from .bijection import Bijection, Transformed, without_autocast
 from .config import BACKPROP_MODES
+from .fused import Fused, Run, total
 
 
 def run_chain(
     bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0
 ) -> Transformed:
+    """Do as `run`, and add up the terms."""
+    return run(bijections, x, mode, anchor_every, stored).transformed()
+
+
+def run(bijections: Sequence[Bijection], x: Tensor, mode: str, anchor_every: int = 0, stored: int = 0) -> Run:
     """Apply bijections one after the other, never autocast; `mode` says what is kept for the backward pass.
 
     Args:
@@ -47,19 +53,28 @@ def run_chain(
     if not torch.is_grad_enabled():
         inverted = 0
     with without_autocast(x):
-        out = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
+        out = Run(x)
         size = anchor_every or max(inverted, 1)
         for first in range(0, inverted, size):
-            chain = Chain(flatten_chains(bijections[first : min(first + size, inverted)]))
-            out = compose(out, Transformed(*_ReversibleChain.apply(chain, out.y, *chain.parameters())))
-        for bijection in bijections[inverted:]:
+            fused = Fused(bijections[first : min(first + size, inverted)])
+            y, log_det, penalty = _ReversibleChain.apply(fused, out.y, *fused.parameters)
+            out = out.then(Run(y, (log_det,), () if penalty is None else (penalty,)))
+        if inverted < len(bijections):
+            fused = Fused(bijections[inverted:])
+            prepared = fused.prepare(out.y)
+            out = out.then(Run(out.y, prepared.log_dets))
             if mode == "checkpointed" and torch.is_grad_enabled():
-                # Only a bijection that keeps an integer, a seed, is random: otherwise there is no state to restore.
-                random = bijection.kept_count > 0
-                step = checkpoint(bijection, out.y, use_reentrant=False, preserve_rng_state=random)
+                for number, bijection in enumerate(bijections):
+                    # Only a bijection that keeps an integer, a seed, is random: otherwise there is no state to restore.
+                    step = checkpoint(
+                        lambda x, number=number: fused.forward(x, prepared, number)[0].transformed(),
+                        out.y,
+                        use_reentrant=False,
+                        preserve_rng_state=bijection.kept_count > 0,
+                    )
+                    out = out.then(Run(step.y, (step.log_det,), (step.penalty,)))
             else:
-                step = bijection(out.y)
-            out = compose(out, step)
+                out = out.then(fused.forward(out.y, prepared)[0])
         return out
 
 
@@ -71,25 +86,30 @@ class _ReversibleChain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, kept = chain.forward_keeping(x)
-        ctx.chain = chain
+    def forward(ctx: Any, fused: Fused, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        prepared = fused.prepare(x)
+        run, kept = fused.forward(x, prepared)
+        ctx.fused = fused
         ctx.parameters = parameters
         ctx.versions = [p._version for p in parameters]
-        ctx.save_for_backward(out.y, *kept)
-        return out.y, out.log_det, out.penalty
+        ctx.save_for_backward(run.y, *kept)
+        return run.y, total(prepared.log_dets + run.log_dets, x), total(run.penalties, x) if run.penalties else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_y: Tensor, grad_log_det: Tensor, grad_penalty: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         y, *kept = ctx.saved_tensors
-        chain: Chain = ctx.chain
+        fused: Fused = ctx.fused
         # Parameters are not saved (ZeRO 3 swaps their storage), so autograd does not check them for us.
         if ctx.versions != [p._version for p in ctx.parameters]:
             raise RuntimeError(
                 "a parameter was modified in place between the forward and the backward pass of an invertible run: "
                 "its activations cannot be reconstructed"
             )
+        if grad_penalty is None:
+            grad_penalty = torch.zeros_like(grad_log_det)
         with without_autocast(y):
-            _, grad_x, grads = chain.reverse(y, tuple(kept), grad_y, grad_log_det, grad_penalty)
+            _, grad_x, grads = fused.reverse(y, tuple(kept), (grad_y, grad_log_det, grad_penalty))
         return None, grad_x if ctx.needs_input_grad[1] else None, *grads

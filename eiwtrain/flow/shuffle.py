@@ -30,7 +30,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Bijection, Chain, Coupling, Transformed, halves_of, without_autocast, zeros_per_sample
+from .bijection import (
+    Bijection,
+    Chain,
+    Coupling,
+    Half,
+    Kept,
+    Transformed,
+    halves_of,
+    without_autocast,
+    zeros_per_sample,
+)
 from .config import SHUFFLES
 from .layers import InvertibleConv1x1, mix_channels
 from .order import Order
@@ -69,16 +79,17 @@ def channel_descriptors(a: Tensor) -> Tensor:
 def householder_rotation(vectors: Tensor) -> Tensor:
     """Return the product of Householder reflections, the last applied first: (B, K, C) vectors to (B, C, C) matrices.
 
-    Composing the small matrix and applying it once costs one pass over the activations instead of K. For an even K
-    its determinant is 1. A vector of zeros reflects nothing.
+    A product of K reflections along unit vectors, the rows of V, is I - V^T T V with an upper triangular T, whose
+    inverse has 1/2 on its diagonal and the scalar products of the vectors above it (compact WY form, Schreiber and Van
+    Loan, 1989). For an even K its determinant is 1. A vector of zeros reflects nothing.
     """
     unit = F.normalize(vectors, dim=2)
-    eye = torch.eye(vectors.shape[2], dtype=vectors.dtype, device=vectors.device)
-    product = eye.expand(len(vectors), -1, -1)
+    count, size = vectors.shape[1:]
+    half = 0.5 * torch.eye(count, dtype=vectors.dtype, device=vectors.device)
+    eye = torch.eye(size, dtype=vectors.dtype, device=vectors.device)
     with without_autocast(vectors):
-        for u in unit.unbind(1):
-            product = torch.baddbmm(product, product @ u.unsqueeze(2), u.unsqueeze(1), alpha=-2)
-    return product
+        inverse_t = (unit @ unit.mT).triu(1) + half
+        return torch.baddbmm(eye, unit.mT, torch.linalg.solve_triangular(inverse_t, unit, upper=True), alpha=-1)
 
 
 def scaling_terms(b: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,18 +159,18 @@ class HardHalf(Coupling):
         sizes = halves_of(channels)
         self.solver = Solver(*(reversed(sizes) if mirrored else sizes))
 
-    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    def condition(self, a: Tensor, kept: Kept = ()) -> tuple[Tensor, ...]:
         log_weights = torch.tanh(self.solver(a))
         # Stable: equal weights, as at the start, leave the channels where they are.
         return log_weights, kept[0] if kept else log_weights.detach().argsort(dim=1, stable=True)
 
-    def kept_of(self, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def kept_of(self, params: tuple[Tensor, ...]) -> Kept:
         return params[1:]
 
-    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Half:
         log_weights, order = params
         scaled = b * log_weights.exp()[:, :, None, None]
-        return Transformed(scaled.gather(1, _over(order, b)), *scaling_terms(b, log_weights))
+        return Half(scaled.gather(1, _over(order, b)), *scaling_terms(b, log_weights))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_weights, order = params
@@ -188,20 +199,20 @@ class SoftHalf(Coupling):
         # not without numbers, for which torch would import its compiler
         self.vectors = nn.Parameter(vectors if vectors.is_meta else F.normalize(torch.randn_like(vectors), dim=1))
 
-    def condition(self, a: Tensor, kept: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    def condition(self, a: Tensor, kept: Kept = ()) -> tuple[Tensor, ...]:
         raw, offsets = self.solver(to_blocks(a, self.block)).split((self.size, _PAIRS * self.size), dim=1)
         offsets = offsets.view(-1, _PAIRS, self.size)
         learned = self.vectors.to(a.dtype).expand_as(offsets)
         pairs = torch.stack((learned + offsets, learned), dim=2)
         return torch.tanh(raw), householder_rotation(pairs.flatten(1, 2))
 
-    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Half:
         log_weights, turn = params
         blocks = to_blocks(b, self.block)
         y = from_blocks(mix_channels(log_weights.exp().unsqueeze(2) * turn, blocks), b.shape)
         shape = len(b), len(blocks) // max(1, len(b))
         log_det, penalty = (of_block.view(shape) for of_block in scaling_terms(blocks, log_weights))
-        return Transformed(y, log_det.sum(1), penalty.mean(1))
+        return Half(y, log_det.sum(1), penalty.mean(1))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_weights, turn = params

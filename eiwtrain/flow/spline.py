@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bijection import Transformed, zeros_per_sample
+from .bijection import Half
 from .layers import NetworkCoupling, bounded
 
 _LEAST_SHARE = 0.2
@@ -85,7 +85,7 @@ class SplineCoupling(NetworkCoupling):
         at_ends = (0, 0, 0, 0, 1, 1)
         return (log_scale, shift.squeeze(2), self._knots(widths), self._knots(heights), F.pad(slopes, at_ends, value=1))
 
-    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Transformed:
+    def transform(self, b: Tensor, params: tuple[Tensor, ...]) -> Half:
         log_scale, shift, xs, ys, slopes, *_ = params
         b = b * log_scale.exp() + shift
         # Outside the interval the spline is computed at its end, so value and gradients are finite, and not selected.
@@ -103,7 +103,7 @@ class SplineCoupling(NetworkCoupling):
         )
         log_slope = 2 * (slope.log() - below.log()) + above.log()
         log_det = log_scale + torch.where(inside, log_slope, torch.zeros_like(log_slope))
-        return Transformed(torch.where(inside, y, b), log_det.flatten(1).sum(1), zeros_per_sample(b))
+        return Half(torch.where(inside, y, b), log_det.flatten(1).sum(1))
 
     def untransform(self, b: Tensor, params: tuple[Tensor, ...]) -> Tensor:
         log_scale, shift, xs, ys, slopes, *_ = params

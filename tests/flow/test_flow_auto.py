@@ -86,7 +86,7 @@ def test_what_each_bijection_keeps_is_predicted_from_samples(batch: int) -> None
 
 
 def test_a_plan_is_made_for_each_kind_of_batch() -> None:
-    flow = auto(60_000)
+    flow = auto(70_000)
     for x in (images(2), images(3)):
         flow(x.float())
     flow.double()
