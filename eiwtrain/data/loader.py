@@ -71,7 +71,8 @@ class Batch(NamedTuple):
             shape: of one sample's numbers, a flow's `noise_shape`; None: the image's, (C, H, W). In memory order the
                 numbers are the same for all shapes: a longer one has more of them at its end.
         """
-        return uniform(self.keys.to(device), tuple(self.images.shape[1:]) if shape is None else shape)
+        keys = self.keys.to(device, non_blocking=True)
+        return uniform(keys, tuple(self.images.shape[1:]) if shape is None else shape)
 
 
 def train_batches(
@@ -163,7 +164,8 @@ def flow_inputs(
     `labels_for`."""
     labels = labels_for(batch, config.classes)
     noise = batch.noise(device, config.noise_shape)
-    return batch.images.to(device).contiguous(), noise, labels if labels is None else labels.to(device)
+    images = batch.images.to(device, non_blocking=True).contiguous()  # or the host waits until the last step is done
+    return images, noise, labels if labels is None else labels.to(device, non_blocking=True)
 
 
 def labels_for(batch: Batch, classes: int) -> torch.Tensor | None:

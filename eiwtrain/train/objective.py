@@ -29,7 +29,7 @@ class MicroBatch:
             weight: (n,), 1 for an image that counts, 0 for padding.
             images, noise, labels: what the flow takes; images (n, C, H, W).
         """
-        self.weight, self.config = weight.to(images.device), config
+        self.weight, self.config = weight.to(images.device, non_blocking=True), config
         self.images, self.noise, self.labels = images, noise, labels
         self.sums, self.entropy = torch.empty(2), torch.empty(0, 2)
         """After `loss`: bits/dim and penalty summed over the images, float64; the entropy proxy of each level."""
