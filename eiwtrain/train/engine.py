@@ -341,7 +341,8 @@ def _use(device: torch.device) -> None:
 
 
 def _import_deepspeed(kind: str = "cpu") -> Any:
-    """Return DeepSpeed for a kind of device, made quiet, and kept from compiling its shared-memory collectives on CPU.
+    """Return DeepSpeed for a kind of device, made quiet, and kept from compiling anything: on CPU it would compile its
+    shared-memory collectives.
 
     That compilation takes minutes, and a process killed during it leaves a lock on which the next run hangs forever;
     gloo is enough.
@@ -356,7 +357,7 @@ def _import_deepspeed(kind: str = "cpu") -> Any:
             import deepspeed.runtime.zero.muon.muon_optimizer
 
     logger.setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}  # else it tries them all: on a GPU by nvcc, with a warning for each
     return deepspeed
 
 

@@ -58,7 +58,8 @@ def kept_line(kept: int, of: int, share: float) -> str:
         kept, of: how many bijections keep their activations, and how many there are.
         share: `flow.EIWFlow.memory_share`.
     """
-    line = f"model.backprop=auto: {kept} of {of} bijections keep their activations, the others are inverted"
+    others = "" if kept == of else ", the others are inverted"
+    line = f"model.backprop=auto: {kept} of {of} bijections keep their activations{others}"
     return line + (f"; they may take {share:.0%} of what was measured, as memory was short before" if share < 1 else "")
 
 

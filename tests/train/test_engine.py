@@ -1,5 +1,6 @@
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -61,6 +62,8 @@ def train_and_resume(stage, optimizer):
     options = {"betas": (0.8, 0.9), "weight_decay": 0.1}
     train = Train(zero_stage=stage, clip=CLIP, optimizer=optimizer, **options)
     engine = Engine(model(), train, MICRO_BATCH, ACCUMULATION, 2)
+    assert sys.modules["deepspeed"].ops.__compatible_ops__ == {}  # nothing was compiled to find out
+    assert sys.modules["deepspeed.comm.torch"].build_shm_op() is None
     for group in (engine._engine.data_parallel_group, engine._engine.seq_data_parallel_group):
         assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT  # that of all its collectives
     if stage:  # no 2 GB for 58 parameters
