@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from eiwtrain.config import Config
 from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, FlowOutput, multiscale
@@ -41,8 +41,23 @@ class Backend(backend_registration._DummyBackendModule):
 
 
 backend_registration._setup_privateuseone_for_python_backend(rename="fakegpu", backend_module=Backend())
-no_autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
-no_autocast.fallback(torch.library.fallthrough_kernel)  # it would cast, and torch has no list of operations for it
+
+
+def _in_bfloat16(operation: Any) -> Callable[..., Any]:
+    """Return an operation as autocast runs it, on bfloat16."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+            given = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, (args, options))
+            return operation(*given[0], **given[1])
+
+    return run
+
+
+cast, not_cast = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+for name in ("conv2d", "linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention"):
+    cast.impl(name, _in_bfloat16(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
+not_cast.fallback(torch.library.fallthrough_kernel)
 GPU = torch.device("fakegpu", 0)
 BATCH = 3
 
