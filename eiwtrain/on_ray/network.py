@@ -44,12 +44,14 @@ def hide_gpus() -> None:
 
 def stay_with_ray() -> None:
     """Make gloo use the interface of this node's address, and on loopback make torch's key-value store and NCCL stay
-    there. Call it before the process group is made; variables that are already set take precedence."""
+    there; nowhere does NCCL's monitor listen. Call it before the process group is made; variables that are already set
+    take precedence."""
     import ray
 
     timeline.mark("worker")
     host = ray.util.get_node_ip_address()
     interface = interface_of(host)
+    os.environ.setdefault("NCCL_RAS_ENABLE", "0")  # a monitor that answers anyone on this machine
     if interface is not None:  # else gloo takes what the host's name resolves to: on Debian 127.0.1.1
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not ipaddress.ip_address(host).is_loopback:

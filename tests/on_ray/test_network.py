@@ -17,6 +17,7 @@ from ray.train.torch.config import _TorchBackend
 
 from eiwtrain.on_ray import network, session
 
+MONITOR = "NCCL_RAS_ENABLE"
 SETTINGS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")
 ADDRESSES = {  # of this machine, by interface
@@ -31,7 +32,7 @@ OUTER = next((a for found in ADDRESSES.values() for a in found if "." in a and n
 def on(monkeypatch):
     """Act as a worker on the node that Ray knows by that address; what it changes is undone afterwards."""
     monkeypatch.setattr(RENDEZVOUS, "TCPStore", dist.TCPStore)
-    for name in SETTINGS:
+    for name in (*SETTINGS, MONITOR):
         monkeypatch.setenv(name, "")  # so that it is taken back
         monkeypatch.delenv(name)
 
@@ -55,6 +56,14 @@ def test_the_interface_of_an_address_of_this_machine_is_found():
 def test_on_loopback_the_store_and_nccl_stay_there_too(on):
     assert on("127.0.0.1") == [LOOPBACK, f"={LOOPBACK}"]
     assert RENDEZVOUS.TCPStore is network.store
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_nccls_monitor_does_not_listen_unless_asked_to(given, on, monkeypatch):
+    if given is not None:
+        monkeypatch.setenv(MONITOR, given)
+    on("203.0.113.77")
+    assert os.environ[MONITOR] == (given or "0")
 
 
 @pytest.mark.parametrize("host", [pytest.param(OUTER, marks=pytest.mark.skipif(not OUTER, reason="no network"))])
