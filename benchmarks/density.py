@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import measuring
 from benchmarks.reference import PublishedAttention
 from eiwtrain import data, flow
 
@@ -183,7 +184,7 @@ def run_missing(args: argparse.Namespace, wanted: dict[str, dict[str, Any]]) -> 
 
 def table(rows: list[Row], variants: list[str]) -> str:
     """Return the rows as a Markdown table, in the order of the variants; differences are to the first."""
-    lines = [f"| variant | parameters | steps | bits/dim | difference to {variants[0]} |", "|---|---:|---:|---:|---:|"]
+    lines = []
     first = {row["seed"]: row["bits_per_dim"] for row in rows if row["variant"] == variants[0]}
     for name in variants:
         own = {row["seed"]: row for row in rows if row["variant"] == name}
@@ -193,8 +194,8 @@ def table(rows: list[Row], variants: list[str]) -> str:
         paired = [row["bits_per_dim"] - first[seed] for seed, row in own.items() if seed in first]
         steps = statistics.mean(row["steps"] for row in own.values())
         parameters = next(iter(own.values()))["parameters"]
-        lines.append(f"| {name} | {parameters:,} | {steps:,.0f} | {_mean(bits)} | {_mean(paired, '+')} |")
-    return "\n".join(lines)
+        lines.append([name, f"{parameters:,}", f"{steps:,.0f}", _mean(bits), _mean(paired, "+")])
+    return measuring.markdown(("variant", "parameters", "steps", "bits/dim", f"difference to {variants[0]}"), lines)
 
 
 def _mean(values: list[float], sign: str = "") -> str:

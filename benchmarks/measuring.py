@@ -73,7 +73,7 @@ def allocated(work: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     return left, peak
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Return a table in Markdown; the first `texts` columns are aligned to the left, numbers to the right."""
-    rule = ["---"] * texts + ["--:"] * (len(header) - texts)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown: names to the left, numbers to the right."""
+    rule = ["---"] + ["--:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
