@@ -181,7 +181,7 @@ def _memcnn(config: flow.FlowConfig) -> nn.Module:
     def negative_log_prob(x: Tensor) -> Tensor:
         total, latents = x.new_zeros(len(x)), []
         for level, chain in zip(levels, chains, strict=True):
-            x = flow.squeeze(x)
+            x = flow.squeeze(x).clone()  # memcnn frees the memory of its input, which latents may share
             for step in chain:
                 x, log_det = step(x)
                 total = total + log_det

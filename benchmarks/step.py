@@ -142,14 +142,14 @@ class Candidate:
             level.prior = None
 
     def step(self) -> Tensor:
-        """Return the loss, whose gradients the parameters then have."""
-        self.model.zero_grad()
+        """Return the loss; its gradients are added to those of the parameters."""
         loss = self.loss(*self.batch)
         loss.backward()
         return loss
 
     def seconds(self) -> float:
         """Return the seconds of a step: on a CPU of the one thread's own time, as others may share the machine."""
+        self.model.zero_grad()
         if self.device.type == "cpu":
             began = time.thread_time()
             self.step()
@@ -173,6 +173,7 @@ class Candidate:
         self.model.zero_grad()
         kept, _ = measuring.allocated(lambda: self.loss(*self.batch), self.device)
         _, peak = measuring.allocated(self.step, self.device)
+        self.model.zero_grad()
         return {
             "note": "; ".join(notes),
             "parameters": sum(p.numel() for p in trained),
