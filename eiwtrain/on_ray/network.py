@@ -22,8 +22,7 @@ _WAITING = 2048  # connections that the kernel keeps until they are accepted, as
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]  # it has no public name
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        if backend_config.backend == "gloo":
-            worker_group.execute(hide_gpus)
+        worker_group.execute(hide_gpus if backend_config.backend == "gloo" else check_gpu)
         worker_group.execute(stay_with_ray)
         super().on_start(worker_group, backend_config)
 
@@ -40,6 +39,17 @@ def hide_gpus() -> None:
     """Hide the GPUs of this machine from this process, a worker on CPUs: Ray leaves them visible to a worker that asked
     for none. Call it before CUDA is first used, which looks once."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def check_gpu() -> None:
+    """Raise RuntimeError on a node whose torch cannot use its GPU: what NCCL would say does not name the cause."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"workers.gpus: torch {torch.__version__} of {socket.gethostname()} finds no GPU; it must be a build with "
+            "CUDA, and the driver new enough for it"
+        )
 
 
 def stay_with_ray() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import ipaddress
 import os
+import re
 import socket
 import threading
 from datetime import timedelta
@@ -85,12 +86,22 @@ def test_variables_of_the_environment_take_precedence(on, monkeypatch):
 @pytest.mark.parametrize(("gpus", "seen"), [(0, ""), (1, "4,5")])
 def test_workers_on_cpus_see_no_gpu_before_cuda_is_used(gpus, seen, on, monkeypatch):
     on("127.0.0.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     looked = []
     monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: looked.append(os.environ["CUDA_VISIBLE_DEVICES"]))
     config = network.NodeTorchConfig(backend="nccl" if gpus else "gloo")
     config.backend_cls().on_start(SimpleNamespace(execute=lambda call: call()), config)
     assert looked == [seen]
+
+
+def test_a_node_whose_torch_finds_no_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = network.NodeTorchConfig(backend="nccl")
+    with pytest.raises(
+        RuntimeError, match=rf"workers\.gpus: torch .* of {re.escape(socket.gethostname())} finds no GPU"
+    ):
+        config.backend_cls().on_start(SimpleNamespace(execute=lambda call: call()), config)
 
 
 @pytest.mark.parametrize(
