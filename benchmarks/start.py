@@ -4,8 +4,9 @@
     python -m benchmarks.start --tree /path/to/older --runs 1    (the code of another checkout beside this one's)
 
 A run is `python -m eiwtrain.run` of the quick start in an empty folder: it writes its data set, creates MLflow's
-database, starts Ray and two workers. A checkpoint is written every CHECKPOINT_EVERY steps; at KILL_AT steps a worker is
-killed by SIGKILL, and the run resumes from the checkpoint. It has recovered when it makes a step that it had not made.
+database, starts Ray and two workers. A checkpoint is written every CHECKPOINT_EVERY steps. Once it has trained for
+--trains seconds, a worker is killed by SIGKILL half-way between two checkpoints, and the run resumes from the first. It
+has recovered when it makes a step that it had not made.
 
 Seconds of CPU are those of all processes of the run together, and wander less than wall time where other jobs share the
 machine. Parts come from `eiwtrain.testing.timeline`, for the process that was last to finish a part; a checkout without
@@ -34,7 +35,7 @@ from typing import Any
 import psutil
 
 HERE = Path(__file__).parents[1]
-CHECKPOINT_EVERY, KILL_AT = 8, 12
+CHECKPOINT_EVERY = 8
 _POLL_SECONDS = 0.1
 _PATIENCE = 400.0  # seconds for a run to get as far as it should
 _MARK = "EIWTRAIN_BENCHMARK"  # names the processes of a run
@@ -104,8 +105,9 @@ class Row:
     recovery: Span
 
 
-def measure(tree: Path, overrides: Sequence[str] = ()) -> Row:
-    """Run the quick start of the checkout `tree`, kill a rank, and return how long both took.
+def measure(tree: Path, trains: float, overrides: Sequence[str] = ()) -> Row:
+    """Run the quick start of the checkout `tree`, kill a rank when it has trained for a while, and return how long the
+    start and the recovery took.
 
     Raises:
         RuntimeError: the run ended before, or did not get so far in time.
@@ -123,7 +125,7 @@ def measure(tree: Path, overrides: Sequence[str] = ()) -> Row:
         "EIWTRAIN_AUDIT": str(folder / "audit"),
         "EIWTRAIN_TIMELINE": str(folder / "timeline"),
     }
-    config = [f"checkpoint.every={CHECKPOINT_EVERY}", "eval.every=500", *overrides]
+    config = [f"checkpoint.every={CHECKPOINT_EVERY}", "eval.every=100000", "train.max_steps=100000", *overrides]
     command = [sys.executable, "-m", "eiwtrain.run", "configs/quickstart.yaml", *config]
     log = folder / "log"
     processes = Processes(mark)
@@ -135,7 +137,8 @@ def measure(tree: Path, overrides: Sequence[str] = ()) -> Row:
     try:
         first, cpu = _wait(run, processes, folder, began, lambda step: step >= 0)
         start = Span(first - began, cpu, _parts(folder, began, first))
-        _wait(run, processes, folder, began, lambda step: step >= KILL_AT - 1)
+        half = CHECKPOINT_EVERY // 2
+        _wait(run, processes, folder, first + trains, lambda step: step > half and step % CHECKPOINT_EVERY == half - 1)
         processes.look()
         os.kill(processes.ranks()[-1], signal.SIGKILL)
         killed, before = time.time(), processes.look()
@@ -198,6 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tree", type=Path, action="append", default=[], help="another checkout, measured beside this")
     parser.add_argument("--runs", type=int, default=2, help="of each checkout, in turn; the median counts (default 2)")
+    parser.add_argument("--trains", type=float, default=45.0, help="seconds before a rank is killed (default 45)")
     parser.add_argument("--json", type=Path, help="file for all rows")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="of the quick start's config")
     args = parser.parse_args(argv)
@@ -205,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for _ in range(args.runs):
         for tree in trees:
-            rows.append(measure(tree, args.overrides))
+            rows.append(measure(tree, args.trains, args.overrides))
             s, r = rows[-1].start, rows[-1].recovery
             print(
                 f"{tree}: first step after {s.seconds:.1f} s ({s.cpu_seconds:.1f} CPU s), next new step after "

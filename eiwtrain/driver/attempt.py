@@ -7,6 +7,7 @@ so without a checkpoint, and onto nodes that are about to go. The next attempt (
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import replace
 
@@ -41,10 +42,13 @@ _HEAR_SECONDS = 15.0  # within which a living worker hears of a stop, whatever i
 _END_SECONDS = 60.0
 _LAST_WORDS_SECONDS = 5.0  # for the other ranks of a run that has failed: their notes, points on their way to MLflow
 _LOOK_SECONDS = 2.0  # between two looks at the cluster
+_READY_SECONDS = 30.0  # of training, after which processes are made ready for the next attempt
 
 
 class Attempt:
     """Workers from their start to their end."""
+
+    _ready_at = math.inf  # when processes are made ready for the next attempt
 
     def __init__(
         self,
@@ -136,6 +140,7 @@ class Attempt:
                 case Training(step, of, nodes):
                     stop.training = True
                     self._nodes = nodes
+                    self._ready_at = time.monotonic() + _READY_SECONDS
                     console.note(
                         f"training from step {step:,} to {of:,} on {len(nodes)} workers; "
                         "Ctrl-C writes a checkpoint and stops"
@@ -181,6 +186,9 @@ class Attempt:
             return DriverRequest("stop", session.OWN_DRAIN)
         if not self._nodes:  # they are starting
             return None
+        if now > self._ready_at:
+            self._ready_at = math.inf
+            session.keep_ready(self._workers)
         if going := sorted(session.draining() & set(self._nodes)):
             return DriverRequest("again", f"Ray drains node {', '.join(node[:12] for node in going)}")
         if self._workers < self._config.max_workers:

@@ -44,10 +44,11 @@ def run_attempts(
     Args:
         newest: checkpoint that the run had at its start.
     """
-    _start_ray(config)  # before Ray is imported, which decides much by the environment
+    if not session.is_running():
+        start_ray(config)  # before Ray is imported, which decides much by the environment
     from eiwtrain.driver.attempt import Attempt
 
-    timeline.mark("Ray")
+    timeline.mark("Ray Train")
     node_request = NodeRequest(config)
     try:
         attempt_began, skip_to = began, None
@@ -85,7 +86,7 @@ def run_attempts(
                     return Failed(_gave_up(config, outcome.reason, newest))
                 if attempt.holds_on:  # to its place in the cluster, too
                     session.stop()
-                    _start_ray(config)
+                    start_ray(config)
     except LeaseLost as e:
         return Lost(str(e))
     finally:
@@ -123,11 +124,17 @@ def _newest(config: Config) -> checkpoints.Checkpoint | None:
     return None
 
 
-def _start_ray(config: Config) -> None:
+def start_ray(config: Config) -> None:
+    """Join the cluster, or start Ray for the workers of `config`.
+
+    Raises:
+        ConfigError: it cannot be joined or started.
+        Interrupted: a stop signal came meanwhile.
+    """
     # else 10 minutes, after which one that does not answer counts as dead
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{config.workers.hang_seconds:g}")
     try:  # logical CPUs: also on one core
-        session.start(max(config.max_workers * config.workers.cpus, os.cpu_count() or 1))
+        session.start(max(config.max_workers * config.workers.cpus, os.cpu_count() or 1), config)
     except SystemExit:  # SIGTERM came where a stop is polled
         raise Interrupted(signal.SIGTERM) from None
     except session.RayError as e:

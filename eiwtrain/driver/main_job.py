@@ -5,6 +5,7 @@ Not for the checks before (`eiwtrain.driver.preflight`), nor for the workers (`e
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import sys
@@ -84,6 +85,11 @@ def train_under_lease(
     try:
         lease = Lease.acquire(config.root, config.run.name, console.note)
         manifest, newest = _what_is_there(config)
+        if tracking.is_local(tracking.tracking_uri(config)):  # a server may still refuse the run
+            # not a daemon: Python would not survive its own end in the middle of this import
+            threading.Thread(target=importlib.import_module, args=("torch",), name="torch").start()
+            launch.start_ray(config)  # its processes import what they need while this one makes MLflow's run
+            timeline.mark("Ray")
         about = provenance.description(config, manifest, command, _parameters(config, manifest.channels))
         tags = provenance.tags(config, command) | {provenance.NOTE_TAG: about}
         with stop.held():  # a run that was begun must be ended
@@ -112,6 +118,7 @@ def train_under_lease(
             watcher.will_end(status, detail)
             if isinstance(outcome, Lost) or tracking.end(tracked, status, detail):  # lost: the run is another's now
                 watcher.dismiss()
+        session.stop()
         if lease is not None:
             lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped")  # refused, it has not failed
 

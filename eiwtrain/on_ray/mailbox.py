@@ -55,7 +55,9 @@ class DriverEnd:
 
     def __init__(self) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+        self.mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env=session.light())(
+            Mailbox
+        ).remote()
         """The actor's handle, which may be sent to workers."""
 
     def ask(self, request: DriverRequest) -> None:

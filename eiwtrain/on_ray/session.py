@@ -25,10 +25,15 @@ if TYPE_CHECKING:
 
 _OBJECT_STORE_BYTES = 128 << 20  # nothing but small messages goes through Ray's object store
 _ANSWER_SECONDS = 20.0  # within which a node that lives starts a task
+_READY_SECONDS = 10**8  # for which a process waits for an attempt: by itself Ray ends one that waits for a second
 
 # Settings of glibc in workers: a freed activation stays with the process, or each would be unmapped and faulted in
 # again, which doubles the time of a backward pass that recomputes. Values above any activation's size.
 WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+
+# For `eiwtrain.train.preload`, in the environment of Ray's processes: CPUs and GPUs of a worker; empty: no imports.
+PRELOAD, PRELOAD_GPUS = "EIWTRAIN_PRELOAD", "EIWTRAIN_PRELOAD_GPUS"
+PRELOADED = "RAY_preload_python_modules"  # Ray's name of the variable with modules that its processes import
 
 # The driver's settings that workers need; they travel as arguments, so no process list or runtime_env shows them.
 _FORWARDED = ("AWS_", "MLFLOW_", "FSSPEC_", "GOOGLE_", "AZURE_", "NCCL_", "EIWTRAIN_")
@@ -80,8 +85,11 @@ def has_died() -> bool:
     return node is not None and any(kind in _ESSENTIAL for kind, _ in node.dead_processes())
 
 
-def start(cpus: int) -> None:
+def start(cpus: int, config: Config | None = None) -> None:
     """Join the cluster, or start a Ray of `cpus` logical CPUs that listens on loopback and ends with this process.
+
+    For training with `config`, a Ray of this process also starts processes for all workers, which import what they will
+    need while the driver does other things.
 
     Ray takes SIGTERM for itself; afterwards its handler is again what it was, and has seen one that came meanwhile.
 
@@ -105,6 +113,7 @@ def start(cpus: int) -> None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             os.environ.setdefault(address.CLUSTERS_OF_MANY, "0")
         os.environ |= WORKER_ENV  # all of its processes inherit them
+        _preload(config)
         where = {
             "address": "local",
             "num_cpus": cpus,
@@ -118,7 +127,7 @@ def start(cpus: int) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with contextlib.nullcontext() if joins_cluster() else _of_this_program():
+            with contextlib.nullcontext() if joins_cluster() else _of_this_program(config):
                 ray.init(log_to_driver=False, logging_level="ERROR", **where)
         finally:
             if handler is not None and threading.current_thread() is threading.main_thread():
@@ -137,8 +146,10 @@ def start(cpus: int) -> None:
 
 
 @contextlib.contextmanager
-def _of_this_program() -> Iterator[None]:
+def _of_this_program(config: Config | None) -> Iterator[None]:
     """Have Ray start no more processes than one program on one machine needs, in sessions of their own.
+
+    Of processes that wait for work, training needs as many as it has workers, not one for each CPU.
 
     A signal to the whole process group of this program, as `timeout` and a terminal that closes send it, is for this
     program alone: the workers still have to write a checkpoint. Ray's processes end with this one nevertheless.
@@ -146,8 +157,9 @@ def _of_this_program() -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
+    waiting = config.max_workers if config else None
     instead = {
-        (services, "ConsolePopen"): functools.partial(services.ConsolePopen, start_new_session=True),
+        (services, "ConsolePopen"): functools.partial(_popen, services.ConsolePopen, waiting),
         (Node, "start_monitor"): _start_none,  # of an autoscaler
         (Node, "start_log_monitor"): _start_none,  # which would copy the workers' output to this program's
         (Node, "start_api_server"): _start_none,  # of the dashboard, for which Ray would wait
@@ -160,6 +172,45 @@ def _of_this_program() -> Iterator[None]:
     finally:
         for (owner, name), original in before.items():
             setattr(owner, name, original)
+
+
+def _popen(before: Any, waiting: int | None, command: list[str], *args: Any, **options: Any) -> Any:
+    """Start a process of Ray in a session of its own, and its raylet with `waiting` processes for workers."""
+    count = "--num_prestart_python_workers="
+    if waiting is not None:
+        command = [f"{count}{waiting}" if word.startswith(count) else word for word in command]
+    return before(command, *args, start_new_session=True, **options)
+
+
+def _preload(config: Config | None) -> None:
+    """Have the processes of a new Ray import what a worker of `config` needs, or nothing."""
+    os.environ[PRELOAD], os.environ[PRELOAD_GPUS] = "", ""
+    if config is not None:
+        os.environ[PRELOAD], os.environ[PRELOAD_GPUS] = str(config.workers.cpus), str(config.workers.gpus)
+        os.environ.setdefault(PRELOADED, "eiwtrain.train.preload")
+
+
+def keep_ready(workers: int) -> None:
+    """Have the Ray of this process start processes for so many workers, which wait, with their imports made, until an
+    attempt takes them; it does nothing on a cluster. If memory runs out, Ray kills those that wait before others."""
+    if joins_cluster():
+        return
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    (node,) = ray.nodes()
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    request = PrestartWorkersRequest(job_id=job, num_workers=workers, keep_alive_duration_secs=_READY_SECONDS)
+    request.runtime_env_info.serialized_runtime_env = "{}"
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_ANSWER_SECONDS)
+
+
+def light() -> dict[str, Any] | None:
+    """Return the runtime environment of an actor that is no worker: it imports nothing that it does not need."""
+    return None if joins_cluster() else {"env_vars": {PRELOAD: ""}}
 
 
 def _start_none(node: Any, **_: Any) -> None:
@@ -222,7 +273,8 @@ def room(config: Config, own: Collection[str] = (), patience: float = _ANSWER_SE
         if node["Alive"] and node["NodeID"] not in going:
             there, held = free.get(node["NodeID"], {}), list(own).count(node["NodeID"])
             places[node["NodeID"]] = int(min(there.get(kind, 0) // n for kind, n in wanted.items())) + held
-    unsure = [node for node, n in places.items() if n and node not in own]
+    # a Ray of this process is on this machine alone: a process to try it would only keep workers waiting
+    unsure = [node for node, n in places.items() if n and node not in own and joins_cluster()]
     found = sum(n for node, n in places.items() if node not in unsure)
     if found < config.max_workers:
         found += sum(places[node] for node in _answering(unsure, patience))

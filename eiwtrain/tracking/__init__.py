@@ -5,7 +5,7 @@ their URLs, not uploaded.
 """
 
 from eiwtrain.tracking.record import Status, begin, check, end, end_abandoned, settle
-from eiwtrain.tracking.store import TrackedRun, TrackingError, tracking_uri
+from eiwtrain.tracking.store import TrackedRun, TrackingError, is_local, tracking_uri
 from eiwtrain.tracking.tracker import Tracker
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check",
     "end",
     "end_abandoned",
+    "is_local",
     "settle",
     "tracking_uri",
 ]

@@ -68,6 +68,21 @@ def tracking_uri(config: Config) -> str:
     return config.tracking.uri or sqlite_uri(f"{config.run.storage}/mlflow.db")
 
 
+def is_local(uri: str) -> bool:
+    """Return whether the store is a database file, after a look at the file, which takes milliseconds.
+
+    Raises:
+        TrackingError: it cannot be used.
+    """
+    if (database := sqlite_path(uri)) is None:
+        return False
+    try:
+        check_sqlite(database)
+    except (OSError, ValueError, sqlite3.Error) as e:
+        raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
+    return True
+
+
 def client(uri: str) -> Any:
     """Return a client of the store at `uri`.
 
@@ -76,11 +91,7 @@ def client(uri: str) -> Any:
     """
     if holds_secret(uri):
         raise TrackingError(f"tracking.uri: {redact(uri)}: {REFUSAL}")
-    if (database := sqlite_path(uri)) is not None:
-        try:
-            check_sqlite(database)
-        except (OSError, ValueError, sqlite3.Error) as e:
-            raise TrackingError(f"tracking.uri: {uri} cannot be used: {cause_line(e)}") from None
+    is_local(uri)
     # a request that is sent again could create a run twice; callers here look first, and retry by themselves
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -78,6 +78,21 @@ def test_a_stop_during_a_look_at_the_cluster_reaches_the_workers(stop):
     assert [request.kind for request in workers.asked] == ["stop"]
 
 
+def test_processes_are_made_ready_for_the_next_attempt_once_this_one_trains(monkeypatch):
+    monkeypatch.setattr(session, "own_node_drains", lambda: False)
+    monkeypatch.setattr(session, "draining", set)
+    ready = []
+    monkeypatch.setattr(session, "keep_ready", ready.append)
+    attempt = attempt_of(Workers(Training(0, 9, ["node", "node"])))
+    attempt._workers, attempt._config = 2, SimpleNamespace(max_workers=2)
+    begins = attempts.time.monotonic()
+    assert attempt._look(begins + 1000) is None  # they still start
+    attempt._read(Console(), Stop(Console()))
+    for seconds in (1, 20, 40, 60):
+        assert attempt._look(begins + seconds) is None
+        assert ready == ([2] if seconds > 30 else [])
+
+
 def test_workers_that_never_hear_of_a_stop_have_crashed(stop, monkeypatch):
     monkeypatch.setattr(attempts, "_HEAR_SECONDS", 0.1)
     attempt = attempt_of(Workers(Training(0, 9, ["node"])))

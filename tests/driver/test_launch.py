@@ -41,7 +41,7 @@ def test_an_attempt_is_told_how_often_memory_was_short(tmp_path, monkeypatch):
         return SimpleNamespace(follow=lambda *_: outcomes[len(told) - 1], holds_on=False)
 
     monkeypatch.setattr("eiwtrain.driver.attempt.Attempt", attempt)
-    for name in ("_start_ray", "_clean"):
+    for name in ("start_ray", "_clean"):
         monkeypatch.setattr(launch, name, lambda *_: None)
     monkeypatch.setattr(launch, "_wait_for_room", lambda *_: 1)
     monkeypatch.setattr(launch, "NodeRequest", lambda _config: SimpleNamespace(end=lambda: None))

@@ -31,6 +31,14 @@ def path(tmp_path, database):
 
 
 @pytest.fixture(autouse=True)
+def ray_starts(monkeypatch):
+    """Start no Ray; the list says when it would have been started."""
+    starts = []
+    monkeypatch.setattr(launch, "start_ray", lambda config: starts.append(config.run.name))
+    return starts
+
+
+@pytest.fixture(autouse=True)
 def handlers():
     """Give this process its own signal handlers back, whatever a job did with them."""
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -249,9 +257,23 @@ def test_the_record_of_a_run_that_cannot_join_ray_has_the_reason(path, monkeypat
     assert found.data.tags["eiwtrain.status"] == "failed: RAY_ADDRESS: nothing answers there"
 
 
-def test_an_mlflow_that_does_not_answer_leaves_the_job_in_a_queue(path, monkeypatch, capsys):
+def test_ray_starts_before_a_run_in_a_database_and_after_a_server_has_taken_it(path, monkeypatch, ray_starts, capsys):
+    real = tracking.begin
+    seen = []
+    monkeypatch.setattr(launch, "run_attempts", lambda *args: STOPPED)
+    monkeypatch.setattr(tracking, "begin", lambda *args: seen.append(list(ray_starts)) or real(*args))
+    assert run.main([str(path)]) == 75
+    assert seen == [["tiny"]]
+    (path.parent / "other.db").write_bytes(b"no database" * 100)
+    assert run.main([str(path), f"tracking.uri=sqlite:///{path.parent}/other.db"]) == 2
+    assert "other.db cannot be used" in capsys.readouterr().err
+    assert ray_starts == ["tiny"]
+
+
+def test_an_mlflow_that_does_not_answer_leaves_the_job_in_a_queue(path, monkeypatch, capsys, ray_starts):
     monkeypatch.setattr("eiwtrain.tracking.record._BEGIN_SECONDS", 0.0)
     assert run.main([str(path), "tracking.uri=http://127.0.0.1:9"]) == 75
     said = capsys.readouterr().err
     assert "tracking.uri: http://127.0.0.1:9 cannot be used: ConnectionRefusedError" in said
     assert said.rstrip().endswith("the same command may work later")
+    assert ray_starts == []
