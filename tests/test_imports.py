@@ -82,7 +82,11 @@ def test_a_training_step_does_without_the_compiler():
         "for stage in (0, 1, 2):\n"
         "    engine = Engine(torch.nn.Linear(2, 1), Train(zero_stage=stage), 1, 1, 1)\n"
         "    engine.step([lambda module: module(torch.ones(1, 2)).sum()], 0.1)\n"
-        "    engine.load_moments(dict(engine.moments()), 1, lambda module: module(torch.ones(1, 2)).sum())",
+        "    engine.load_moments(dict(engine.moments()), 1, lambda module: module(torch.ones(1, 2)).sum())\n"
+        "from torch.utils.checkpoint import checkpoint\n"
+        "x = torch.ones(2, requires_grad=True)\n"
+        "checkpoint(torch.sin, x, use_reentrant=False).sum().backward()\n"
+        "assert torch.equal(x.grad, x.cos())",
     )
     assert "deepspeed" in found
     assert "torch._dynamo" not in found

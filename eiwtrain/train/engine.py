@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from eiwtrain import flow
 from eiwtrain.config import Train
-from eiwtrain.train import agreed
+from eiwtrain.train import agreed, eager
 from eiwtrain.train.flat import FlatModule
 
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
@@ -53,7 +52,7 @@ class Engine:
         deepspeed = _import_deepspeed(device.type)
         _use(device)
         if not train.compile:
-            _keep_compiler_out()
+            eager.keep_compiler_out()
         leaves: list[nn.Module] = []
         if train.zero_stage == 3:
             leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)
@@ -349,7 +348,7 @@ def _import_deepspeed(kind: str = "cpu") -> Any:
     """
     os.environ["DS_ACCELERATOR"] = kind  # whatever somebody has set for another machine: it would fail here
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with _without_mlflow(), _without_compiler():
+    with _without_mlflow(), eager.without_compiler():
         import deepspeed
         from deepspeed.utils import logger
 
@@ -373,29 +372,3 @@ def _without_mlflow() -> Iterator[None]:
     finally:
         if hidden:
             del sys.modules["mlflow"]
-
-
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Have `torch.compile` do nothing: for the decorators of DeepSpeed's Muon optimizer it would import torch's
-    compiler, which takes more than a second of each rank's start."""
-    before = torch.compile
-    torch.compile = _as_it_is  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = before
-
-
-def _as_it_is(function: Any = None, **_: Any) -> Any:
-    """Return the function, or a decorator that does."""
-    return _as_it_is if function is None else function
-
-
-def _keep_compiler_out() -> None:
-    """Have those functions of torch that are never compiled run as they are: by itself torch would import its compiler
-    when an optimizer is made or activations are recomputed, to except them from what nobody compiles."""
-    wrapper = torch._disable_dynamo(_as_it_is).__code__
-    for function in (*vars(torch.optim.Optimizer).values(), *vars(torch.utils.checkpoint).values()):
-        if getattr(function, "__code__", None) is wrapper:
-            function.__wrapped__.__dynamo_disable = function.__wrapped__
