@@ -127,8 +127,11 @@ def start(cpus: int, config: Config | None = None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            with contextlib.nullcontext() if joins_cluster() else _of_this_program(config):
+            with contextlib.nullcontext() if joins_cluster() else _of_this_program():
                 ray.init(log_to_driver=False, logging_level="ERROR", **where)
+            if config is not None:
+                with contextlib.suppress(Exception):  # workers then wait for theirs
+                    keep_ready(config.max_workers)
         finally:
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
@@ -146,10 +149,8 @@ def start(cpus: int, config: Config | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _of_this_program(config: Config | None) -> Iterator[None]:
+def _of_this_program() -> Iterator[None]:
     """Have Ray start no more processes than one program on one machine needs, in sessions of their own.
-
-    Of processes that wait for work, training needs as many as it has workers, not one for each CPU.
 
     A signal to the whole process group of this program, as `timeout` and a terminal that closes send it, is for this
     program alone: the workers still have to write a checkpoint. Ray's processes end with this one nevertheless.
@@ -157,9 +158,8 @@ def _of_this_program(config: Config | None) -> Iterator[None]:
     from ray._private import services
     from ray._private.node import Node
 
-    waiting = config.max_workers if config else None
     instead = {
-        (services, "ConsolePopen"): functools.partial(_popen, services.ConsolePopen, waiting),
+        (services, "ConsolePopen"): functools.partial(services.ConsolePopen, start_new_session=True),
         (Node, "start_monitor"): _start_none,  # of an autoscaler
         (Node, "start_log_monitor"): _start_none,  # which would copy the workers' output to this program's
         (Node, "start_api_server"): _start_none,  # of the dashboard, for which Ray would wait
@@ -174,20 +174,14 @@ def _of_this_program(config: Config | None) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _popen(before: Any, waiting: int | None, command: list[str], *args: Any, **options: Any) -> Any:
-    """Start a process of Ray in a session of its own, and its raylet with `waiting` processes for workers."""
-    count = "--num_prestart_python_workers="
-    if waiting is not None:
-        command = [f"{count}{waiting}" if word.startswith(count) else word for word in command]
-    return before(command, *args, start_new_session=True, **options)
-
-
 def _preload(config: Config | None) -> None:
     """Have the processes of a new Ray import what a worker of `config` needs, or nothing."""
     os.environ[PRELOAD], os.environ[PRELOAD_GPUS] = "", ""
     if config is not None:
         os.environ[PRELOAD], os.environ[PRELOAD_GPUS] = str(config.workers.cpus), str(config.workers.gpus)
         os.environ.setdefault(PRELOADED, "eiwtrain.train.preload")
+        # by itself Ray starts a process for each CPU, and keeps the driver waiting for the first of them
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 
 def keep_ready(workers: int) -> None:

@@ -36,31 +36,13 @@ def test_a_process_that_waits_for_a_worker_has_its_imports(cpus, gpus, found):
     assert threads == (cpus or "None")
 
 
-def test_a_ray_for_training_keeps_a_process_for_each_worker_ready_and_no_more(tmp_path, monkeypatch):
-    started = []
-
-    def popen(command, **options):
-        started.append((command, options))
-
-    config = Config.model_validate(tiny_config(tmp_path, workers={"min": 1, "max": 3, "cpus": 4}))
-    services = pytest.importorskip("ray._private.services")
-    monkeypatch.setattr(services, "ConsolePopen", popen)
-    for given, count in ((config, 3), (None, 16)):
-        with session._of_this_program(given):
-            services.ConsolePopen(["raylet", "--num_prestart_python_workers=16", "--head"], stdout=None)
-        command, options = started.pop()
-        assert command == ["raylet", f"--num_prestart_python_workers={count}", "--head"]
-        assert options == {"stdout": None, "start_new_session": True}
-    assert services.ConsolePopen is popen
-
-
 @pytest.mark.parametrize("joins", [True, False])
 def test_only_workers_import_what_workers_need(tmp_path, monkeypatch, joins):
-    for name in (session.PRELOAD, session.PRELOAD_GPUS, session.PRELOADED):
+    for name in (session.PRELOAD, session.PRELOAD_GPUS, session.PRELOADED, FIRST):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     session._preload(None)
-    assert session.PRELOADED not in os.environ
+    assert not {session.PRELOADED, FIRST} & os.environ.keys()
     session._preload(Config.model_validate(tiny_config(tmp_path, workers={"min": 2, "cpus": 3})))
     assert os.environ[session.PRELOADED] == "eiwtrain.train.preload"
     assert (os.environ[session.PRELOAD], os.environ[session.PRELOAD_GPUS]) == ("3", "0")
@@ -72,6 +54,7 @@ def test_preload_is_found_by_its_name():
     assert Path(session.__file__).parents[1].joinpath("train", "preload.py").is_file()
 
 
+FIRST = "RAY_prestart_worker_first_driver"
 TAKEN = """
 import os, sys, time
 import psutil
