@@ -186,8 +186,6 @@ class Train(Section):
     rollbacks: NonNegativeInt = 0
     """Times that the run, instead of failing so, returns to the weights of the last good checkpoint and continues with
     the samples after the bad steps."""
-    compile: bool = False
-    """Compile the conditioners by torch.compile: minutes at the start, fewer and faster kernels after."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 0 replicates the optimizer state, the fastest where it fits; 1 shards it over workers, 2 also
     gradients, 3 also weights."""

@@ -35,7 +35,7 @@ from eiwtrain.train.flat import FlatModule
 from eiwtrain.train.objective import MicroBatch
 from eiwtrain.train.state import flow_config, outline
 
-COUNTED_MODES: tuple[BackpropMode, ...] = ("stored", "checkpointed", "invertible")
+COUNTED_MODES: tuple[BackpropMode, ...] = ("stored", "checkpointed", "selective", "invertible")
 
 MFU = 0.25
 """The share of a GPU's peak at which training is assumed to compute: assumed, not measured. It is model FLOPs
@@ -126,8 +126,8 @@ class Costs:
     def mode_in(self, memory: float) -> str:
         """Return the config's backpropagation mode on a GPU with `memory` bytes.
 
-        For auto: stored, if that fits its budget, or else invertible, which bounds time from above and memory from
-        below. Without a budget of its own it has what would be free on that GPU.
+        For auto: stored or selective, if that fits its budget, or else invertible, which bounds time from above and
+        memory from below. Without a budget of its own it has what would be free on that GPU.
         """
         if self.backprop != "auto":
             return self.backprop
@@ -136,7 +136,9 @@ class Costs:
             free = memory - 2 * _FLOAT * self.parameters  # weights and their average are there already
             two = 2 * max(2, self.train.micro_batch) * self.workspace_bytes
             budget = int(SLACK * free) - STATE_BYTES * self.parameters - two
-        return "stored" if self.kept_bytes("stored", self.train.micro_batch) <= budget else "invertible"
+        images = self.train.micro_batch
+        fitting = (mode for mode in ("stored", "selective") if self.kept_bytes(mode, images) <= budget)
+        return next(fitting, "invertible")
 
     def kept_bytes(self, mode: str, images: int) -> int:
         """Return the bytes that are kept for the backward pass of a micro-batch of `images` images."""

@@ -103,7 +103,8 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
     if config.model.backprop == "auto":
         budget = config.model.memory_budget
         room = f"{_gb(budget)} (model.memory_budget)" if budget is not None else f"an {costs.REFERENCE.name}"
-        which = "keeps all in" if found.mode == "stored" else "keeps what fits and inverts the rest in"
+        kinds = {"stored": "keeps all in", "selective": "keeps what is dear to compute in"}
+        which = kinds.get(found.mode, "keeps what fits and inverts the rest in")
         said.append(f"          * auto {which} {room}")
     return said
 

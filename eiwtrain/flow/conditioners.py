@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .bijection import without_autocast
 from .config import CONDITIONERS, ConditionerConfig
+from .low_precision import cast_all, dtype_of, slots_in_bfloat16, using
+from .network_layers import Conv2d, Linear
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -22,7 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 class Conditioner(nn.Module):
     """A network from (B, inputs, H, W) to (B, outputs, H, W), whose last layer starts at zero so that a coupling
-    starts as the identity. A subclass writes `network`.
+    starts as the identity. A subclass writes `network`; layers with `remembered` are those that
+    `backprop: selective` does not run again.
 
     It takes and returns the trunk's dtype and runs in its parameters' dtype (float32 or float64), or with `bfloat16`
     under its own autocast. What it computes for a sample depends neither on the rest of the batch nor on the
@@ -46,13 +50,11 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
-        dtype = next(self.parameters()).dtype
-        if self.in_bfloat16 and dtype == torch.float32:  # autocast leaves float64 as it is
-            dtype = torch.bfloat16
-        # No cache: each weight is used once, and a copy cast in forward's no_grad must not serve the backward pass.
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
+        slots = slots_in_bfloat16(self)  # none where `fused` has done this for many conditioners
+        copies = cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)
+        with without_autocast(x), using(slots, copies):
             # One memory format, so that forward and reverse give a convolution the same strides, hence the same kernel.
-            out = self.network(x.to(dtype, memory_format=torch.channels_last))
+            out = self.network(x.to(dtype_of(self), memory_format=torch.channels_last))
             return out.to(x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -76,9 +78,9 @@ class ConvConditioner(Conditioner):
     ) -> None:
         super().__init__(config.dropout, bfloat16)
         hidden = config.hidden
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
-        self.middle = nn.ModuleList(nn.Conv2d(hidden, hidden, 1) for _ in range(config.depth))
-        self.last = at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.first = Conv2d(inputs, hidden, 3)
+        self.middle = nn.ModuleList(Conv2d(hidden, hidden, 1, remembered=True) for _ in range(config.depth))
+        self.last = at_zero(Conv2d(hidden, outputs, 3, remembered=True))
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
 
     def network(self, x: Tensor) -> Tensor:
@@ -116,10 +118,10 @@ class ResidualConditioner(Conditioner):
     ) -> None:
         super().__init__(config.dropout, bfloat16)
         hidden = config.hidden
-        self.first = nn.Conv2d(inputs, hidden, 3, padding=1)
+        self.first = Conv2d(inputs, hidden, 3)
         self.blocks = nn.ModuleList(_GatedBlock(hidden, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(hidden)
-        self.last = at_zero(nn.Conv2d(hidden, outputs, 3, padding=1))
+        self.last = at_zero(Conv2d(hidden, outputs, 3, remembered=True))
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
 
     def network(self, x: Tensor) -> Tensor:
@@ -135,8 +137,8 @@ class _GatedBlock(nn.Module):
     def __init__(self, channels: int, config: ConditionerConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.gate = nn.Linear(channels, 2 * channels)
+        self.conv = Conv2d(channels, channels, 3, remembered=True)
+        self.gate = Linear(channels, 2 * channels)
         self.dropout = nn.Dropout(config.dropout)
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
 
@@ -175,13 +177,13 @@ class TransformerConditioner(Conditioner):
             right = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
             raise ValueError(f"patch: {patch} does not divide a level's grid of {height}x{width}; these do: {right}")
         self.grid, self.patch = grid, patch
-        self.first = nn.Linear(inputs * patch**2, hidden)
+        self.first = Linear(inputs * patch**2, hidden)
         position = torch.empty(height // patch * (width // patch), hidden)
         # not without numbers, for which torch would import its compiler
         self.position = nn.Parameter(position if position.is_meta else torch.randn_like(position) / math.sqrt(hidden))
         self.blocks = nn.ModuleList(_AttentionBlock(hidden, config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(hidden)
-        self.last = at_zero(nn.Linear(hidden, outputs * patch**2))
+        self.last = at_zero(Linear(hidden, outputs * patch**2, remembered=True))
 
     def network(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -204,11 +206,11 @@ class _AttentionBlock(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.attention_norm = nn.LayerNorm(channels)
-        self.queries_keys_values = nn.Linear(channels, 3 * channels, bias=False)
-        self.attended = nn.Linear(channels, channels)
+        self.queries_keys_values = Linear(channels, 3 * channels, bias=False)
+        self.attended = Linear(channels, channels)
         self.mlp_norm = nn.LayerNorm(channels)
-        self.up = nn.Linear(channels, 4 * channels)
-        self.down = nn.Linear(4 * channels, channels)
+        self.up = Linear(channels, 4 * channels, remembered=True)
+        self.down = Linear(4 * channels, channels, remembered=True)
         self.dropout = nn.Dropout(config.dropout)
         # ViT's initialisation. The three are one matrix here, and each is initialised as if it were alone.
         for weight in self.queries_keys_values.weight.detach().chunk(3):
@@ -251,13 +253,13 @@ class DenseConditioner(Conditioner):
         super().__init__(config.dropout, bfloat16)
         hidden = config.hidden
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[config.activation]
-        self.first = nn.Conv2d(inputs, hidden, 1)
+        self.first = Conv2d(inputs, hidden, 1)
         self.layers = DenseLayers(hidden, hidden, config.depth, config.growth, self.activation)
         self.attention = PlaceAttention(hidden, max(1, hidden // 2)) if config.attention == "places" else None
         width = hidden if self.attention is None else 2 * hidden
         self.norm = PlaceNorm(width)
-        self.mix = nn.Conv2d(width, hidden, 1, bias=False)
-        self.last = at_zero(nn.Conv2d(hidden, outputs, 1))
+        self.mix = Conv2d(width, hidden, 1, bias=False)
+        self.last = at_zero(Conv2d(hidden, outputs, 1, remembered=True))
 
     def network(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -282,9 +284,12 @@ class DenseLayers(nn.Module):
     ) -> None:
         super().__init__()
         widths = [inputs + i * growth for i in range(depth)]
-        self.narrow = nn.ModuleList(nn.Conv2d(width, width, 1) for width in widths)
-        self.wide = nn.ModuleList(nn.Conv2d(width, growth, 3, padding=1) for width in widths)
-        self.gate = nn.Conv2d(inputs + depth * growth, 3 * outputs, 1)
+        # Of the 1x1 convolutions the last third has most of the arithmetic: the work is as the square of the width.
+        self.narrow = nn.ModuleList(
+            Conv2d(width, width, 1, remembered=3 * (i + 1) > 2 * depth) for i, width in enumerate(widths)
+        )
+        self.wide = nn.ModuleList(Conv2d(width, growth, 3, remembered=True) for width in widths)
+        self.gate = Conv2d(inputs + depth * growth, 3 * outputs, 1)
         self.activation = activation
 
     def forward(self, h: Tensor) -> Tensor:
@@ -299,8 +304,8 @@ class PlaceAttention(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.queries_keys_values = nn.Conv2d(channels, 3 * width, 1)
-        self.attended = nn.Conv2d(width, channels, 1)
+        self.queries_keys_values = Conv2d(channels, 3 * width, 1)
+        self.attended = Conv2d(width, channels, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         tokens = self.queries_keys_values(h).flatten(2).mT.unsqueeze(1)  # (B, one head, places, 3 * width)
@@ -321,8 +326,8 @@ class NoiseConditioner(Conditioner):
 
     def __init__(self, inputs: int, outputs: int, bfloat16: bool = False) -> None:
         super().__init__(0.0, bfloat16)
-        self.first = nn.Conv2d(inputs, 4 * inputs, 3, padding=1)
-        self.last = at_zero(nn.Conv2d(4 * inputs, outputs, 1))
+        self.first = Conv2d(inputs, 4 * inputs, 3)
+        self.last = at_zero(Conv2d(4 * inputs, outputs, 1))
 
     def network(self, x: Tensor) -> Tensor:
         return self.last(F.relu(self.first(x)))

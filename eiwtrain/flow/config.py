@@ -29,7 +29,7 @@ BackboneKind = Literal["glow", "dense"]
 ShuffleKind = Literal["none", "fixed", "hard", "soft", "order"]
 SHUFFLES: tuple[ShuffleKind, ...] = get_args(ShuffleKind)
 
-BackpropMode = Literal["stored", "checkpointed", "invertible", "auto"]
+BackpropMode = Literal["stored", "checkpointed", "invertible", "selective", "auto"]
 BACKPROP_MODES: tuple[BackpropMode, ...] = get_args(BackpropMode)
 
 
@@ -127,8 +127,10 @@ class FlowSettings:
     """Classes of a class-conditional model, as many as the data set has: each has a mean and a scale of its own in the
     prior of each level; 0: labels play no part."""
     backprop: BackpropMode = "invertible"
-    """How backward gets activations: keep them, recompute each step, invert the flow (memory constant in depth), or
-    keep as many as fit and invert the rest. Gradients differ by rounding only."""
+    """How backward gets activations: keep them (stored), recompute each step (checkpointed), invert the flow
+    (invertible: memory constant in depth, a third more arithmetic), invert it but keep what is dear in each network
+    (selective: a few percent more arithmetic), or the cheapest of these that fits for each step (auto). Gradients
+    differ by rounding only."""
     memory_budget: Annotated[int, Range(0)] | None = None
     """Bytes of activations that a worker may keep with `backprop: auto`, beyond what invertible keeps; null: what is
     free when it starts."""

@@ -17,6 +17,7 @@ from .conditioners import Conditioner, DenseLayers, at_zero
 from .config import DequantizerConfig
 from .gaussian import log_normal, normal
 from .layers import ActNorm, AffineCoupling, ConditionedCoupling, InvertibleConv1x1, OnFirst, squeeze, unsqueeze
+from .network_layers import Conv2d
 from .reversible import run_chain
 
 _CONTEXT_DEPTH, _CONTEXT_GROWTH = 4, 16  # of the dense layers that make the features of the image
@@ -135,7 +136,7 @@ class Context(Conditioner):
     def __init__(self, channels: int, hidden: int, bfloat16: bool = False) -> None:
         super().__init__(0.0, bfloat16)
         self.fine = DenseLayers(channels, hidden, _CONTEXT_DEPTH, _CONTEXT_GROWTH)
-        self.down = nn.Conv2d(hidden, hidden, 2, stride=2)
+        self.down = Conv2d(hidden, hidden, 2, stride=2)
         self.coarse = DenseLayers(hidden, hidden, _CONTEXT_DEPTH, _CONTEXT_GROWTH)
 
     def network(self, x: Tensor) -> Tensor:
@@ -147,9 +148,9 @@ class DequantizerConditioner(Conditioner):
 
     def __init__(self, inputs: int, outputs: int, config: DequantizerConfig, bfloat16: bool = False) -> None:
         super().__init__(0.0, bfloat16)
-        self.first = nn.Conv2d(inputs, config.hidden, 1)
+        self.first = Conv2d(inputs, config.hidden, 1)
         self.layers = DenseLayers(config.hidden, config.hidden, config.depth, config.growth)
-        self.last = at_zero(nn.Conv2d(config.hidden, outputs, 1))
+        self.last = at_zero(Conv2d(config.hidden, outputs, 1))
 
     def network(self, x: Tensor) -> Tensor:
         h = self.first(x)

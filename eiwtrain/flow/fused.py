@@ -43,6 +43,7 @@ from .layers import (
     product_of,
 )
 from .low_precision import Slot, cast_all, cast_gradients, slots_in_bfloat16, using
+from .network_layers import recall, remember
 
 
 class Run(NamedTuple):
@@ -133,15 +134,18 @@ class Fused:
             ready.setdefault(i, []).append(copy)
         return Prepared(alike, ready)
 
-    def forward(self, x: Tensor, prepared: Prepared, number: int | None = None) -> tuple[Run, Kept]:
-        """Run all bijections, or the one of this number; return what they add up, without `prepared.log_dets`, and the
-        integers that `reverse` needs."""
+    def forward(
+        self, x: Tensor, prepared: Prepared, number: int | None = None, selective: bool = False
+    ) -> tuple[Run, list[Kept]]:
+        """Run all bijections, or the one of this number; return what they add up, without `prepared.log_dets`, and what
+        `reverse` needs of each part: integers, and if `selective`, what its network remembers."""
         parts = range(len(self._parts)) if number is None else range(*self._ends[number : number + 2])
         run = Run(x)
-        kept: Kept = ()
+        kept = []
         for i in parts:
-            step, ints = self._parts[i].forward(run.y, prepared.ready.get(i))
-            run, kept = run.then(step), kept + ints
+            step, of_part = self._parts[i].forward(run.y, prepared.ready.get(i), selective)
+            run = run.then(step)
+            kept.append(of_part)
         return run, kept
 
     def inverse(self, y: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class Fused:
             y = self._parts[i].inverse(y, prepared.ready.get(i))
         return y
 
-    def reverse(self, y: Tensor, kept: Kept, grads: Grads) -> Reversed:
+    def reverse(self, y: Tensor, kept: Sequence[Kept], grads: Grads) -> Reversed:
         """Return x, the gradient at x and those at `parameters`, from y and the gradients at the outputs.
 
         It goes back part by part, so that the activations of only one are alive at a time.
@@ -160,10 +164,8 @@ class Fused:
             prepared = self.prepare(y, inverses=True)
         found: dict[int, tuple[Tensor | None, ...]] = {}
         for i in reversed(range(len(self._parts))):
-            part = self._parts[i]
-            first = len(kept) - part.kept_count
-            y, grad_x, found[i] = part.reverse(y, kept[first:], grads, prepared.ready.get(i))
-            kept, grads = kept[:first], (grad_x, *grads[1:])
+            y, grad_x, found[i] = self._parts[i].reverse(y, kept[i], grads, prepared.ready.get(i))
+            grads = (grad_x, *grads[1:])
         for one in prepared.alike:
             found.update(self._through(one, [found[i] for i in one.parts], grads[1].sum()))
         of_parameters = [grad for i in range(len(self._parts)) for grad in found[i]]
@@ -187,15 +189,14 @@ class _Part:
 
     slots: Sequence[Slot] = ()
     """Where the weights are that are used in bfloat16."""
-    kept_count = 0
 
     @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         """Return the parameters in the order of the gradients that `reverse` returns."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, ready: Any) -> tuple[Run, Kept]:
-        """Return the output and the integers to keep."""
+    def forward(self, x: Tensor, ready: Any, selective: bool = False) -> tuple[Run, Kept]:
+        """Return the output and what to keep."""
         raise NotImplementedError
 
     def inverse(self, y: Tensor, ready: Any) -> Tensor:
@@ -212,13 +213,12 @@ class _Plain(_Part):
 
     def __init__(self, bijection: Bijection) -> None:
         self.bijection = bijection
-        self.kept_count = bijection.kept_count
 
     @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
         return parameters_of(self.bijection)
 
-    def forward(self, x: Tensor, ready: Any) -> tuple[Run, Kept]:
+    def forward(self, x: Tensor, ready: Any, selective: bool = False) -> tuple[Run, Kept]:
         out, kept = self.bijection.forward_keeping(x)
         return Run(out.y, (out.log_det,), (out.penalty,)), kept
 
@@ -240,7 +240,7 @@ class _Mix(_Part):
     def parameters(self) -> tuple[Tensor, ...]:
         return self.mix.factors, self.norm.log_scale, self.norm.bias
 
-    def forward(self, x: Tensor, ready: Mixing) -> tuple[Run, Kept]:
+    def forward(self, x: Tensor, ready: Mixing, selective: bool = False) -> tuple[Run, Kept]:
         weight = ready.weight.expand(x.shape[0], -1, -1)
         return Run(torch.baddbmm(ready.shift, weight, x.flatten(2)).view(x.shape)), ()
 
@@ -261,7 +261,6 @@ class _Coupled(_Part):
 
     def __init__(self, coupling: Coupling, exchanged: bool) -> None:
         self.coupling, self.exchanged = coupling, exchanged
-        self.kept_count = coupling.kept_count
         if isinstance(coupling, NetworkCoupling):
             self.slots = slots_in_bfloat16(coupling.conditioner)
 
@@ -269,13 +268,14 @@ class _Coupled(_Part):
     def parameters(self) -> tuple[Tensor, ...]:
         return parameters_of(self.coupling)
 
-    def forward(self, x: Tensor, ready: Any) -> tuple[Run, Kept]:
+    def forward(self, x: Tensor, ready: Any, selective: bool = False) -> tuple[Run, Kept]:
         a, b = self.coupling.halves(x)
-        with using(self.slots, ready or ()):
+        outputs: list[Tensor] = []
+        with using(self.slots, ready or ()), remember(outputs if selective else None):
             params = self.coupling.condition(a)
         out = self.coupling.transform(b, params)
         penalties = () if out.penalty is None else (out.penalty,)
-        return Run(self._whole(a, out.y), (out.log_det,), penalties), self.coupling.kept_of(params)
+        return Run(self._whole(a, out.y), (out.log_det,), penalties), (*self.coupling.kept_of(params), *outputs)
 
     def inverse(self, y: Tensor, ready: Any) -> Tensor:
         a, b = self._halves(y)
@@ -285,7 +285,8 @@ class _Coupled(_Part):
 
     def reverse(self, y: Tensor, kept: Kept, grads: Grads, ready: Any) -> Reversed:
         (a, b), (grad_a, grad_b) = self._halves(y), self._halves(grads[0])
-        with using(self.slots, ready or ()):
+        kept, outputs = kept[: self.coupling.kept_count], kept[self.coupling.kept_count :]
+        with using(self.slots, ready or ()), recall(outputs):
             b, more_a, grad_b, of_parameters = self.coupling.go_back(a, b, kept, (grad_b, *grads[1:]))
         return self.coupling.whole(a, b), self.coupling.whole(grad_a + more_a, grad_b), of_parameters
 

@@ -6,7 +6,7 @@ Not for the networks inside couplings (`conditioners`) nor for the shuffle befor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -227,8 +227,6 @@ class NetworkCoupling(Coupling):
     def __init__(self, conditioner: nn.Module, mirrored: bool = False) -> None:
         super().__init__(mirrored)
         self.conditioner = conditioner
-        self.compiled = False
-        """Whether torch.compile compiled the conditioner."""
         self.kept_count = 1 if getattr(conditioner, "dropout", 0.0) else 0
 
     def parameters_from(self, raw: Tensor) -> tuple[Tensor, ...]:
@@ -237,23 +235,16 @@ class NetworkCoupling(Coupling):
 
     def condition(self, a: Tensor, kept: Kept = ()) -> tuple[Tensor, ...]:
         if not self.kept_count:
-            return self.parameters_from(self._network(a))
+            return self.parameters_from(self.conditioner(a))
         if not self.training:
-            return *self.parameters_from(self._network(a)), torch.zeros((), dtype=torch.int64)
+            return *self.parameters_from(self.conditioner(a)), torch.zeros((), dtype=torch.int64)
         seed = kept[0] if kept else torch.randint(2**62, ())
         with with_own_randomness(a, int(seed)):
-            raw = self._network(a)
+            raw = self.conditioner(a)
         return *self.parameters_from(raw), seed
 
     def kept_of(self, params: tuple[Tensor, ...]) -> Kept:
         return params[len(params) - self.kept_count :]
-
-    def _network(self, a: Tensor) -> Tensor:
-        if self.compiled and self.training and not torch.is_grad_enabled():
-            # A compiled network rounds differently without gradients, and the backward pass runs it with them.
-            with torch.enable_grad():
-                return cast(Tensor, self.conditioner(a.detach().requires_grad_())).detach()
-        return cast(Tensor, self.conditioner(a))
 
 
 class AffineCoupling(NetworkCoupling):

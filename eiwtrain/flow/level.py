@@ -22,10 +22,13 @@ from .fused import Fused, Run
 from .gaussian import log_normal, normal
 from .layers import ConditionedCoupling, bounded, squeeze, unsqueeze
 from .memory import bytes_saved
-from .reversible import run, run_chain
+from .reversible import INVERTED, Plan, run, run_chain
 
 PRIOR_BOUND = 4.0
 """Largest absolute log-scale of a prior, in nats: wider than a step's, as nothing after it can make up for it."""
+
+Costs = list[tuple[int, int]]
+"""Bytes that each bijection keeps, stored and selective."""
 
 _LEAST_VARIANCE = 1e-12
 
@@ -109,8 +112,8 @@ class Level(nn.Module):
         x: Tensor,
         noise: Tensor | None = None,
         labels: Tensor | None = None,
-        stored: int = 0,
-        costs: list[int] | None = None,
+        plan: Plan = INVERTED,
+        costs: Costs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Map (B, C, H, W) to (B, *shape), whose last `leaving` channels leave; log-determinant and
         penalty, (B,); entropy proxies, (2,). All are in one flat tuple, because ZeRO 3 sees no tensors in nested ones.
@@ -119,11 +122,10 @@ class Level(nn.Module):
             noise: uniform in [0, 1), (B, C'', H', W'), for all channels that join, if any do. The log-determinant is
                 then that of the map of x and the noise e, minus log N(e).
             labels: int64 (B,), if there are classes.
-            stored: with `backprop="auto"`, how many of the last bijections, of which the prior is the very last, keep
-                their activations.
-            costs: a list to which the bytes of activations of each bijection are appended, if given.
+            plan: with `backprop="auto"`, what the last bijections keep, of which the prior is the very last.
+            costs: a list to which the bytes are appended that each bijection keeps when stored, and when selective.
         """
-        body = self._through_units(x, noise, stored - (self.prior is not None), costs)
+        body = self._through_units(x, noise, plan, costs)
         # Measured before the prior whitens the channels that leave.
         stays, leaves = self.split(body.y.detach())
         nothing = leaves.new_full((), math.nan)
@@ -131,7 +133,7 @@ class Level(nn.Module):
         out = body
         if self.prior is not None:
             self._measure([self.prior], body.y, costs)
-            out = body.then(run([self.prior], body.y, self.backprop, stored=stored))
+            out = body.then(run([self.prior], body.y, self.backprop, kept=plan.part(1, 0)))
         if self.class_prior is not None and labels is not None:
             stays, z = self.split(out.y)
             z, log_det = self.class_prior(z, labels)
@@ -173,17 +175,17 @@ class Level(nn.Module):
         for unit in self._units():
             yield from unit
 
-    def _through_units(self, x: Tensor, noise: Tensor | None, stored: int, costs: list[int] | None) -> Run:
+    def _through_units(self, x: Tensor, noise: Tensor | None, plan: Plan, costs: Costs | None) -> Run:
         y = squeeze(x) if self.squeezes else x
         out = Run(y)
         inputs = [y]
-        later = sum(len(unit) for unit in self._units())
+        later = sum(len(unit) for unit in self._units()) + (self.prior is not None)
         for unit, join, uniform in zip(self._units(), self._joining(), self._pieces(noise), strict=True):
             later -= len(unit)
-            of_unit = min(max(0, stored - later), len(unit))
+            of_unit = plan.part(len(unit), later)
             of_join = 0
             if join is not None and uniform is not None:
-                keeps = self.backprop == "stored" or (self.backprop == "auto" and of_unit == len(unit))
+                keeps = self.backprop == "stored" or (self.backprop == "auto" and of_unit.stored == len(unit))
                 joined, gained = _run_join(join, uniform, inputs, keeps)
                 if costs is not None:
                     of_join = self._bytes_of_join(join, uniform, inputs)
@@ -193,16 +195,19 @@ class Level(nn.Module):
             out = out.then(run(unit, out.y, self.backprop, self.anchor_every, of_unit))
         return out
 
-    def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: list[int] | None, more: int = 0) -> None:
+    def _measure(self, bijections: Sequence[Bijection], y: Tensor, costs: Costs | None, more: int = 0) -> None:
         """Append the bytes of activations of each of the bijections to `costs`, if given; `more` counts with the first,
         as the network of noise that joins is stored where a whole unit is."""
         if costs is None:
             return
         parameters = list(self.parameters())
         for bijection in bijections:
-            alone = partial(run_chain, [bijection], y.detach().requires_grad_(), "stored")
-            cost, out = bytes_saved(alone, parameters)
-            costs.append(cost + more)
+            alone = partial(run_chain, [bijection], y.detach().requires_grad_())
+            stored, out = bytes_saved(partial(alone, "stored"), parameters)
+            selective, out = bytes_saved(partial(alone, "selective"), parameters)
+            costs.append(
+                (stored + more, min(stored, selective - out.y.nbytes))
+            )  # of a chain one y is kept, not of each
             y, more = out.y, 0
 
     def _bytes_of_join(self, join: ConditionedCoupling, uniform: Tensor, inputs: Sequence[Tensor]) -> int:

@@ -17,18 +17,26 @@ Slot = tuple[dict[str, Any], str]
 """Where a module holds a parameter."""
 
 
+def dtype_of(network: nn.Module) -> torch.dtype:
+    """Return the dtype of the weights of the first layer, which is the one that it computes in."""
+    return next(_layers(network)).weight.dtype
+
+
 def slots_in_bfloat16(network: nn.Module) -> list[Slot]:
     """Return the slots of the parameters that a network uses in bfloat16: those of convolutions and linear layers, if
-    it is a conditioner that computes so."""
-    if not getattr(network, "in_bfloat16", False):
+    it is a conditioner that computes so, and they are float32 (float64 stays what it is)."""
+    if not getattr(network, "in_bfloat16", False) or dtype_of(network) != torch.float32:
         return []
     return [
-        (module._parameters, name)
-        for module in network.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype == torch.float32  # as autocast, which leaves float64
+        (layer._parameters, name)
+        for layer in _layers(network)
+        for name, parameter in layer._parameters.items()
+        if parameter is not None
     ]
+
+
+def _layers(network: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
+    return (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
 
 @contextmanager

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from . import images
 from .backbones import make_level
 from .bijection import Transformed, compose, with_own_randomness, without_autocast, zeros_per_sample
-from .conditioners import Conditioner
 from .config import FlowConfig
 from .dequantization import VariationalDequantizer, iwbo
 from .gaussian import log_normal
-from .layers import NetworkCoupling
-from .level import Level
+from .level import Costs, Level
 from .memory import free_bytes, how_many_fit
 from .order import Order
 from .presets import preset
+from .reversible import INVERTED, Plan
 
 
 class FlowOutput(NamedTuple):
@@ -77,7 +76,7 @@ class EIWFlow(nn.Module):
             self.dequantizer = VariationalDequantizer(
                 config.image_shape, config.n_bits, config.dequantizer, config.backprop, bfloat16
             )
-        self._stored: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = {}
+        self._plans: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[Plan]] = {}
         self.memory_share = 1.0
         """Share of the memory budget that activations may fill under `backprop="auto"`."""
         self.kept: tuple[int, int] | None = None
@@ -222,31 +221,16 @@ class EIWFlow(nn.Module):
         """Return the learned orders, one for each level but the last; none with another shuffle."""
         return [module for module in self.modules() if isinstance(module, Order)]
 
-    def compile_conditioners(self, **options: object) -> None:
-        """Compile every conditioner by `torch.compile`, which takes the options. Invertible layers are not compiled.
-
-        All share their code, of which PyTorch keeps 8 compiled versions and runs others uncompiled: that limit
-        (`torch._dynamo.config.recompile_limit`) is raised, for the process, to two per conditioner.
-        """
-        conditioners = [module for module in self.modules() if isinstance(module, Conditioner)]
-        for conditioner in conditioners:
-            conditioner.compile(**options)
-        for module in self.modules():
-            if isinstance(module, NetworkCoupling):
-                module.compiled = True
-        settings = torch._dynamo.config
-        settings.recompile_limit = max(settings.recompile_limit, 2 * len(conditioners))
-
     def _encode(
         self, x: Tensor, joining: Sequence[Tensor | None], labels: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         self._check_labels(labels, len(x))
-        stored = self._how_many_stored(x, labels)
+        plans = self._plans_of(x, labels)
         with without_autocast(x):
             total = Transformed(x, zeros_per_sample(x), zeros_per_sample(x))
             latents, entropies = [], []
-            for level, joins, n in zip(self._levels(), joining, stored, strict=True):
-                *out, entropy = level(total.y, joins, labels, n)
+            for level, joins, plan in zip(self._levels(), joining, plans, strict=True):
+                *out, entropy = level(total.y, joins, labels, plan)
                 total = compose(total, Transformed(*out))
                 stays, leaves = level.split(total.y)
                 entropies.append(entropy)
@@ -254,45 +238,54 @@ class EIWFlow(nn.Module):
                 total = total._replace(y=stays)
         return latents, total.log_det, total.penalty, torch.stack(entropies)
 
-    def _how_many_stored(self, x: Tensor, labels: Tensor | None) -> list[int]:
-        """Return how many bijections of each level keep their activations: measured once for each kind of batch."""
+    def _plans_of(self, x: Tensor, labels: Tensor | None) -> list[Plan]:
+        """Return what the bijections of each level keep: measured once for each kind of batch."""
         if self.config.backprop != "auto" or not torch.is_grad_enabled() or not len(x):
-            return [0] * len(self.levels)
+            return [INVERTED] * len(self.levels)
         kind = (x.shape, x.dtype, x.device, self.training)
-        if kind not in self._stored:
-            self._stored[kind] = self._fill_budget(x.detach(), labels)
-        return self._stored[kind]
+        if kind not in self._plans:
+            self._plans[kind] = self._fill_budget(x.detach(), labels)
+        return self._plans[kind]
 
-    def _fill_budget(self, x: Tensor, labels: Tensor | None) -> list[int]:
-        """Return how many of the last bijections of each level fit into the memory budget."""
+    def _fill_budget(self, x: Tensor, labels: Tensor | None) -> list[Plan]:
+        """Return plans that fit into the memory budget: selective saves more time a byte than stored, so bijections are
+        stored only if there is memory for all of them to be selective."""
         costs = self._costs(x, labels)
+        stored, selective = ([cost[which] for level in costs for cost in level] for which in (0, 1))
         budget = self.config.memory_budget
         if budget is None:
             budget = free_bytes(x.device, self._numbers)
-            budget -= 2 * max(max(level) for level in costs)  # memory to invert one of them
-        left = how_many_fit([cost for level in costs for cost in level], int(self.memory_share * budget))
-        self.kept = (left, sum(len(level) for level in costs))
-        stored = []
+            budget -= 2 * max(stored)  # memory to invert one of them
+        budget = int(self.memory_share * budget)
+        plan = Plan(0, how_many_fit(selective, budget))
+        if plan.selective == len(stored):
+            more = [a - b for a, b in zip(stored, selective, strict=True)]
+            plan = Plan(how_many_fit(more, budget - sum(selective)), len(stored))
+        self.kept = (plan.stored, len(stored))
+        plans, after = [], 0
         for level in reversed(costs):
-            stored.append(min(left, len(level)))
-            left -= stored[-1]
-        return stored[::-1]
+            plans.append(plan.part(len(level), after))
+            after += len(level)
+        return plans[::-1]
 
-    def _costs(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
-        """Return the bytes of activations of each bijection: a constant and a multiple of the batch size, found from
-        batches of two and of three. Not of one, whose tensors are contiguous where those of several are not."""
-        # A compiled network would be compiled again for batches of two and of three.
-        with with_own_randomness(x), torch.compiler.set_stance("force_eager"):
+    def _costs(self, x: Tensor, labels: Tensor | None) -> list[Costs]:
+        """Return what each bijection keeps: a constant and a multiple of the batch size, found from batches of two and
+        of three. Not of one, whose tensors are contiguous where those of several are not."""
+        with with_own_randomness(x):
             two, three = (
                 self._measured(x[:1].expand(n, -1, -1, -1), labels if labels is None else labels[:1].expand(n))
                 for n in (2, 3)
             )
         more = len(x) - 2
-        return [[a + more * (b - a) for a, b in zip(*pair, strict=True)] for pair in zip(two, three, strict=True)]
+
+        def at_size(two: tuple[int, int], three: tuple[int, int]) -> tuple[int, int]:
+            return two[0] + more * (three[0] - two[0]), two[1] + more * (three[1] - two[1])
+
+        return [list(map(at_size, *level)) for level in zip(two, three, strict=True)]
 
     @torch.no_grad()
-    def _measured(self, x: Tensor, labels: Tensor | None) -> list[list[int]]:
-        costs: list[list[int]] = []
+    def _measured(self, x: Tensor, labels: Tensor | None) -> list[Costs]:
+        costs: list[Costs] = []
         for level, joins in zip(self._levels(), self._joining(None, x), strict=True):
             costs.append([])
             y, *_ = level(x, joins, labels, costs=costs[-1])

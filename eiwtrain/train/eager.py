@@ -1,5 +1,5 @@
 """Keeps torch's compiler out of a process that compiles nothing: its import takes more than a second of each rank's
-start. Not for `train.compile`.
+start.
 """
 
 from __future__ import annotations

@@ -51,8 +51,7 @@ class Engine:
         device = next(module.parameters()).device
         deepspeed = _import_deepspeed(device.type)
         _use(device)
-        if not train.compile:
-            eager.keep_compiler_out()
+        eager.keep_compiler_out()
         leaves: list[nn.Module] = []
         if train.zero_stage == 3:
             leaves = deepspeed.utils.set_z3_leaf_modules(module, list(LEAVES), raise_if_not_found=False)

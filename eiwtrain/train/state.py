@@ -93,8 +93,6 @@ class TrainState:
         timeline.mark("weights")
         self.averaged = copy.deepcopy(self.flow).eval().requires_grad_(False)
         self._orders = list(zip(self.averaged.orders(), self.flow.orders(), strict=True))
-        if config.train.compile:
-            self.flow.compile_conditioners()
         self.engine = Engine(self.flow, config.train, *batching, dist.get_world_size())
         timeline.mark("DeepSpeed")
         self._average = self.engine.average_in(self.averaged)

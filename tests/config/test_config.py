@@ -103,7 +103,7 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("train.betas=[0.9,1]", ["train.betas", "less than 1"]),
         ("train.lr_decay=1.1", ["train.lr_decay", "less than or equal to 1"]),
         ("train.finetune_steps=12", ["train.finetune_steps", "train.max_steps = 12", "at most 11"]),
-        ("train.compile=1.5", ["train.compile"]),
+        ("train.deterministic=1.5", ["train.deterministic"]),
         ("run.name=${NOT_SET_ANYWHERE}", ["run.name", "NOT_SET_ANYWHERE", "export"]),
         ("run.name=a/b", ["run.name"]),
         ("run.storage=''", ["run.storage", "at least 1 character"]),

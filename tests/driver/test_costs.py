@@ -92,6 +92,30 @@ def test_recomputing_costs_a_third_more_and_saves_memory():
     assert deeper.workspace_bytes == found.workspace_bytes
 
 
+GLOW_ON_LSUN = flow.FlowConfig(
+    (3, 64, 64),
+    levels=3,
+    steps=48,
+    conditioner=flow.ConditionerConfig(hidden=512),
+    conditioner_dtype="bfloat16",
+    shuffle="soft",
+)
+
+
+def test_a_deep_glow_starts_few_operations_and_selective_costs_little_of_either():
+    found = {mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 2) for mode in costs.COUNTED_MODES}
+    assert found["stored"].operations <= 6_100
+    assert found["selective"].operations <= 7_900
+    assert found["invertible"].operations <= 8_200
+    assert found["selective"].flops < 1.035 * found["stored"].flops
+    three = {
+        mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 3, backward=False)
+        for mode in costs.COUNTED_MODES
+    }
+    each = {mode: three[mode].kept - found[mode].kept for mode in found}
+    assert each["selective"] < 0.25 * each["stored"]
+
+
 def a_checkpoint_has_the_bytes_that_the_state_gives(folder):
     c = config(run={"storage": folder})
     data = Manifest("noise", 8, 3, {"name": "none", "version": 1, "params": {}}, {}, fingerprint="f" * 64)

@@ -80,7 +80,7 @@ def test_what_each_bijection_keeps_is_predicted_from_samples(batch: int) -> None
     predicted = [cost for level in flow._costs(images(batch, dtype=torch.float32), None) for cost in level]
     measured = [cost for level in flow._measured(images(batch, dtype=torch.float32), None) for cost in level]
     if batch == 1:  # where halves need no copy to be contiguous, so less is kept
-        assert all(0.5 * a < b <= a for a, b in zip(predicted, measured, strict=True))
+        assert all(0.5 * a < b <= a for (a, _), (b, _) in zip(predicted, measured, strict=True))
     else:
         assert predicted == measured
 
@@ -93,9 +93,9 @@ def test_a_plan_is_made_for_each_kind_of_batch() -> None:
     flow(images(3))
     flow.eval()
     flow(images(3))
-    plans = list(flow._stored.values())
-    assert len(plans) == 4
-    assert sum(plans[2]) < sum(plans[1])  # twice the bytes
+    stored = [sum(plan.stored for plan in plans) for plans in flow._plans.values()]
+    assert len(stored) == 4
+    assert stored[2] < stored[1]  # twice the bytes
     assert flow.log_prob(images(0)).shape == (0,)
 
 
@@ -140,15 +140,22 @@ def test_each_budget_saves_conditioner_calls() -> None:
     assert (calls[0], calls[-1]) == (2 * (2 * STEPS + 1), 2 * STEPS + 1)
 
 
-def test_the_last_couplings_are_those_that_are_kept() -> None:
-    flow = auto(next(b for b in budgets() if b))
-    with conditioner_calls(flow) as calls:
-        gradients(flow, images(1, dtype=torch.float32))
-        before = calls.copy()
-        gradients(flow, images(1, dtype=torch.float32))
-    again = [calls[name] - before[name] for name in calls]
-    assert again == sorted(again, reverse=True)
-    assert set(again) == {1, 2}
+def test_what_a_budget_keeps_is_first_what_is_dear_and_then_all_of_the_last() -> None:
+    costs = [cost for level in auto(0)._costs(images(6, dtype=torch.float32), None) for cost in level]
+    all_selective = sum(selective for _, selective in costs)
+    seen = set()
+    for budget in (0, all_selective // 2, all_selective, 2 * all_selective, sum(stored for stored, _ in costs)):
+        flow = auto(budget)
+        flow(images(6, dtype=torch.float32))
+        (plans,) = flow._plans.values()
+        of_each = "".join(
+            "i" * (len(level) - plan.stored - plan.selective) + "s" * plan.selective + "S" * plan.stored
+            for level, plan in zip(flow._costs(images(6, dtype=torch.float32), None), plans, strict=True)
+        )
+        assert of_each == "".join(sorted(of_each, key="isS".index))
+        assert not {"i", "S"} <= set(of_each)  # while one is inverted, none is stored
+        seen |= set(of_each)
+    assert seen == set("isS")
 
 
 def test_without_a_budget_memory_that_is_free_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,10 @@
-"""Conditioners with dropout, and compiled ones: what runs in forward runs again in backward."""
+"""Conditioners with dropout: what runs in forward runs again in backward."""
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
-from flow_helpers import conditioner_calls, gradients, images, make_flow, relative_error, whole_loss
+from flow_helpers import gradients, images, make_flow, relative_error
 from torch import Tensor
 
 from eiwtrain.flow import ConditionerConfig, EIWFlow, layers
@@ -73,55 +71,3 @@ def test_dropout_is_off_in_evaluation() -> None:
 def test_a_flow_with_dropout_is_not_inverted_in_training_mode() -> None:
     with pytest.raises(RuntimeError, match=r"eval\(\)"):
         dropping("stored").sample(1)
-
-
-def test_compiled_conditioners_give_the_same_gradients() -> None:
-    x = images(3, dtype=torch.float32)
-    plain = gradients(make_flow(dtype=torch.float32), x)
-    graphs = []
-    for mode in ("stored", "invertible", "auto"):
-        flow = make_flow(dtype=torch.float32, backprop=mode, memory_budget=9000 if mode == "auto" else None)
-        flow.compile_conditioners(backend="aot_eager")
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        assert relative_error(gradients(flow, x), plain) <= 1e-4
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        assert not torch._dynamo.utils.counters["graph_break"]
-    # None of its own for the way forth, which could round otherwise, nor to find out what fits.
-    assert 0 < graphs[0] == graphs[1] == graphs[2]
-
-
-def test_every_shape_of_conditioner_is_compiled() -> None:
-    flow = make_flow(image_shape=(3, 64, 64), levels=6, steps=1, dtype=torch.float32, dequantization="variational")
-    flow.compile_conditioners(backend="eager")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    flow(pixels, torch.full(pixels.shape, 0.5))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
-    assert not torch._dynamo.utils.counters["recompile_limit"]
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile's default backend needs a C++ compiler")
-def test_compiled_bfloat16_conditioners_cost_invertible_gradients_no_more_than_stored_ones() -> None:
-    x = images(4, dtype=torch.float32)
-    small = {"dtype": torch.float32, "levels": 1, "steps": 6}
-    exact = gradients(make_flow(**small), x)
-    error = {}
-    for mode in ("stored", "invertible"):
-        flow = make_flow(**small, backprop=mode, conditioner_dtype="bfloat16")
-        flow.compile_conditioners()
-        torch._dynamo.reset()
-        error[mode] = relative_error(gradients(flow, x), exact)
-    assert 1e-4 < error["stored"] < 0.1
-    assert error["invertible"] <= 1.5 * error["stored"]
-
-
-def test_a_compiled_flow_is_saved_and_counted_as_any_other() -> None:
-    flow = make_flow(dtype=torch.float32, backprop="invertible")
-    names = list(flow.state_dict())
-    flow.compile_conditioners(backend="eager")
-    assert list(flow.state_dict()) == names
-    with conditioner_calls(flow) as calls:
-        whole_loss(flow(images(2, dtype=torch.float32))).backward()
-    assert set(calls.values()) == {2}
