@@ -101,6 +101,7 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = without_request(options["scaling_policy"])
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends an attempt comes as an exception
         controller = _Controller(**options)
         asyncio.run(controller.run())
         return controller.get_result()
@@ -155,7 +156,6 @@ def _end_no_actor(_: Any) -> None:
 
 worker_group.SynchronizationActor = _NoActor()
 state._shutdown_sync_actor = _end_no_actor
-logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends an attempt comes as an exception
 
 
 def cause_of(error: BaseException | None) -> str:

@@ -259,7 +259,7 @@ def test_failed_starts_give_back_places_and_a_stop_then_ends(folder):
     job.process.send_signal(signal.SIGTERM)
     exit_code, output = job.wait(60)
     assert exit_code == 143, output
-    assert output.count("Unable to find address for: eth9") == 1
+    assert output.count("Unable to find address for: eth9") in (1, 2)  # the second start may fail before it is stopped
     assert "stopped by SIGTERM before training began" in output
     assert "Traceback" not in output
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")

@@ -36,6 +36,20 @@ def test_a_process_that_waits_for_a_worker_has_its_imports(cpus, gpus, found):
     assert threads == (cpus or "None")
 
 
+def test_nothing_looks_at_gpus_before_a_worker_has_its_own():
+    code = (
+        "import sys, torch\n"
+        "for name in ('is_available', 'device_count', 'init', 'current_device', '_lazy_init'):\n"
+        "    setattr(torch.cuda, name, lambda *args, name=name: print(name, 'was called'))\n"
+        "import eiwtrain.train.preload\n"
+        "print('eiwtrain.train.loop' in sys.modules)"
+    )
+    environment = os.environ | {session.PRELOAD: "1", session.PRELOAD_GPUS: "1"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split("\n")[-2:] == ["True", ""]
+    assert "was called" not in said.stdout
+
+
 @pytest.mark.parametrize("joins", [True, False])
 def test_only_workers_import_what_workers_need(tmp_path, monkeypatch, joins):
     for name in (session.PRELOAD, session.PRELOAD_GPUS, session.PRELOADED, FIRST):
