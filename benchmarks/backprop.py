@@ -27,7 +27,7 @@ What a row of `--json` holds; null where it does not apply:
   batch). The parameters' gradients, gradient_bytes, are in it: they alone make it grow with depth when nothing is kept;
 - saved_bytes: what is still allocated after the forward pass, no matter what holds it: tensors for the backward pass,
   and the loss. Saved-tensor hooks would not see what an autograd function keeps on its own;
-- flops: of forward and backward, as torch's FlopCounterMode counts convolutions and matrix products; flops_to_stored;
+- flops: of forward and backward, as torch counts convolutions and matrix products; flops_to_stored;
 - conditioner_forwards: how often a coupling's network is run in a step, the mean over couplings;
 - gradient_error: of the networks' gradients, relative to those of "stored"; one relu that rounding turns is 1e-4.
 
@@ -54,11 +54,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import backprop_report as report
 from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject, subject_of
 from benchmarks.measuring import allocated
+from eiwtrain.driver import costs
 from eiwtrain.on_ray.session import WORKER_ENV
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -142,31 +142,16 @@ def _count(subject: Subject) -> tuple[dict[str, Any], list[torch.Tensor]]:
 
     for conditioner in subject.networks:
         cast(Any, conditioner).network = counted(conditioner.network)  # no hook, which a checkpoint would pass over
-    flops = FlopCounterMode(display=False)
-    # Its own tracker says which module counts, and cannot follow modules that are run in a backward pass.
-    flops.mod_tracker = cast(Any, _NoModules())
-    with flops:
+    with costs.Started() as started:
         subject.loss(*subject.batch).backward()
     measured = {
         "peak_bytes": peak,
         "gradient_bytes": sum(p.nbytes for p in subject.model.parameters()),
         "saved_bytes": saved,
-        "flops": flops.get_total_flops(),
+        "flops": started.flops,
         "conditioner_forwards": runs / len(subject.networks),
     }
     return measured, gradients
-
-
-class _NoModules:
-    """A replacement for torch's ModuleTracker: everything counted belongs to no module."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
 
 
 def _relative_error(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from eiwtrain import flow
 from eiwtrain.config import Config, Train, batching
@@ -346,6 +346,15 @@ _VIEWS = {  # operations that start nothing on a device
     *("view", "_unsafe_view", "alias", "detach", "as_strided", "lift_fresh", "t", "transpose", "permute"),
     *("slice", "select", "split", "split_with_sizes", "unbind", "expand", "unsqueeze", "squeeze"),
 }
+
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+if _ATTENTION not in flop_registry:  # torch has formulas for the kernels of GPUs alone
+    register_flop_formula(_ATTENTION)(lambda q, k, v, *_args, **_kwargs: sdpa_flop_count(q, k, v))
+    register_flop_formula(_ATTENTION_BACKWARD)(
+        lambda grad, q, k, v, *_args, **_kwargs: sdpa_backward_flop_count(grad, q, k, v)
+    )
 
 
 class Started(TorchDispatchMode):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import tiny_config
 from ranks import run_ranks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eiwtrain import flow
@@ -78,6 +80,18 @@ def test_flops_are_those_of_torch_s_counter():
         model(pixels, noise).log_prob.sum().backward()
     assert found.flops_per_image["stored"] * 4 == counter.get_total_flops()
     assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_attention_counts_as_its_products_whatever_kernel_computes_it():
+    q, k, v = (torch.rand(2, 1, 64, 16, requires_grad=True) for _ in range(3))
+    counted = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with costs.Started() as started, sdpa_kernel(kernel):
+            F.scaled_dot_product_attention(q, k, v).sum().backward()
+        counted[kernel] = started.flops
+    products = 2 * 2 * 64 * 64 * 16  # FLOPs of one, for both samples
+    assert counted[SDPBackend.MATH] == 6 * products
+    assert counted[SDPBackend.FLASH_ATTENTION] == 7 * products  # going back, it computes the scores again
 
 
 def test_recomputing_costs_a_third_more_and_saves_memory():
