@@ -1,46 +1,54 @@
-"""Bits/dim at equal CPU time: how dense a model a configuration gives on a budget, over seeds.
+"""Bits/dim at equal time: how dense a model a configuration gives on a budget, over seeds, beside other libraries.
 
+    pip install --no-deps normflows==1.7.3            # a peer; nflows and FrEIA serve as well
     python -m data_prep folder --source cifar10.tar --output runs/data/cifar10 --resolution 32
-    python -m benchmarks.density --data runs/data/cifar10 --json runs/density.jsonl [--seconds 100 --seeds 3 --jobs 2]
-    python -m benchmarks.density --data runs/data/cifar10 --json runs/density.jsonl order none mine='{"preset": "glow"}'
+    python -m benchmarks.density --data runs/data/cifar10 --json runs/density.jsonl [--seconds 50 200] [--jobs 2]
+                                 [--seeds 3] [--iwbo 16] [--device cuda] [--plot runs/density.png]
+    python -m benchmarks.density --data runs/data/cifar10 --json runs/density.jsonl order normflows \\
+        mine='{"preset": "glow", "optimizer": "adamax", "lr": 1e-3}' \\
+        --peer theirs=../a-checkout theirs2='{"peer": "theirs", "patch": 4}'
 
-Each run is a process of one thread that trains for `--seconds` of CPU time, so that others may share the machine: the
-same images in the same order for every variant, AdamW (or the variant's `optimizer`) with a warm-up and half a cosine
-over the budget, gradients clipped, weights averaged. Then, outside the clock, bits/dim of held-out images: an ELBO of
-one draw of all noise. A variant is one of `VARIANTS`, or NAME=JSON: fields of `FlowConfig`, with a `preset`, and
-`optimizer`, `lr`, `batch`, `published` (parts of the authors' program in place of ours: see `_publish`).
+Each run is a process that trains for a budget of `--seconds`: CPU time of its one thread, so that others may share the
+machine, or on a GPU the time by the clock. All variants see the same images in the same order, as many as they have
+time for; the learning rate's warm-up and half a cosine span the budget; the averaged weights are scored on held-out
+images, outside the clock. An estimator stands beside every figure: ELBO (one draw of all noise) and IWBO(k) (`--iwbo`)
+where it is a bound, else "exact".
 
-Its result is a line of the JSON file; the same command again makes the missing ones and prints the table: the mean over
+A variant is one of `VARIANTS`, or NAME=JSON: fields of `FlowConfig`, with a `preset`, and those of
+`density_subject.Recipe` (optimizer and its options, lr, batch, clip, ema, augment, schedule ...). With `"peer"` it is
+a Glow of that library at the size of the FlowConfig (`benchmarks.peers`), or the model of a folder, with the recipe.
+
+`--peer NAME=FOLDER`: FOLDER/peer.py has `make(image_shape, **fields)`, which returns an `nn.Module` whose
+`forward(x)` gives log p(x) in nats, (B,), of dequantized images x, reals in [-1/2, 1/2), (B, C, H, W). If the module
+has `exact = True`, x is pixels, uint8, and the value their log-probability. The fields are those of the variant's JSON
+that are not the recipe's. Without such a variant, NAME is one, with no fields.
+
+A result is a line of the JSON file; the same command again makes the missing ones and prints the table: the mean over
 seeds, its standard error, and the mean difference to the first variant over the seeds that both have.
-Not for time to a step (`benchmarks.backprop`).
+Not for time to a step (`benchmarks.step`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from benchmarks import measuring
-from benchmarks.reference import PublishedAttention
-from eiwtrain import data, flow
+from benchmarks import density_report, density_subject, environments, peers
+from eiwtrain import data
 
 Row = dict[str, Any]
 
-TINY = {"preset": "eiw-tiny", "lr": 5e-3}
-DENSE = {**TINY, "conditioner": {"kind": "dense", "hidden": 24, "depth": 1, "growth": 24, "activation": "relu"}}
-GLOW = {"levels": 3, "steps": 4, "conditioner": {"kind": "conv", "hidden": 64}}
+TINY: dict[str, Any] = {"preset": "eiw-tiny", "lr": 5e-3}
+DENSE: dict[str, Any] = {
+    **TINY,
+    "conditioner": {"kind": "dense", "hidden": 24, "depth": 1, "growth": 24, "activation": "relu"},
+}
+GLOW: dict[str, Any] = {"levels": 3, "steps": 4, "conditioner": {"kind": "conv", "hidden": 64}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "order": TINY,
     "none": {**TINY, "shuffle": "none"},
@@ -48,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "soft": {**TINY, "shuffle": "soft"},
     "glow, soft": {**GLOW, "shuffle": "soft"},
     "glow, order": {**GLOW, "shuffle": "order"},
+    "normflows": {**GLOW, "peer": "normflows"},
     "input 1": {**TINY, "order_input": "one"},
     "true KL": {**TINY, "kl": "true"},
     "variational": {
@@ -60,179 +69,153 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense networks, batch normalisation": {**DENSE, "published": ["norm"]},
     "dense networks, no attention": {**DENSE, "conditioner": {**DENSE["conditioner"], "attention": "none"}},
 }
-_TRAINING = {"optimizer": "adamw", "lr": 2e-3, "batch": 32, "published": []}
-_WARMUP, _CLIP, _EMA, _SIGMA = 0.05, 50.0, 0.99, 1e-3
+_IDENTITY = ("variant", "seed", "seconds", "fields", "code", "data", "fingerprint", "images", "iwbo", "device")
 
 
-def train(url: str, fields: dict[str, Any], seed: int, seconds: float, held_out: int) -> Row:
-    """Train one variant with one seed in this process; return its row without the names of the run."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    settings = {name: fields.get(name, default) for name, default in _TRAINING.items()}
-    described = {name: value for name, value in fields.items() if name not in _TRAINING}
-    manifest = data.load_manifest(url)
-    images, test = _read(url, manifest, "train"), _read(url, manifest, "test", held_out)
-    shape = tuple(images.shape[1:])
-    model = flow.EIWFlow.from_config({"image_shape": list(shape), "backprop": "stored", **described})
-    _publish(model, settings["published"])
-    order = torch.Generator().manual_seed(seed)
-
-    def batch(n: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(images), (n,), generator=order)
-        flipped = torch.rand(n, generator=order) < 0.5
-        chosen = images[rows]
-        chosen[flipped] = chosen[flipped].flip(3)
-        return chosen, torch.rand(n, *model.config.noise_shape, generator=order)
-
-    model.initialize(*batch(256))
-    averaged = flow.EIWFlow.from_config(model.config)
-    _publish(averaged, settings["published"])
-    averaged.load_state_dict(model.state_dict())
-    kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}
-    optimizer = kinds[settings["optimizer"]](model.parameters(), lr=0.0, weight_decay=0.0)
-    parameters = list(model.parameters())
-    steps, begin = 0, time.process_time()
-    while (done := (time.process_time() - begin) / seconds) < 1:
-        rate = min(1.0, done / _WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = settings["lr"] * max(rate, 1e-3)
-        out = model(*batch(settings["batch"]))
-        loss = (flow.bits_per_dim(out.log_prob, model.dims, model.config.n_bits) + _SIGMA * out.penalty).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, _CLIP)
-        if norm.isfinite():
-            optimizer.step()
-        _average(averaged, model, min(_EMA, (1 + steps) / (10 + steps)))
-        steps += 1
-    bits = _score(averaged.eval(), test)
-    return {
-        "bits_per_dim": bits.mean().item(),
-        "error": (bits.std() / math.sqrt(len(bits))).item(),
-        "steps": steps,
-        "parameters": sum(p.numel() for p in parameters),
-        "cpu_seconds": time.process_time() - begin,
-    }
+def identity(row: Row) -> str:
+    """Return what makes two runs the same one."""
+    return json.dumps({name: row.get(name) for name in _IDENTITY}, sort_keys=True)
 
 
-def _read(url: str, manifest: data.Manifest, split: str, most: int | None = None) -> Tensor:
-    reader = data.ShardReader(url, manifest, split)
-    return torch.from_numpy(reader.read(range(len(reader) if most is None else min(most, len(reader)))))
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows of a file, if there is one; a last line that was not written to its end is cut off.
+
+    Raises:
+        ValueError: another line is not a row.
+    """
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    if not text.endswith(b"\n"):
+        text = text[: text.rfind(b"\n") + 1]
+        os.truncate(file, len(text))
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{file}, line {number}: not a row of this benchmark") from None
+    return rows
 
 
-def _publish(model: flow.EIWFlow, parts: list[str]) -> None:
-    """Put parts of the authors' program in place of ours: `attention`, whose tokens are runs of one channel's numbers,
-    and `norm`, batch normalisation."""
-    for module in list(model.modules()):
-        if isinstance(module, flow.DenseConditioner):
-            hidden = module.first.out_channels
-            if "attention" in parts:
-                module.attention = PublishedAttention(hidden, hidden // 2)  # type: ignore[assignment]
-            if "norm" in parts:
-                module.norm = nn.BatchNorm2d(2 * hidden)  # type: ignore[assignment]
+def run_missing(jobs: list[Row], file: Path, url: str, folders: dict[str, Path], at_once: int) -> tuple[list[Row], int]:
+    """Run in processes of their own what the file lacks; return the rows of these jobs, and how many runs failed."""
+    rows = {identity(row): row for row in read_rows(file)}
+    where = environments.machine() | {"packages": environments.versions("torch", *peers.PEERS)}
+
+    def one(job: Row) -> int:
+        folder = folders.get(job["fields"].get("peer", ""))
+        task = {"job": job, "url": url, "folder": None if folder is None else str(folder)}
+        name = f"{job['variant']}, {job['seconds']:g} s, seed {job['seed']}"
+        try:
+            row = environments.child(sys.executable, "benchmarks.density", task) | {"machine": where}
+        except environments.FailedError as e:
+            print(f"{name}: failed: {e.line}", file=sys.stderr, flush=True)
+            return 1
+        with file.open("a") as appended:
+            appended.write(json.dumps(row) + "\n")
+        rows[identity(row)] = row
+        bits = row["bits_per_dim"]
+        print(f"{name}: {'not finite' if bits is None else f'{bits:.4f}'}", file=sys.stderr, flush=True)
+        return 0
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(at_once) as pool:
+        failed = sum(pool.map(one, [job for job in jobs if identity(job) not in rows]))
+    return [rows[name] for name in map(identity, jobs) if name in rows], failed
 
 
-@torch.no_grad()
-def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    for own, other in zip(averaged.parameters(), model.parameters(), strict=True):
-        own.lerp_(other, 1 - decay)
-    for mine, its in zip(averaged.buffers(), model.buffers(), strict=True):
-        mine.copy_(its)
+def wanted(given: list[str], folders: dict[str, Path]) -> dict[str, Row]:
+    """Return the fields of the variants by name. Raises ValueError."""
+    found: dict[str, Row] = {}
+    for text in given:
+        name, is_new, described = text.partition("=")
+        if not is_new and name not in VARIANTS:
+            raise ValueError(f"{name} is not one of {', '.join(VARIANTS)}; a new one is NAME=JSON")
+        try:
+            found[name] = json.loads(described) if is_new else VARIANTS[name]
+        except ValueError as e:
+            raise ValueError(f"{name}: not JSON: {e}") from None
+        if not isinstance(found[name], dict):
+            raise ValueError(f"{name}: {described} is not a JSON object of fields")
+    used = {fields.get("peer") for fields in found.values()}
+    return found | {name: {"peer": name} for name in folders if name not in used}
 
 
-@torch.no_grad()
-def _score(model: flow.EIWFlow, images: Tensor) -> Tensor:
-    """Return bits/dim of each image, float64: an ELBO of one draw of all noise, the same for every run."""
-    generator = torch.Generator().manual_seed(0)
-    bits = [
-        model.bits_per_dim(some, torch.rand(len(some), *model.config.noise_shape, generator=generator))
-        for some in images.split(100)
-    ]
-    return torch.cat(bits).double()
-
-
-def run_missing(args: argparse.Namespace, wanted: dict[str, dict[str, Any]]) -> list[Row]:
-    """Run in processes of their own what the JSON file lacks; return its rows of this budget and these variants."""
-    rows = [json.loads(line) for line in args.json.read_text().splitlines()] if args.json.exists() else []
-    made = {(row["variant"], row["seed"], row["seconds"], json.dumps(row["fields"], sort_keys=True)) for row in rows}
-    todo = [
-        {"variant": name, "seed": seed, "seconds": args.seconds, "fields": fields}
-        for seed in range(args.seeds)
-        for name, fields in wanted.items()
-        if (name, seed, args.seconds, json.dumps(fields, sort_keys=True)) not in made
-    ]
-
-    def one(job: Row) -> None:
-        command = [sys.executable, "-m", "benchmarks.density", "--data", args.data, "--json", str(args.json)]
-        command += ["--images", str(args.images), "--one", json.dumps(job)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        if done.returncode:
-            print(f"{job['variant']}, seed {job['seed']}: failed\n{done.stderr[-2000:]}", file=sys.stderr)
-            return
-        row = json.loads(done.stdout.splitlines()[-1])
-        with args.json.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        rows.append(row)
-        print(f"{row['variant']}, seed {row['seed']}: {row['bits_per_dim']:.4f}", file=sys.stderr, flush=True)
-
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(one, todo))
-    return [row for row in rows if row["seconds"] == args.seconds and wanted.get(row["variant"]) == row["fields"]]
-
-
-def table(rows: list[Row], variants: list[str]) -> str:
-    """Return the rows as a Markdown table, in the order of the variants; differences are to the first."""
-    lines = []
-    first = {row["seed"]: row["bits_per_dim"] for row in rows if row["variant"] == variants[0]}
-    for name in variants:
-        own = {row["seed"]: row for row in rows if row["variant"] == name}
-        if not own:
-            continue
-        bits = [row["bits_per_dim"] for row in own.values()]
-        paired = [row["bits_per_dim"] - first[seed] for seed, row in own.items() if seed in first]
-        steps = statistics.mean(row["steps"] for row in own.values())
-        parameters = next(iter(own.values()))["parameters"]
-        lines.append([name, f"{parameters:,}", f"{steps:,.0f}", _mean(bits), _mean(paired, "+")])
-    return measuring.markdown(("variant", "parameters", "steps", "bits/dim", f"difference to {variants[0]}"), lines)
-
-
-def _mean(values: list[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.3f}{error}"
+def _default() -> list[str]:
+    return [name for name, fields in VARIANTS.items() if "peer" not in fields or peers.installed(str(fields["peer"]))]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.density", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument(
-        "variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}, or NAME=JSON; default: all"
+        "variants",
+        nargs="*",
+        metavar="VARIANT",
+        help=f"of {', '.join(VARIANTS)}, or NAME=JSON; default: all, and peers where installed",
     )
     parser.add_argument("--data", required=True, help="folder or URL of a data set that data_prep wrote")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of results, one a line")
-    parser.add_argument("--seconds", type=float, default=100, help="CPU seconds of training, of one thread")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[100.0], help="budgets; each has runs of its own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--images", type=int, default=2000, help="held-out images")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--iwbo", type=int, default=1, metavar="K", help="draws of noise for a second, tighter bound")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="a checkout with a peer.py")
+    parser.add_argument("--plot", metavar="FILE", help="picture to draw")
     args = parser.parse_args(arguments)
-    if args.one:
-        job = json.loads(args.one)
-        print(json.dumps(job | train(args.data, job["fields"], job["seed"], job["seconds"], args.images)))
-        return 0
-    wanted = {}
-    for given in args.variants or VARIANTS:
-        name, is_new, described = given.partition("=")
-        if not is_new and name not in VARIANTS:
-            parser.error(f"{name} is not one of {', '.join(VARIANTS)}; a new one is NAME=JSON")
-        wanted[name] = json.loads(described) if is_new else VARIANTS[name]
-    rows = run_missing(args, wanted)
-    print(f"{args.seconds:g} CPU seconds of one thread, {args.images} held-out images, ELBO of one draw\n")
-    print(table(rows, list(wanted)))
-    return 0
+    for name in ("seeds", "jobs", "images", "iwbo"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: {getattr(args, name)} is less than 1")
+    if not all(0 < seconds < float("inf") for seconds in args.seconds):
+        parser.error("--seconds: a budget is a positive number")
+    pairs = [given.partition("=") for given in args.peer]
+    if bad := [name for name, _, folder in pairs if not (name and folder) or name in peers.PEERS]:
+        parser.error(f"--peer {bad[0]}: give NAME=FOLDER, and a NAME other than {', '.join(peers.PEERS)}")
+    folders = {name: Path(folder).resolve() for name, _, folder in pairs}
+    url = args.data if "://" in args.data else str(Path(args.data).resolve())
+    try:
+        manifest = data.load_manifest(url)
+        named = wanted(args.variants or ([] if folders else _default()), folders)
+        shape = (manifest.channels, manifest.resolution, manifest.resolution)
+        for name, fields in named.items():
+            try:
+                density_subject.check(fields, shape, folders)
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"{name}: {e}") from None
+        protocol = {"data": manifest.title, "fingerprint": manifest.fingerprint, "images": args.images}
+        protocol |= {"iwbo": args.iwbo, "device": args.device}
+        codes = {name: density_subject.digest(folder) for name, folder in folders.items()}
+        jobs = [
+            {"variant": name, "seed": seed, "seconds": seconds, "fields": fields}
+            | {"code": codes.get(fields.get("peer", "")), **protocol}
+            for seconds in sorted(set(args.seconds))
+            for seed in range(args.seeds)
+            for name, fields in named.items()
+        ]
+        rows, failed = run_missing(jobs, args.json, url, folders, args.jobs)
+    except (ValueError, data.DataError) as e:
+        parser.error(str(e))
+    if rows:
+        unit = "CPU seconds of one thread" if args.device == "cpu" else "GPU seconds"
+        print(f"{manifest.title}, {args.images} held-out images; {unit}; mean over seeds and its standard error\n")
+        print(density_report.table(rows, list(named)))
+    if rows and args.plot:
+        density_report.plot(rows, list(named), f"{manifest.title}: density at equal time", args.plot)
+    return 1 if failed else 0
+
+
+def child(task: Row) -> None:
+    """Print the row of one job, as a process of its own."""
+    folder = task["folder"] and Path(task["folder"])
+    print(json.dumps(density_subject.train(task["job"], task["url"], folder)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] and sys.argv[1].startswith('{"job"'):
+        child(json.loads(sys.argv[1]))
+    else:
+        sys.exit(main())

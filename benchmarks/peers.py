@@ -1,4 +1,5 @@
-"""Glow in other libraries, at the size of one of our configs, for `benchmarks.step`. Not for measuring it.
+"""Glow in other libraries, at the size of one of our configs, for `benchmarks.step` and `benchmarks.density`. Not
+for measuring it.
 
 Each is built from the library's own parts, as its documentation builds Glow: levels that begin with a squeeze, steps of
 actnorm, 1x1 convolution and affine coupling, and half of the channels leaving after each level but the last. The
