@@ -3,8 +3,8 @@
     python -m eiwtrain.run configs/quickstart.yaml [section.field=value ...] [--dry-run]
 
 Exit codes: 0 finished; 2 the config or the world around it must be fixed; 1 failed; 129, 130 or 143 stopped by SIGHUP,
-SIGINT or SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours`, or as storage or MLflow do
-not answer: the same command resumes.
+SIGINT or SIGTERM, with a checkpoint if there was something to save, 75 by `train.max_hours` or `train.max_cost`, or as
+storage or MLflow do not answer: the same command resumes.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def _print_summary(config: Config, s: Summary, tracked: TrackedRun, console: Con
     console.note(f"  data         {s.data}")
     console.note(f"  throughput   {s.images_per_second:,.1f} images/s on {s.workers} workers")
     console.note(f"  goodput      {s.goodput_line}")
+    if s.cost_line is not None:
+        console.note(f"  cost         {s.cost_line}")
     console.note(f"  drift        {s.drift:.1e} relative error of images through the flow and back")
     console.note(f"  samples      {s.samples}")
     console.note(f"  model        {s.exported_model}  (eiwtrain.flow.load)")

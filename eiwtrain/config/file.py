@@ -270,6 +270,11 @@ def _impossible(c: Config) -> list[str]:
             f"workers.max: {c.max_workers} workers cannot share train.global_batch = {c.train.global_batch} images; "
             f"use at most {c.train.global_batch} workers"
         )
+    if c.train.max_cost is not None and c.workers.price_per_hour is None:
+        problems.append(
+            f"train.max_cost: {c.train.max_cost:g} has no meaning without prices; set workers.price_per_hour, or use "
+            "null"
+        )
     problems += _impossible_model(c.model, c.data.resolution)
     problems += _impossible_name(c)
     query = (c.tracking.uri or "").partition("?")[2]

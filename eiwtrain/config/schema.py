@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from eiwtrain.config.interval import parse
+from eiwtrain.config import interval, prices
 from eiwtrain.flow.config import ConditionerConfig, DequantizerConfig, FlowSettings
 from eiwtrain.flow.presets import PRESETS, preset
 from eiwtrain.terminal.lines import one_line
@@ -152,6 +152,9 @@ class Train(Section):
     """Optimizer steps after which the run is finished."""
     max_hours: PositiveFloat | None = None
     """Wall time of the job, hours, after which it checkpoints and stops, to resume later; null: no limit."""
+    max_cost: PositiveFloat | None = None
+    """What the run may cost over all jobs, by `workers.price_per_hour`; beyond it it checkpoints and stops, to resume
+    with a higher limit; null: no limit."""
     optimizer: Literal["adamw", "adamax"] = "adamw"
     """Optimizer: AdamW, or Adamax, whose steps are scaled by the greatest recent gradient in place of the mean
     square."""
@@ -212,6 +215,14 @@ class Workers(Section):
     """GPUs per worker; 0: CPU and gloo."""
     cpus: PositiveInt = 1
     """CPU cores per worker."""
+    price_per_hour: float | dict[str, float] | None = None
+    """What one worker costs in an hour, in any currency: a number, or {TYPE: number} by the instance type of its node
+    (docs/training.md); null: the run's cost is not counted."""
+
+    @field_validator("price_per_hour", mode="before")
+    @classmethod
+    def _prices(cls, value: Any) -> Any:
+        return prices.parse(value)
 
 
 class Checkpoint(Section):
@@ -228,7 +239,7 @@ class Checkpoint(Section):
     @field_validator("every", mode="before")
     @classmethod
     def _an_interval(cls, value: Any) -> Any:
-        parse(value)
+        interval.parse(value)
         return value
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import replace
 
-from eiwtrain.config import Config
+from eiwtrain.config import Config, prices
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.autoscaling import NodeRequest
 from eiwtrain.on_ray.mailbox import DriverEnd, MailboxLost
@@ -49,6 +49,7 @@ class Attempt:
     """Workers from their start to their end."""
 
     _ready_at = math.inf  # when processes are made ready for the next attempt
+    _price = 0.0  # of all workers, an hour
 
     def __init__(
         self,
@@ -76,10 +77,14 @@ class Attempt:
             shortages: attempts under this driver that have run out of a GPU's memory.
         """
         self._config, self._lease, self._node_request, self._workers = config, lease, node_request, workers
+        self._cost_before, self._hired = lease.cost, time.monotonic()
+        if (price := config.workers.price_per_hour) is not None:
+            self._price = workers * prices.bounds(price)[1]  # until it is known which nodes they are on
         self._driver_end = DriverEnd()
         assignment = Assignment(
             config, data_fingerprint, tracked, self._driver_end.mailbox, lease.guard(), session.forwarded_environment(),
             began, lease.earlier_seconds, attempt_began, lease.failures, skip_to, shortages,
+            lease.earlier_cost + lease.cost, time.time(),
         )  # fmt: skip
         name = f"{config.run.name}-{int(began)}-{number}"
         self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)
@@ -101,6 +106,8 @@ class Attempt:
             return self._follow(console, stop)
         except MailboxLost as e:
             return Crashed(cause_of(e))
+        finally:
+            self._count_cost()
 
     def _follow(self, console: Console, stop: Stop) -> Outcome:
         while True:
@@ -124,7 +131,13 @@ class Attempt:
                     console.note(f"{request.reason}: a checkpoint first, then on the workers that there is room for")
             if self._unheard():
                 return Crashed("no worker heard of the stop")  # they died, or have not started
+            self._count_cost()
             time.sleep(_POLL_SECONDS)
+
+    def _count_cost(self) -> None:
+        """Have the lease record what this job's workers have cost until now."""
+        if self._price:
+            self._lease.cost = self._cost_before + self._price * (time.monotonic() - self._hired) / 3600
 
     def _unheard(self) -> bool:
         """Whether the workers were asked to stop, and none has noticed in the time that a living one needs."""
@@ -137,9 +150,9 @@ class Attempt:
         outcome: Outcome | None = None
         for message in self._driver_end.take():
             match message:
-                case Training(step, of, nodes):
+                case Training(step, of, nodes, price):
                     stop.training = True
-                    self._nodes = nodes
+                    self._nodes, self._price = nodes, price
                     self._ready_at = time.monotonic() + _READY_SECONDS
                     console.note(
                         f"training from step {step:,} to {of:,} on {len(nodes)} workers; "

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from eiwtrain.config import Config, ConfigError, Train, batching, micro_batches
+from eiwtrain.config import Config, ConfigError, Train, batching, micro_batches, prices
 from eiwtrain.driver import preflight
-from eiwtrain.terminal.console import Console
+from eiwtrain.terminal.console import Console, money
 
 if TYPE_CHECKING:
     from eiwtrain.data import Manifest
@@ -56,11 +56,14 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
         f"resume    reads a checkpoint of {_gb(found.checkpoint_bytes)}",
     ]
     total = images * found.flops_per_image[found.mode]
+    if (price := config.workers.price_per_hour) is not None:
+        counts = sorted({most, least}, reverse=True)
+        said.append(f"cost      {', '.join(f'{_cost(price, n)} an hour on {n}' for n in counts)} workers")
     if not config.workers.gpus:
         return [*said, f"time      {total:.2e} FLOPs in all; no speed is assumed for CPUs"]
     if t.precision != "bf16":
         return [*said, f"time      {total:.2e} FLOPs in all; a speed is assumed for train.precision=bf16 alone"]
-    return [*said, *_by_gpu(found, sorted({most, least}, reverse=True))]
+    return [*said, *_by_gpu(found, sorted({most, least}, reverse=True), price)]
 
 
 def _rate(t: Train, epoch: int | None) -> str:
@@ -109,8 +112,14 @@ def _by_mode(config: Config, found: Costs) -> list[str]:
     return said
 
 
-def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
-    """Return a table of speed and time on each kind of GPU for these numbers of workers, the greatest first."""
+def _cost(price: prices.Price, hours: float) -> str:
+    """Return what this many hours of a worker cost: from the lowest to the highest if that depends on its node."""
+    lowest, highest = prices.bounds(price)
+    return money(lowest * hours) + (f"-{money(highest * hours)}" if highest > lowest else "")
+
+
+def _by_gpu(found: Costs, workers: list[int], price: prices.Price | None) -> list[str]:
+    """Return a table of speed, time and cost on each kind of GPU for these numbers of workers, the greatest first."""
     from eiwtrain.driver import costs
 
     t, most = found.train, workers[0]
@@ -125,7 +134,8 @@ def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
             f"          {enough} can have a step of one micro-batch each; {most} get {rows} images each, "
             "in no less time where they wait for the host"
         )
-    heads = "".join(f"{f'hours on {n}':>13}  GPU-hours" for n in workers)
+    head = "" if price is None else f"{'cost':>20}"
+    heads = "".join(f"{f'hours on {n}':>13}  GPU-hours{head}" for n in workers)
     said.append(f"            GPU           images/s each{heads}")
     for gpu in costs.GPUS:
         if not found.fits(gpu, workers[-1]):
@@ -133,7 +143,10 @@ def _by_gpu(found: Costs, workers: list[int]) -> list[str]:
             continue
         each = t.global_batch / found.step_seconds(gpu, most) / most
         hours = [(n, t.max_steps * found.step_seconds(gpu, n) / 3600) for n in workers]
-        said.append(f"            {gpu.name:13}{each:14,.0f}" + "".join(f"{h:13,.1f}{n * h:11,.0f}" for n, h in hours))
+        cells = "".join(
+            f"{h:13,.1f}{n * h:11,.0f}" + ("" if price is None else f"{_cost(price, n * h):>20}") for n, h in hours
+        )
+        said.append(f"            {gpu.name:13}{each:14,.0f}{cells}")
     return said
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eiwtrain import checkpoints, storage
 from eiwtrain.config import Config, ConfigError
-from eiwtrain.on_ray import session
+from eiwtrain.on_ray import node_prices, session
 from eiwtrain.on_ray.autoscaling import NodeRequest
 from eiwtrain.on_ray.messages import Again, Crashed, Failed, Lost, Outcome, Stopped
 from eiwtrain.storage.lease import Lease, LeaseLost
@@ -48,6 +48,10 @@ def run_attempts(
         start_ray(config)  # before Ray is imported, which decides much by the environment
     from eiwtrain.driver.attempt import Attempt
 
+    try:
+        node_prices.check_prices(config.workers)
+    except session.RayError as e:
+        raise ConfigError(str(e)) from None
     timeline.mark("Ray Train")
     node_request = NodeRequest(config)
     try:

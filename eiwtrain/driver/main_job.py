@@ -21,7 +21,7 @@ from eiwtrain.driver.watcher import Watcher
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.messages import Finished, Lost, Outcome, Stopped
 from eiwtrain.storage.lease import Lease, LeaseHeld
-from eiwtrain.terminal.console import Console
+from eiwtrain.terminal.console import Console, money
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.terminal.signals import Interrupted, Stop
 from eiwtrain.testing import timeline
@@ -84,6 +84,7 @@ def train_under_lease(
     outcome: Outcome | None = None
     try:
         lease = Lease.acquire(config.root, config.run.name, console.note)
+        _check_cost(config, lease)
         manifest, newest = _what_is_there(config)
         if tracking.is_local(tracking.tracking_uri(config)):  # a server may still refuse the run
             # not a daemon: Python would not survive its own end in the middle of this import
@@ -121,6 +122,20 @@ def train_under_lease(
         session.stop()
         if lease is not None:
             lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped")  # refused, it has not failed
+
+
+def _check_cost(config: Config, lease: Lease) -> None:
+    """Check that the run may cost more than it has.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    most, spent = config.train.max_cost, lease.earlier_cost
+    if most is not None and spent >= most:
+        raise ConfigError(
+            f"train.max_cost: {most:g}, and the run has cost {money(spent)} so far; give more than that, or null for "
+            "no limit"
+        )
 
 
 def _what_is_there(config: Config) -> tuple[Manifest, Checkpoint | None]:

@@ -42,6 +42,10 @@ class Assignment:
     """Step to resume at, with the weights of the last good checkpoint; None: that checkpoint's own step."""
     shortages: int = 0
     """Attempts under this driver that have run out of a GPU's memory."""
+    spent: float = 0.0
+    """What all attempts of this run before this one have cost."""
+    hired: float = 0.0
+    """Unix time from which this attempt's workers cost money."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Training:
     of: int
     nodes: list[str]
     """Ray's id of each worker's node, by rank."""
+    price: float = 0.0
+    """What all workers cost in an hour; 0 without prices."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class Summary:
     goodput_shares: dict[str, float]
     goodput_line: str
     wall_seconds: float
+    cost: float | None
+    """What the run has cost; None without prices, as the next two."""
+    cost_wasted: float | None
+    cost_line: str | None
     skipped_steps: int
     drift: float
     workers: int

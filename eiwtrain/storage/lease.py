@@ -75,6 +75,8 @@ class Holding:
     outcome: HoldingState
     failures: int = 0
     """Restarts of the workers within it (`Lease.failed`)."""
+    cost: float = 0.0
+    """What its workers have cost (`Lease.cost`)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Record:
     earlier: tuple[Holding, ...] = ()
     folded_seconds: float = 0.0  # sum over the holdings before `earlier`
     folded_failures: int = 0
+    folded_cost: float = 0.0
 
     @property
     def held(self) -> bool:
@@ -110,6 +113,7 @@ class _Record:
             "earlier": kept,
             "folded_seconds": self.folded_seconds + _seconds(old),
             "folded_failures": self.folded_failures + _failures(old),
+            "folded_cost": self.folded_cost + sum(h.cost for h in old),
         }
 
 
@@ -119,6 +123,8 @@ class Lease:
     def __init__(self, url: str, record: _Record, note: Callable[[str], None]) -> None:
         self._url, self._record, self._note = url, record, note
         self._written: bytes | None = record.as_bytes()
+        self.cost = 0.0
+        """What the workers of this holding have cost so far; the next heartbeat records what is set."""
         self._failures = 0
         self._lost: str | None = None
         self._ending, self._soon = threading.Event(), threading.Event()
@@ -185,6 +191,11 @@ class Lease:
         return self._record.folded_seconds + _seconds(self._record.earlier)
 
     @property
+    def earlier_cost(self) -> float:
+        """Sum of the costs of all earlier holdings."""
+        return self._record.folded_cost + sum(h.cost for h in self._record.earlier)
+
+    @property
     def failures(self) -> int:
         """Number of earlier holdings that died or failed, and of the failures counted by `failed`, in this one too."""
         return self._record.folded_failures + _failures(self._record.earlier) + self._failures
@@ -244,7 +255,7 @@ class Lease:
         """Write that this process lives, or how it ended; set `lost` if the lease has another owner."""
         with self._changing:
             r = self._record
-            holding = Holding(r.holding.began, time.time(), outcome, self._failures)
+            holding = Holding(r.holding.began, time.time(), outcome, self._failures, self.cost)
             self._record = r = replace(r, beat=r.beat + 1, holding=holding)
         data = r.as_bytes()
         while not swap(self._url, self._written, data):

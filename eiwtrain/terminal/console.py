@@ -29,6 +29,12 @@ class TrainingLine:
     """Goodput of the run so far, 0..1."""
     eta: float
     """Seconds until the last step."""
+    cost: float | None = None
+    """What the run has cost so far; None without prices."""
+    cost_at_end: float = 0.0
+    """What it will have cost at the last step."""
+    wasted: float = 0.0
+    """The part of `cost` for preemptions, crashes and waits."""
 
 
 class Console:
@@ -60,12 +66,18 @@ class Console:
 def training_line(p: TrainingLine) -> str:
     """Return the training line as text; storage failures are left out where there are none. Bits/dim in training are of
     one draw of noise."""
+    cost = "" if p.cost is None else f"  cost {money(p.cost)} of {money(p.cost_at_end)}, {money(p.wasted)} wasted"
     faults = f"  {p.faults} storage faults retried" if p.faults else ""
     return (
         f"step {p.step:>6,}/{p.max_steps:,}  {p.images:>9,} images  {p.bits_per_dim:.3f} bits/dim (ELBO)  "
         f"{p.images_per_second:,.1f} images/s  data wait {p.data_wait:.0%}  "
-        f"goodput {p.goodput:.0%}  ETA {duration(p.eta)}{faults}"
+        f"goodput {p.goodput:.0%}  ETA {duration(p.eta)}{cost}{faults}"
     )
+
+
+def money(amount: float) -> str:
+    """Return a sum of money, in whatever currency: `1,234.50`; `0.0021` where two decimals would show too little."""
+    return f"{amount:,.2f}" if amount >= 0.1 or not amount else f"{amount:.2g}"
 
 
 def duration(seconds: float) -> str:

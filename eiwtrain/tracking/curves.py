@@ -46,6 +46,10 @@ STORAGE_FAULTS = _curve("time/storage_faults", "storage failures so far that a r
 CHECKPOINT_SECONDS = _curve("time/checkpoint_seconds", "seconds in which a checkpoint was written")
 CHECKPOINT_STALL = _curve("time/checkpoint_stall_seconds", "seconds for which training waited for it")
 
+COST = _curve("cost/spent", "what the run has cost so far, over all attempts, by `workers.price_per_hour`")
+COST_AT_END = _curve("cost/at_end", "what it will have cost at its last step, at the present speed and workers")
+COST_WASTED = _curve("cost/wasted", "the part of it for start-up, waiting for data and checkpoints, and lost work")
+
 HOST_GB = _curve("memory/host_gb", "memory of the largest worker now, 1e9 bytes")
 GPU_PEAK_GB = _curve("memory/gpu_peak_gb", "peak GPU memory of any worker since the last point, 1e9 bytes")
 

@@ -69,6 +69,7 @@ def finish(
             except (TrackingError, storage.StorageError) as e:
                 again = f"python -m eiwtrain.export {state.step} --run {root} --register '{name}'"
                 registered = f"not registered: {e}; to do so: {again}"
+    priced = config.workers.price_per_hour is not None
     summary = Summary(
         data=state.manifest.title,
         steps=state.step,
@@ -85,6 +86,9 @@ def finish(
         goodput_shares=clock.shares(),
         goodput_line=goodput.describe(clock),
         wall_seconds=clock.wall,
+        cost=clock.cost if priced else None,
+        cost_wasted=clock.wasted if priced else None,
+        cost_line=goodput.describe_cost(clock) if priced else None,
         skipped_steps=state.skipped,
         drift=held_out.drift(),
         workers=dist.get_world_size(),

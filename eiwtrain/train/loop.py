@@ -22,7 +22,7 @@ from torch import Tensor
 from eiwtrain import data, storage
 from eiwtrain.checkpoints import DamagedCheckpoint
 from eiwtrain.config import batching
-from eiwtrain.on_ray import session
+from eiwtrain.on_ray import node_prices, session
 from eiwtrain.on_ray.mailbox import WorkerEnd
 from eiwtrain.on_ray.messages import (
     Again,
@@ -44,15 +44,14 @@ from eiwtrain.terminal.lines import is_out_of_memory
 from eiwtrain.testing import failpoints, timeline
 from eiwtrain.testing.audit import Audit
 from eiwtrain.tracking import Tracker
-from eiwtrain.tracking.curves import SKIPPED_STEPS
-from eiwtrain.tracking.system import System
-from eiwtrain.train import agreed, device, goodput, recompute, report, shortage
+from eiwtrain.train import agreed, device, limits, recompute, shortage
 from eiwtrain.train.finish import METRICS, finish
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.held_out import HeldOut
 from eiwtrain.train.keeper import Keeper
 from eiwtrain.train.objective import MicroBatch, learning_rate, step_seed
 from eiwtrain.train.state import OtherRun, TrainState, flow_config, sum_over_ranks
+from eiwtrain.train.telemetry import Step, Telemetry
 from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
@@ -149,7 +148,9 @@ class Worker:
         self.first_step = self.state.step
         self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)
         saved = self.state.newest.state if self.state.newest else {}
-        self.clock = Clock.resumed(saved.get("clock"), job.began, job.earlier, job.attempt_began)
+        self.clock = Clock.resumed(
+            saved.get("clock"), job.began, job.earlier, job.attempt_began, job.spent, job.hired or None
+        )
         self.tracker: Tracker | None = None
         if self.rank == 0:
             journal = storage.join(job.config.root, METRICS)
@@ -162,8 +163,8 @@ class Worker:
             job.config, self.state, self.clock, job.guard, self.tracker, job.failures, self.note, job.tracked.run_id
         )
         self.audit = Audit(self.rank, self.world_size, self.state.step)
-        self.meter = report.Meter()
-        self.faults = 0
+        self.limit = ""
+        """The limit that the run has passed, in words."""
         self.skipped: list[int] = []
         """Samples of this rank in the steps just before this one that were skipped."""
 
@@ -172,8 +173,10 @@ class Worker:
         c, state = self.config, self.state
         nodes: list[Any] = [None] * self.world_size
         dist.all_gather_object(nodes, session.own_node())
-        self.say(Training(state.step, c.train.max_steps, nodes))
-        self.system = System(nodes, self.device, self.note)
+        price = node_prices.price_of(c.workers, nodes) if self.rank == 0 else 0.0
+        self.clock.pay(price)
+        self.say(Training(state.step, c.train.max_steps, nodes, price))
+        self.telemetry = Telemetry(state, self.clock, self.tracker, self.say, len(self.train_set), nodes)
         batches = self._train_batches()
         timeline.mark("the rest")
         try:
@@ -200,14 +203,14 @@ class Worker:
             assert score is not None  # or a reason to end was agreed on
             return self._finish(score) if self.rank == 0 else None
         finally:
-            self.system.close()
+            self.telemetry.close()
             if self.tracker is not None:
                 self.tracker.close()
 
     def _train_step(self, batches: Iterator[list[data.Batch]]) -> tuple[Ending, bool]:
         """Make one optimizer step on the global batch; return what all ranks agreed to do after it, and whether a
         checkpoint is due. Collective."""
-        state, images = self.state, self.config.train.global_batch
+        state = self.state
         self.watchdog.beat(f"step {state.step}")
         self.clock.training()
         started = time.perf_counter()
@@ -217,48 +220,31 @@ class Worker:
         torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
         micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
         lr = learning_rate(state.step, self.config.train, len(self.train_set))
-        logs = (state.step + 1) % self.config.tracking.log_every == 0
 
-        norm, applied = state.advance([m.loss for m in micro_batches], lr, lambda: self._report(micro_batches, logs))
+        norm, applied = state.advance([m.loss for m in micro_batches], lr, lambda: self._report(micro_batches))
         sums, entropy = agreed.unpack(state.engine.reported)
 
         indices = [i for b in own for i in b.indices[b.indices >= 0].tolist()]
         self.audit.made(state.step - 1, indices)
         self.skipped = [] if applied else self.skipped + indices
-        bits, penalty, faults = sums.bits / images, sums.penalty / images, int(sums.faults)
         worked = time.perf_counter() - started - waited
         self.clock.spend("productive" if applied else "lost", worked)
         self.clock.spend("data_wait", waited)
-        self.meter.add(images, bits, waited, worked, faults)
-        self.faults += faults
         if not applied:
             self.note(
-                f"step {state.step:,} skipped: {bits:g} bits/dim, gradient norm {norm:g} "
-                f"({state.skipped_in_row} in a row, {state.skipped} in all)"
+                f"step {state.step:,} skipped: {sums.bits / self.config.train.global_batch:g} bits/dim, "
+                f"gradient norm {norm:g} ({state.skipped_in_row} in a row, {state.skipped} in all)"
             )
-        of_machines = self.system.curves() if sums.look else {}
-        orders = state.orders() if logs else []
-        if self.tracker is not None and logs:
-            epoch = state.samples_seen / len(self.train_set)
-            curves = report.curves(self.meter, bits, penalty, norm, lr, entropy, orders, self.faults, epoch)
-            curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self.clock) | of_machines
-            self.tracker.metrics(state.step, curves)
+        self.telemetry.add(Step(sums, entropy, norm, lr, waited, worked))
         self.keeper.hear()
-        self._progress()
+        self.telemetry.progress()
         return _ending(sums.again, sums.stop), sums.save > 0
 
-    def _report(self, micro_batches: list[MicroBatch], logs: bool) -> Tensor:
+    def _report(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Return what this rank has to say at the end of a step, which no rank has finished yet; see `agreed.pack`."""
         save = self.rank == 0 and self.keeper.due(self.state.step + 1)
-        look = logs and self.system.due()
+        look = self.telemetry.looks(self.state.step + 1)
         return agreed.pack(micro_batches, [data.new_faults(), *self._wants(), save, look], self.rank)
-
-    def _progress(self) -> None:
-        """Send the training line, every few seconds."""
-        t, step = self.config.train, self.state.step
-        if self.meter.seconds >= t.log_every_seconds or step == t.max_steps:
-            self.say(report.progress(self.meter, step, t.max_steps, t.global_batch, self.clock.goodput))
-            self.meter = report.Meter()
 
     def _give_up(self) -> Again:
         """Answer too many steps in a row that are not finite: return to good weights if the config allows it, or else
@@ -282,18 +268,21 @@ class Worker:
 
     def _wants(self) -> tuple[float, float]:
         """Return whether this rank knows of a reason for another attempt, and to stop."""
-        hours, request = self.config.train.max_hours, self.driver.request
-        out_of_time = self.rank == 0 and hours is not None and time.time() - self.job.began > hours * 3600
+        request = self.driver.request
+        if self.rank == 0 and not self.limit:
+            self.limit = limits.passed(self.config.train, self.job.began, self.clock)
         kind = request.kind if request else ""
-        return float(kind == "again"), float(kind == "stop" or out_of_time)
+        return float(kind == "again"), float(kind == "stop" or bool(self.limit))
 
     def _agreed(self) -> Ending:
         """Return what to do, by what any rank knows. Collective."""
         return _ending(*sum_over_ranks([*self._wants()], self.device))
 
-    def _ended(self, ending: Ending) -> Stopped | Again:
-        """Close what is open, and return the outcome."""
-        reason = self.driver.request.reason if self.driver.request else "its time limit (train.max_hours)"
+    def _ended(self, ending: Ending) -> Stopped | Again | None:
+        """Close what is open, and return the outcome; None on ranks that may not know the reason."""
+        if self.rank:
+            return None
+        reason = self.driver.request.reason if self.driver.request else self.limit
         if self.tracker is not None:
             self.tracker.flush()
             self.tracker.close(0.0)  # points that MLflow does not take now are in the checkpoint
@@ -337,7 +326,7 @@ class Worker:
                 self.held_out.show(score, self.tracker, self.note, self._may_continue)
         return score
 
-    def _finish(self, score: Score) -> Outcome:
+    def _finish(self, score: Score) -> Outcome | None:
         """Write what the run leaves, looking between for a stop; rank 0 alone."""
         state = self.state
         if state.newest is None or state.newest.step != state.step:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eiwtrain.config import Config
+from eiwtrain.config import Config, Train
 from eiwtrain.terminal.console import TrainingLine
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.tracking import curves as names
@@ -103,6 +103,10 @@ class Meter:
         count."""
         return max(1, self._images) / max(1e-9, self._waited + self._worked)
 
+    def eta(self, step: int, train: Train) -> float:
+        """Return the seconds from this step to the last one, at this speed."""
+        return (train.max_steps - step) * train.global_batch / self.images_per_second
+
     @property
     def data_wait(self) -> float:
         """Share of the time of the steps that was spent waiting for data, 0..1."""
@@ -148,16 +152,16 @@ def curves(
     return {k: v for k, v in values.items() if math.isfinite(v)}  # else there is no such point
 
 
-def progress(meter: Meter, step: int, max_steps: int, global_batch: int, goodput: float) -> TrainingLine:
-    """Return the training line."""
+def progress(meter: Meter, step: int, train: Train, goodput: float) -> TrainingLine:
+    """Return the training line, without costs."""
     return TrainingLine(
         step=step,
-        max_steps=max_steps,
-        images=step * global_batch,
+        max_steps=train.max_steps,
+        images=step * train.global_batch,
         bits_per_dim=meter.bits_per_dim,
         images_per_second=meter.images_per_second,
         data_wait=meter.data_wait,
         faults=meter.faults,
         goodput=goodput,
-        eta=(max_steps - step) * global_batch / meter.images_per_second,
+        eta=meter.eta(step, train),
     )

@@ -93,6 +93,16 @@ def test_processes_are_made_ready_for_the_next_attempt_once_this_one_trains(monk
         assert ready == ([2] if seconds > 30 else [])
 
 
+def test_workers_cost_from_when_they_are_asked_for_until_they_have_ended(stop, monkeypatch):
+    attempt = attempt_of(Workers(Training(0, 9, ["node", "node"], 7200.0), answer=Stopped("", 7, "x")))
+    attempt._workers, attempt._config = 2, SimpleNamespace(max_workers=2)
+    attempt._lease.cost = attempt._cost_before = 5.0
+    attempt._price, attempt._hired = 9999.0, attempts.time.monotonic() - 100.0  # they started for so long
+    began = attempts.time.monotonic()
+    attempt.follow(Console(), stop)
+    assert attempt._lease.cost == pytest.approx(5.0 + 2.0 * (100.0 + attempts.time.monotonic() - began), abs=0.1)
+
+
 def test_workers_that_never_hear_of_a_stop_have_crashed(stop, monkeypatch):
     monkeypatch.setattr(attempts, "_HEAR_SECONDS", 0.1)
     attempt = attempt_of(Workers(Training(0, 9, ["node"])))

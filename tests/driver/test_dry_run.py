@@ -90,6 +90,17 @@ def test_hours_are_the_steps_at_the_images_that_each_worker_has(path):
     assert line[-5:] == ["500", "0.6", "4", "4.4", "4"]
 
 
+def test_the_plan_says_what_workers_and_the_run_cost(path):
+    said = a_plan(path, 1, "workers.max=8", "workers.price_per_hour=2.5")
+    assert "cost      20.00 an hour on 8, 2.50 an hour on 1 workers" in said
+    (line,) = [text.split() for text in said if "A100" in text]
+    assert line[-6:] == ["0.6", "4", "11.11", "4.4", "4", "11.11"]  # 4.44 GPU-hours
+    said = a_plan(path, 1, "workers.max=1", "workers.price_per_hour={spot: 1, other: 2.5}")
+    (line,) = [text.split() for text in said if "A100" in text]
+    assert line[-1] == "4.44-11.11"
+    assert not [text for text in a_plan(path, 1, "workers.max=1") if "cost" in text]
+
+
 def test_more_workers_than_micro_batches_gain_nothing(path):
     three_hours = round(3 * 3600 / 1e6 / costs.LAUNCH)  # to start a million micro-batches
     for most, gpu_hours in ((8, "24"), (2, "6")):

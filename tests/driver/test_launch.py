@@ -1,12 +1,14 @@
+import sys
 from types import SimpleNamespace
 
+import pytest
 from helpers import tiny_config
 from small_run import commit
 
 from eiwtrain import checkpoints, storage
-from eiwtrain.config import Config
+from eiwtrain.config import Config, ConfigError, Workers
 from eiwtrain.driver import launch
-from eiwtrain.on_ray import session
+from eiwtrain.on_ray import node_prices, session
 from eiwtrain.on_ray.messages import Crashed, Stopped
 from eiwtrain.terminal.console import Console
 from eiwtrain.terminal.signals import Stop
@@ -48,6 +50,41 @@ def test_an_attempt_is_told_how_often_memory_was_short(tmp_path, monkeypatch):
     lease = SimpleNamespace(next_attempt=lambda: None, failed=lambda: None)
     launch.run_attempts(config, "", None, None, lease, 0.0, Console(), Stop(Console()))
     assert told == [0, 1, 1, 2]
+
+
+NODES = [
+    {"NodeID": "head", "Labels": {}, "Resources": {"memory": 1e9}},
+    {"NodeID": "a", "Labels": {"ray.io/node-group": "spot"}, "Resources": {"CPU": 4.0}},
+    {"NodeID": "b", "Labels": {"instance-type": "g6", "ray.io/node-group": "x"}, "Resources": {"CPU": 4.0}},
+]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Ray's word for the nodes of a cluster."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: NODES, is_initialized=lambda: True))
+
+
+def test_workers_cost_what_the_types_of_their_nodes_cost(tmp_path, cluster):
+    workers = Workers(cpus=2, price_per_hour={"spot": 1.0, "g6": 3.0})
+    assert node_prices.price_of(workers, ["a", "b", "b", "gone"]) == 1.0 + 3.0 + 3.0 + 3.0
+    assert node_prices.price_of(Workers(price_per_hour=0.5), ["a", "gone"]) == 1.0
+    assert node_prices.price_of(Workers(), ["a"]) == 0.0
+
+
+@pytest.mark.parametrize("price", [{"spot": 1.0}, {"other": 1.0}, {"g6": 1.0}])
+def test_a_node_without_a_price_is_named_before_workers_start(tmp_path, monkeypatch, cluster, price):
+    monkeypatch.setattr(launch, "start_ray", lambda _config: None)
+    monkeypatch.setattr(launch, "NodeRequest", lambda _config: pytest.fail("workers would start"))
+    config = Config.model_validate(tiny_config(tmp_path, workers={"price_per_hour": price}))
+    with pytest.raises(ConfigError, match=r"^workers.price_per_hour: no price for a node that is ") as e:
+        launch.run_attempts(config, "", None, None, None, 0.0, Console(), Stop(Console()))
+    assert "\n" not in str(e.value)
+
+
+def test_nodes_that_can_have_no_worker_need_no_price(cluster):
+    node_prices.check_prices(Workers(cpus=4, price_per_hour={"spot": 1.0, "g6": 1.0}))
+    node_prices.check_prices(Workers(cpus=5, price_per_hour={"none": 1.0}))
 
 
 class Guard:

@@ -233,6 +233,21 @@ def test_fewer_steps_than_were_made_are_refused(path, monkeypatch, capsys):
     assert run.main([str(path), "train.max_steps=5"]) == 75
 
 
+def test_a_run_that_has_cost_what_it_may_is_refused_before_it_starts(path, monkeypatch, capsys):
+    def spend(config, data, newest, tracked, lease, *rest):
+        lease.cost = 12.5
+        return STOPPED
+
+    monkeypatch.setattr(launch, "run_attempts", spend)
+    command = [str(path), "workers.price_per_hour=2"]
+    assert run.main([*command, "train.max_cost=12"]) == 75
+    assert run.main([*command, "train.max_cost=12"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: train.max_cost: 12, and the run has cost 12.50 so far; ")
+    assert run.main([*command, "train.max_cost=13"]) == 75
+    assert run.main(command) == 75
+
+
 @pytest.mark.parametrize("passing", [True, False])
 def test_a_server_that_does_not_answer_leaves_the_job_in_a_queue(path, monkeypatch, passing):
     def refuse(_url):

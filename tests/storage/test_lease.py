@@ -95,6 +95,22 @@ def test_a_lease_that_was_given_back_is_taken_at_once_and_remembers(root, world)
     assert (third.earlier_seconds, third.failures) == (100.0, 1)
 
 
+def test_what_a_run_has_cost_is_remembered_whatever_ended_its_drivers(root, world, monkeypatch):
+    monkeypatch.setattr("eiwtrain.storage.lease._KEPT", 1)
+    for number, cost in enumerate([1.5, 0.25, 4.0]):
+        lease = acquire(root, holder=ELSEWHERE)
+        assert (lease.cost, lease.earlier_cost) == (0.0, [0.0, 1.5, 1.75][number])
+        lease.cost = cost / 2
+        beat(lease)
+        lease.cost = cost
+        if number == 1:
+            beat(lease)
+            world.sleep(40)  # killed
+        else:
+            lease.release("stopped")
+    assert acquire(root).earlier_cost == 5.75
+
+
 def test_a_holder_that_lives_is_not_replaced_and_the_refusal_is_one_line(root, world):
     first, notes = acquire(root, holder=ELSEWHERE), []
     owner = content(root)["owner"]

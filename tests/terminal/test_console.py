@@ -32,6 +32,12 @@ def test_the_training_line_has_what_a_person_needs():
     assert "3 storage faults retried" in console.training_line(replace(PROGRESS, faults=3))
 
 
+def test_the_training_line_has_costs_where_there_are_prices():
+    assert "cost" not in console.training_line(PROGRESS)
+    line = console.training_line(replace(PROGRESS, cost=1234.5, cost_at_end=9000.0, wasted=0.0021))
+    assert "cost 1,234.50 of 9,000.00, 0.0021 wasted" in line
+
+
 def test_without_a_terminal_each_line_stands_alone(capsys):
     c = console.Console()
     c.progress(PROGRESS)

@@ -185,3 +185,87 @@ def test_the_curves_add_up_to_one(time):
         "time/goodput": 0.375, "time/lost/startup": 0.25, "time/lost/data_wait": 0.0, "time/lost/checkpoint": 0.0,
         "time/lost/evaluation": 0.0, "time/lost/work": 0.25, "time/lost/other": 0.125,
     }  # fmt: skip
+
+
+HIRINGS = st.lists(
+    st.tuples(
+        st.sampled_from(["same driver", "new driver"]),
+        QUARTERS,  # waiting for room
+        st.integers(1, 8),  # workers
+        st.sampled_from([0.0, 900.0, 7200.0]),  # price of one an hour
+        QUARTERS,  # start-up
+        st.lists(ACTIONS, max_size=8),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(HIRINGS)
+@example(
+    [
+        ("new driver", 4.0, 3, 900.0, 1.0, [("save", 0.0), ("productive", 2.0)]),
+        ("same driver", 9.0, 1, 900.0, 1.0, [("productive", 1.0)]),
+    ]
+)
+def test_costs_add_up_over_attempts_of_any_number_of_workers_whatever_crashes(attempts):
+    time = Time(1e6)
+    wall = earlier = 0.0
+    began = time.now
+    saved, known, paid = None, Counter(), 0.0  # content of the last checkpoint, its costs; all that was paid
+    for number, (driver, waiting, workers, price, startup, actions) in enumerate(attempts):
+        if driver == "new driver" and number:
+            time.passes(1000.0)
+            began, earlier = time.now, wall
+        attempt_began = time.now
+        time.passes(waiting)
+        clock = Clock.resumed(saved, began, earlier, attempt_began, spent=paid, hired=time.now, now=time)
+        clock.pay(workers * price)
+        rate = workers * price / 3600
+        costs = known + Counter(lost=paid - known.total())
+        time.passes(startup)
+        clock.training()
+        costs["startup"] += rate * startup
+        paid += rate * startup
+        wall += waiting + startup
+        for what, seconds in actions:
+            if what == "save":
+                saved, known = json.loads(json.dumps(clock.to_json())), costs.copy()
+            else:
+                time.passes(seconds)
+                if what != "other":
+                    clock.spend(what, seconds)
+            costs[what] += rate * seconds
+            paid += rate * seconds
+            wall += seconds
+            assert clock.cost == pytest.approx(paid)
+            assert [clock.cost_of(kind) for kind in KINDS] == pytest.approx([costs[kind] for kind in KINDS])
+            useful = costs["productive"] + costs["evaluation"] + costs["other"]
+            assert clock.wasted == pytest.approx(paid - useful)
+            assert clock.cost_after(60.0) == pytest.approx(paid + 60 * rate)
+
+
+def test_a_checkpoint_from_before_there_were_costs_is_taken(time):
+    saved = {k: v for k, v in Clock(960.0, 0.0, 960.0, now=time).to_json().items() if k not in ("cost", "costs")}
+    clock = Clock.resumed(saved, began=1000.0, earlier=40.0, attempt_began=1000.0, spent=5.0, now=time)
+    assert (clock.cost, clock.cost_of("lost")) == (5.0, 5.0)
+
+
+def test_what_a_driver_did_not_record_of_its_cost_is_in_its_checkpoint(time):
+    first = Clock(1000.0, 0.0, 1000.0, now=time)
+    first.pay(3600.0)
+    time.passes(10.0)
+    second = Clock.resumed(first.to_json(), time.now, 10.0, time.now, spent=6.0, now=time)
+    assert (second.cost, second.cost_of("lost")) == (10.0, 0.0)
+
+
+def test_the_summary_names_the_cost_and_what_of_it_was_wasted(time):
+    clock = Clock(1000.0, 0.0, 1000.0, now=time)
+    clock.pay(36.0)
+    time.passes(600.0)
+    clock.spend("startup", 100.0)
+    clock.spend("lost", 50.0)
+    clock.spend("productive", 450.0)
+    assert goodput.describe_cost(clock) == "6.00; wasted 1.50 (25%): start-up 1.00, lost work 0.50"
+    assert goodput.cost_curves(clock, 100.0) == {"cost/spent": 6.0, "cost/at_end": 7.0, "cost/wasted": 1.5}
+    assert goodput.describe_cost(Clock(time.now, 0.0, time.now, now=time)) == "0.00; wasted 0.00 (0%)"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from eiwtrain.config import Config
+from eiwtrain.config import Config, Train
 from eiwtrain.train import report
 
 
@@ -17,7 +17,7 @@ def test_a_meter_gives_means_over_its_steps(monkeypatch):
     meter.add(8, math.nan, waited=0.5, worked=2.5)  # a step that was skipped
     now[0] += 9.0  # steps, and an evaluation between them
     assert (meter.bits_per_dim, meter.images_per_second, meter.data_wait, meter.seconds) == (3.0, 4.0, 0.25, 9.0)
-    p = report.progress(meter, step=2, max_steps=12, global_batch=8, goodput=0.5)
+    p = report.progress(meter, 2, Train(max_steps=12, global_batch=8), goodput=0.5)
     assert (p.images, p.faults, p.goodput) == (16, 3, 0.5)
     assert p.eta == pytest.approx(10 * 8 / 4.0)
 

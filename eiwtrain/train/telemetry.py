@@ -1,0 +1,102 @@
+"""What is measured of each step, and what rank 0 makes of it: points of MLflow's curves, and the training line.
+
+Not for the figures themselves: they are of `eiwtrain.train.report`, `goodput` and `eiwtrain.tracking.system`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from eiwtrain.on_ray.messages import Message, Note
+from eiwtrain.tracking import Tracker
+from eiwtrain.tracking.curves import COST, COST_AT_END, COST_WASTED, SKIPPED_STEPS
+from eiwtrain.tracking.system import System
+from eiwtrain.train import goodput, report
+from eiwtrain.train.agreed import StepSums
+from eiwtrain.train.goodput import Clock
+from eiwtrain.train.state import TrainState
+
+
+class Step(NamedTuple):
+    """What a rank knows of a step that it has made."""
+
+    sums: StepSums
+    entropy: Tensor
+    norm: float
+    lr: float
+    waited: float
+    """Seconds for which this rank waited for its data."""
+    worked: float
+    """Seconds that the step then took."""
+
+
+class Telemetry:
+    """The measurements of one rank."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        clock: Clock,
+        tracker: Tracker | None,
+        say: Callable[[Message], None],
+        images: int,
+        nodes: Sequence[str],
+    ) -> None:
+        """
+        Args:
+            tracker: rank 0's.
+            say: sends the driver a message, from rank 0 only.
+            images: how many the training split has.
+            nodes: a name of each rank's node.
+        """
+        self._state, self._clock, self._tracker, self._say, self._images = state, clock, tracker, say, images
+        self._config = state.config
+        self._system = System(nodes, state.device, lambda text: say(Note(text)))
+        self._meter = report.Meter()
+        self._faults = 0
+
+    def logs(self, step: int) -> bool:
+        """Whether the curves have points at this step."""
+        return step % self._config.tracking.log_every == 0
+
+    def looks(self, step: int) -> bool:
+        """Whether the machines' load should be read after this step; False on all ranks but 0."""
+        return self.logs(step) and self._system.due()
+
+    def add(self, made: Step) -> None:
+        """Count the step that was just made, and report it. Collective where `looks` was true on rank 0."""
+        state, t = self._state, self._config.train
+        bits, penalty, faults = made.sums.bits / t.global_batch, made.sums.penalty / t.global_batch, made.sums.faults
+        self._meter.add(t.global_batch, bits, made.waited, made.worked, int(faults))
+        self._faults += int(faults)
+        logs = self.logs(state.step)
+        of_machines = self._system.curves() if made.sums.look else {}
+        orders = state.orders() if logs else []
+        if self._tracker is not None and logs:
+            epoch = state.samples_seen / self._images
+            curves = report.curves(
+                self._meter, bits, penalty, made.norm, made.lr, made.entropy, orders, self._faults, epoch
+            )
+            curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self._clock) | of_machines
+            if self._config.workers.price_per_hour is not None:
+                curves |= goodput.cost_curves(self._clock, self._meter.eta(state.step, t))
+            self._tracker.metrics(state.step, curves)
+
+    def progress(self) -> None:
+        """Send the training line, every few seconds."""
+        t, step = self._config.train, self._state.step
+        if self._meter.seconds >= t.log_every_seconds or step == t.max_steps:
+            line = report.progress(self._meter, step, t, self._clock.goodput)
+            if self._config.workers.price_per_hour is not None:
+                costs = goodput.cost_curves(self._clock, line.eta)
+                line = replace(line, cost=costs[COST], cost_at_end=costs[COST_AT_END], wasted=costs[COST_WASTED])
+            self._say(line)
+            self._meter = report.Meter()
+
+    def close(self) -> None:
+        """Stop reading the machine."""
+        self._system.close()
