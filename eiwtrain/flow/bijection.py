@@ -6,8 +6,8 @@ Not for particular bijections (`layers`, `shuffle`) nor for choosing what backpr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,13 @@ Reversed = tuple[Tensor, Tensor, tuple[Tensor | None, ...]]
 """The output of `Bijection.reverse`: x, the gradient at x, the gradients of `tuple(self.parameters())`."""
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
-    """Return a context without autocast on the device of `x`, for the trunk, whatever the caller's state."""
+_NOTHING = nullcontext()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the device of `x`, whatever the caller's state."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _NOTHING  # many times as fast to enter
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False)
 
 

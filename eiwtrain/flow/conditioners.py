@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .bijection import without_autocast
 from .config import CONDITIONERS, ConditionerConfig
-from .low_precision import cast_all, dtype_of, slots_in_bfloat16, using
+from .low_precision import cast_all, layers_of, slots_in_bfloat16, using
 from .network_layers import Conv2d, Linear
 
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu_, "gelu": F.gelu, "silu": F.silu}
+"""What they are given is not used again, so that some work in place. What a layer remembers may then be its output
+after the activation: to apply that again changes nothing."""
 
 
 class Conditioner(nn.Module):
@@ -50,12 +53,20 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
-        slots = slots_in_bfloat16(self)  # none where `fused` has done this for many conditioners
-        copies = cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)
-        with without_autocast(x), using(slots, copies):
+        weight = self._first.weight
+        if self.in_bfloat16 and weight.dtype == torch.float32:  # else `fused` has cast the weights, with many others'
+            slots = slots_in_bfloat16(self)
+            with using(slots, cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)):
+                return cast(Tensor, self(x))
+        with without_autocast(x):
             # One memory format, so that forward and reverse give a convolution the same strides, hence the same kernel.
-            out = self.network(x.to(dtype_of(self), memory_format=torch.channels_last))
+            out = self.network(x.to(weight.dtype, memory_format=torch.channels_last))
             return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+    @cached_property
+    def _first(self) -> nn.Conv2d | nn.Linear:
+        """The first layer, in the dtype of whose weights the network computes."""
+        return next(layers_of(self))
 
 
 class ConvConditioner(Conditioner):
@@ -280,7 +291,7 @@ class DenseLayers(nn.Module):
     """
 
     def __init__(
-        self, inputs: int, outputs: int, depth: int, growth: int, activation: Callable[[Tensor], Tensor] = F.relu
+        self, inputs: int, outputs: int, depth: int, growth: int, activation: Callable[[Tensor], Tensor] = F.relu_
     ) -> None:
         super().__init__()
         widths = [inputs + i * growth for i in range(depth)]
@@ -330,7 +341,7 @@ class NoiseConditioner(Conditioner):
         self.last = at_zero(Conv2d(4 * inputs, outputs, 1))
 
     def network(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.first(x)))
+        return self.last(F.relu_(self.first(x)))
 
 
 def make_conditioner(

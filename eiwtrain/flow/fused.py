@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -44,6 +45,8 @@ from .layers import (
 )
 from .low_precision import Slot, cast_all, cast_gradients, slots_in_bfloat16, using
 from .network_layers import recall, remember
+
+_NOTHING = nullcontext()
 
 
 class Run(NamedTuple):
@@ -271,7 +274,7 @@ class _Coupled(_Part):
     def forward(self, x: Tensor, ready: Any, selective: bool = False) -> tuple[Run, Kept]:
         a, b = self.coupling.halves(x)
         outputs: list[Tensor] = []
-        with using(self.slots, ready or ()), remember(outputs if selective else None):
+        with self._weights(ready), remember(outputs) if selective else _NOTHING:
             params = self.coupling.condition(a)
         out = self.coupling.transform(b, params)
         penalties = () if out.penalty is None else (out.penalty,)
@@ -279,16 +282,19 @@ class _Coupled(_Part):
 
     def inverse(self, y: Tensor, ready: Any) -> Tensor:
         a, b = self._halves(y)
-        with using(self.slots, ready or ()):
+        with self._weights(ready):
             params = self.coupling.condition(a)
         return self.coupling.whole(a, self.coupling.untransform(b, params))
 
     def reverse(self, y: Tensor, kept: Kept, grads: Grads, ready: Any) -> Reversed:
         (a, b), (grad_a, grad_b) = self._halves(y), self._halves(grads[0])
         kept, outputs = kept[: self.coupling.kept_count], kept[self.coupling.kept_count :]
-        with using(self.slots, ready or ()), recall(outputs):
+        with self._weights(ready), recall(outputs) if outputs else _NOTHING:
             b, more_a, grad_b, of_parameters = self.coupling.go_back(a, b, kept, (grad_b, *grads[1:]))
         return self.coupling.whole(a, b), self.coupling.whole(grad_a + more_a, grad_b), of_parameters
+
+    def _weights(self, copies: Sequence[Tensor] | None) -> AbstractContextManager[None]:
+        return using(self.slots, copies) if copies else _NOTHING
 
     def _halves(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if not self.exchanged:

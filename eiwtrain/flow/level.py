@@ -36,7 +36,9 @@ _LEAST_VARIANCE = 1e-12
 @torch.no_grad()
 def entropy_proxy(x: Tensor) -> Tensor:
     """Return the entropy of Gaussians with the variances of the channels of x, (B, C, H, W), in nats per dimension."""
-    variance = x.var(dim=(0, 2, 3), correction=0).clamp(min=_LEAST_VARIANCE)
+    places = (0, 2, 3)
+    variance = (x - x.mean(places, keepdim=True)).square().mean(places)  # several times as fast as torch.var on CPUs
+    variance = variance.clamp(min=_LEAST_VARIANCE)
     return 0.5 * (2 * math.pi * math.e * variance).log().mean()
 
 

@@ -17,26 +17,22 @@ Slot = tuple[dict[str, Any], str]
 """Where a module holds a parameter."""
 
 
-def dtype_of(network: nn.Module) -> torch.dtype:
-    """Return the dtype of the weights of the first layer, which is the one that it computes in."""
-    return next(_layers(network)).weight.dtype
+def layers_of(network: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
+    """Yield the convolutions and linear layers of a network."""
+    return (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
 
 def slots_in_bfloat16(network: nn.Module) -> list[Slot]:
     """Return the slots of the parameters that a network uses in bfloat16: those of convolutions and linear layers, if
     it is a conditioner that computes so, and they are float32 (float64 stays what it is)."""
-    if not getattr(network, "in_bfloat16", False) or dtype_of(network) != torch.float32:
+    if not getattr(network, "in_bfloat16", False):
         return []
     return [
         (layer._parameters, name)
-        for layer in _layers(network)
+        for layer in layers_of(network)
         for name, parameter in layer._parameters.items()
-        if parameter is not None
+        if parameter is not None and parameter.dtype == torch.float32
     ]
-
-
-def _layers(network: nn.Module) -> Iterator[nn.Conv2d | nn.Linear]:
-    return (module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
 
 @contextmanager

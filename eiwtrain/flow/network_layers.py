@@ -20,8 +20,8 @@ _now = threading.local()  # backward runs in another thread
 
 
 @contextmanager
-def remember(outputs: list[Tensor] | None) -> Iterator[None]:
-    """Have each layer that runs in the block append its output to a list, if there is one."""
+def remember(outputs: list[Tensor]) -> Iterator[None]:
+    """Have each layer that remembers append its output to a list, if it runs in the block."""
     _now.outputs = outputs
     try:
         yield
@@ -31,9 +31,8 @@ def remember(outputs: list[Tensor] | None) -> Iterator[None]:
 
 @contextmanager
 def recall(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Have the layers that run in the block return these outputs, in order, instead of computing them; if there are
-    none, have them compute as ever."""
-    _now.recalled = iter(outputs) if outputs else None
+    """Have the layers that remember return these outputs, in order, instead of computing them."""
+    _now.recalled = iter(outputs)
     try:
         yield
     finally:

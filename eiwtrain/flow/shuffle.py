@@ -72,7 +72,8 @@ def make_shuffle(
 def channel_descriptors(a: Tensor) -> Tensor:
     """Return mean, maximum and log-variance of every channel: (B, C, H, W) to (B, 3C)."""
     flat = a.flatten(2)
-    var, mean = torch.var_mean(flat, dim=2, correction=0)
+    mean = flat.mean(dim=2)
+    var = (flat - mean.unsqueeze(2)).square().mean(dim=2)  # several times as fast as torch.var on CPUs
     return torch.cat((mean, flat.amax(2), (var + _LEAST_VARIANCE).log()), dim=1)
 
 
