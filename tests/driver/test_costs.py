@@ -118,8 +118,8 @@ GLOW_ON_LSUN = flow.FlowConfig(
 
 def test_a_deep_glow_starts_few_operations_and_selective_costs_little_of_either():
     found = {mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 2) for mode in costs.COUNTED_MODES}
-    assert found["stored"].operations <= 6_100
-    assert found["selective"].operations <= 7_900
+    assert found["stored"].operations <= 6_150
+    assert found["selective"].operations <= 7_950
     assert found["invertible"].operations <= 8_200
     assert found["selective"].flops < 1.035 * found["stored"].flops
     three = {
