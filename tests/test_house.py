@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("run", "evaluate", "sample", "export"),
-    ("driver",),
+    ("run", "evaluate", "sample", "export", "doctor"),
+    ("driver", "checks"),
     ("train",),
     ("exporting", "sampling", "scoring", "tracking", "checkpoints", "on_ray"),
     ("config", "data"),

@@ -40,6 +40,7 @@ def imported(*words: str) -> set[str]:
         ("eiwtrain.run", "--fields"),
         ("eiwtrain.run", "configs/quickstart.yaml", "train.steps=1"),
         ("data_prep", "--help"),
+        ("eiwtrain.doctor", "--help"),
         ("eiwtrain.evaluate", "--help"),
         ("eiwtrain.sample", "--help"),
         ("eiwtrain.export", "--help"),

@@ -52,6 +52,38 @@ def swap(url: str, expected: bytes | None, data: bytes) -> bool:
     return _put_and_look(url, expected, data) if swapped is None else swapped
 
 
+def keeps_conditions(url: str) -> bool | None:
+    """Return whether two writers of `url`, at which there must be a file of a caller's own, are kept apart: True by the
+    storage itself; None where `swap` has to put and look; False by a server that ignores the condition of a put.
+
+    Raises:
+        StorageError: it failed for too long or for good.
+    """
+    fs, path = storage.filesystem(url)
+    if storage.is_local(url):
+        found = Path(path).read_bytes()
+        return None if retrying(url, lambda: _under_lock(Path(path), found, found)) is None else True
+    if not hasattr(fs, "call_s3") or not _has_conditions(fs):
+        return None
+    bucket, key, _ = fs.split_path(path)
+
+    def is_refused(**condition: str) -> bool | None:
+        try:
+            fs.call_s3("put_object", Bucket=bucket, Key=key, Body=b"ignored", **condition)
+        except OSError as e:
+            status = _status(e)[0]
+            if status in (412, 501):
+                return True if status == 412 else None
+            raise
+        return False
+
+    answers = [
+        retrying(url, lambda: is_refused(IfNoneMatch="*")),
+        retrying(url, lambda: is_refused(IfMatch=f'"{0:032}"')),  # the tag of other bytes
+    ]
+    return False if False in answers else None if None in answers else True
+
+
 def _under_lock(path: Path, expected: bytes | None, data: bytes) -> bool | None:
     """Do as `swap`; return None if the file system has no locks, raise BlockingIOError if the lock is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +125,7 @@ def _on_condition(fs: Any, path: str, expected: bytes | None, data: bytes) -> bo
     try:
         fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
     except OSError as e:
-        answer = getattr(e.__cause__, "response", {})
-        status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
+        status, code = _status(e)
         if status == 501:
             return None
         if status != 412 and code != "NoSuchKey":
@@ -104,6 +135,12 @@ def _on_condition(fs: Any, path: str, expected: bytes | None, data: bytes) -> bo
         except FileNotFoundError:
             return False
     return True
+
+
+def _status(e: OSError) -> tuple[Any, Any]:
+    """Return HTTP status and code of the S3 server's answer behind an error of s3fs."""
+    answer = getattr(e.__cause__, "response", {})
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode"), answer.get("Error", {}).get("Code")
 
 
 def _put_and_look(url: str, expected: bytes | None, data: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import json
 import os
 import shlex
 import signal
@@ -171,6 +172,29 @@ def mlflow(cluster, code):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_the_doctor_finds_all_well_and_leaves_nothing(cluster, tmp_path):
+    config = {
+        "run": {"name": "checked", "storage": f"{cluster.bucket}/doctor"},
+        "data": {"path": str(tmp_path / "data"), "resolution": 32, "prepare": "photos"},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "eiwtrain.doctor", str(tmp_path / "c.yaml")],
+        env=PLAIN | cluster.env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {line[6:26].strip(): line[:4].strip() for line in done.stdout.splitlines()}
+    wanted = ("run.storage lease", "artifacts", "Ray", "workers", "node versions", "node clocks", "node ports", "nodes")
+    assert {states[subject] for subject in wanted} == {"ok"}, done.stdout
+    secret = cluster.env["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in done.stdout + done.stderr
+    code = f"import fsspec; print([f for f in fsspec.filesystem('s3').find('{cluster.bucket}') if 'doctor' in f])"
+    assert mlflow(cluster, code) == "[]"
 
 
 def test_a_submitted_job_finds_ray_and_s3(cluster, tmp_path):
