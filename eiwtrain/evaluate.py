@@ -21,6 +21,7 @@ from eiwtrain.exporting import models
 from eiwtrain.exporting.command import add_model_options, check_new, check_numbers, run_command
 from eiwtrain.scoring import FID_SAMPLES, yardsticks
 from eiwtrain.scoring.estimator import Estimator
+from eiwtrain.scoring.published import Figure, Published
 from eiwtrain.terminal.output import protect
 
 
@@ -152,6 +153,9 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         )
     elif trained["data_fingerprint"] and trained["train_split"] == first["split"]:
         yield f"note: the model was trained on these images: split {first['split']} of {first['data']}"
+    published = result["published"]
+    figures = tuple(Figure(**figure) for figure in published["figures"])
+    yield "published: " + "\n".join(Published(figures, published["reason"]).lines())
     if outliers := result.get("outliers"):
         for title, area in outliers["auroc"].items():
             below = "; below 1/2: lower for the other images" if area["value"] < 0.5 else ""

@@ -113,6 +113,10 @@ def _print_summary(config: Config, s: Summary, tracked: TrackedRun, console: Con
         f"WebP {s.webp_bits_per_dim:.3f} {yardsticks})"
     )
     console.note(f"  data         {s.data}")
+    label = "published"
+    for line in s.published.lines():
+        console.note(f"  {label:12} {line}")
+        label = ""
     console.note(f"  throughput   {s.images_per_second:,.1f} images/s on {s.workers} workers")
     console.note(f"  goodput      {s.goodput_line}")
     if s.cost_line is not None:

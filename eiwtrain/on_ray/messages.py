@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from eiwtrain.scoring.estimator import Estimator
+from eiwtrain.scoring.published import Published
 from eiwtrain.terminal.console import TrainingLine
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Summary:
     test_estimator: Estimator
     test_standard_error: float
     test_images: int
+    published: Published
     png_bits_per_dim: float
     webp_bits_per_dim: float
     yardstick_images: int

@@ -17,6 +17,7 @@ from eiwtrain.exporting.models import LoadedModel
 from eiwtrain.sampling import series
 from eiwtrain.scoring import FID_SAMPLES
 from eiwtrain.scoring.estimator import Estimator, estimator_of
+from eiwtrain.scoring.published import Published, Scored, comparable
 from eiwtrain.scoring.score_table import ScoreTable, score_images, to_parquet
 from eiwtrain.scoring.scores import mean
 
@@ -84,6 +85,7 @@ def evaluate(found: LoadedModel, readers: Sequence[data.ShardReader], request: R
         **{name: asdict(estimator) for name, estimator in _estimators(found, request.draws).items()},
         "seed": request.seed,
         "sets": [_set(reader, table) for reader, table in zip(readers, tables, strict=True)],
+        "published": asdict(_published(found, readers[0], len(tables[0]), request.draws)),
     }
     if request.scores is not None:
         names = ("in", "out")[: len(readers)]
@@ -102,6 +104,14 @@ def _estimators(found: LoadedModel, draws: int) -> dict[str, Estimator]:
     config = found.flow.config
     estimators = {"estimator": estimator_of(config)}
     return estimators if draws == 1 else estimators | {"iwbo_estimator": estimator_of(config, draws)}
+
+
+def _published(found: LoadedModel, reader: data.ShardReader, images: int, draws: int) -> Published:
+    """Return the published figures that the score of the first split can be compared with."""
+    known, config = found.metadata, found.flow.config
+    trained_on = known.get("data_fingerprint"), known.get("train_split")
+    scored = Scored(reader.manifest, reader.split.name, images, trained_on, config.n_bits, config.classes)
+    return comparable(scored, [estimator.name for estimator in _estimators(found, draws).values()])
 
 
 def _set(reader: data.ShardReader, table: ScoreTable) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from eiwtrain.exporting import assemble, models
 from eiwtrain.on_ray.messages import Summary
 from eiwtrain.sampling import pictures
 from eiwtrain.scoring.estimator import estimator_of
+from eiwtrain.scoring.published import Published, Scored, comparable
 from eiwtrain.scoring.scores import Score
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.storage.lease import Guard
@@ -78,6 +79,7 @@ def finish(
         test_estimator=estimator_of(state.flow.config),
         test_standard_error=score.standard_error,
         test_images=score.images,
+        published=_published(held_out, score.images),
         png_bits_per_dim=held_out.yardsticks["png"],
         webp_bits_per_dim=held_out.yardsticks["webp"],
         yardstick_images=held_out.yardstick_images,
@@ -105,6 +107,14 @@ def finish(
     storage.write_bytes(storage.join(root, "summary.json"), content_of(summary))
     tracker.tags({"exported_model": model})
     return summary
+
+
+def _published(held_out: HeldOut, images: int) -> Published:
+    """Return the published figures that the run's held-out score can be compared with."""
+    manifest, of_data, model = held_out.state.manifest, held_out.config.data, held_out.state.flow.config
+    trained_on = manifest.fingerprint, of_data.train_split
+    scored = Scored(manifest, of_data.eval_split, images, trained_on, model.n_bits, model.classes)
+    return comparable(scored, [estimator_of(model).name])
 
 
 def content_of(summary: Summary) -> bytes:
