@@ -246,7 +246,7 @@ class Subject:
     def step(self) -> None:
         """Make one as `eiwtrain.train.loop` does."""
         own = [MicroBatch(b.weight, self.config, *data.flow_inputs(b, self.flow, _CPU)) for b in next(self._batches)]
-        self.state.advance([m.loss for m in own], 1e-4, lambda: agreed.pack(own, [0.0] * 5, dist.get_rank()))
+        self.state.advance([m.loss for m in own], 1e-4, lambda: agreed.pack(own, [0.0] * 6, dist.get_rank()))
 
     def timed(self) -> float:
         """Seconds of a step."""

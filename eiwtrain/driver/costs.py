@@ -310,7 +310,7 @@ def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
         with loss:
             flat.gather()
         with update:
-            norm, *_ = agreed.beside(flat.norm(), agreed.pack([batch], [0.0] * 5, 0)).tolist()
+            norm, *_ = agreed.beside(flat.norm(), agreed.pack([batch], [0.0] * 6, 0)).tolist()
             flat.clip_(norm, norm / 2)
             optimizer.step()
             average(0.5)

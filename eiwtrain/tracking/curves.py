@@ -50,6 +50,13 @@ COST = _curve("cost/spent", "what the run has cost so far, over all attempts, by
 COST_AT_END = _curve("cost/at_end", "what it will have cost at its last step, at the present speed and workers")
 COST_WASTED = _curve("cost/wasted", "the part of it for start-up, waiting for data and checkpoints, and lost work")
 
+RANK_COMPUTE = _curve(
+    "speed/compute_{rank}", "seconds a step that a rank computes before it waits for others: slowest, median, fastest"
+)
+RANK_DATA = _curve("speed/data_{rank}", "seconds a step that a rank waits for its data: slowest, median, fastest")
+NODE_COMPUTE = _curve("speed/node{node}/compute", "the first of these of the slowest rank of each of several nodes")
+NODE_DATA = _curve("speed/node{node}/data", "the second of these of the slowest rank of each of several nodes")
+
 HOST_GB = _curve("memory/host_gb", "memory of the largest worker now, 1e9 bytes")
 GPU_PEAK_GB = _curve("memory/gpu_peak_gb", "peak GPU memory of any worker since the last point, 1e9 bytes")
 

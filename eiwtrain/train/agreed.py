@@ -29,6 +29,8 @@ class StepSums(NamedTuple):
     """Whether a checkpoint is due."""
     look: float
     """Whether to look at the machines' load."""
+    compare: float
+    """Whether to compare the ranks' speed."""
 
 
 def pack(micro_batches: Sequence[MicroBatch], flags: Sequence[float], rank: int) -> Tensor:

@@ -63,7 +63,7 @@ class Engine:
         seen = module if self._flat is None else self._flat
         optimizer = optimizer_of(seen.parameters(), train)
         if self._flat is not None:
-            optimizer.get_grads_for_reduction = self._flat.gradients_to_reduce  # DeepSpeed looks for this name
+            optimizer.get_grads_for_reduction = self._gradients_to_reduce  # DeepSpeed looks for this name
         self._engine, *_ = deepspeed.initialize(
             model=seen,
             optimizer=optimizer,
@@ -74,6 +74,9 @@ class Engine:
         self.device: torch.device = self._engine.device
         self._accumulation = accumulation
         self._stage, self._clip = train.zero_stage, train.clip
+        self.before_waiting: Callable[[], None] = lambda: None
+        """Called in each step before it first waits for other ranks: at stage 0 where gradients are summed, at 1 and 2
+        after the first forward pass, at 3 never, as its first forward pass gathers weights."""
         self.reported: list[float] = []
         """What the last step's `report` returned, summed over ranks."""
         leaf_of = {id(p): number for number, leaf in enumerate(leaves) for p in leaf.parameters()}
@@ -110,6 +113,8 @@ class Engine:
         norm = None
         for number, loss in enumerate(losses, 1):
             contribution = loss(self._engine)
+            if number == 1 and self._stage in (1, 2):
+                self.before_waiting()
             self._engine.backward(scaled(contribution, scale))
             if self._flat is not None:
                 if number < len(losses):
@@ -122,6 +127,13 @@ class Engine:
         if norm is None:  # DeepSpeed computes it
             norm = self._read(self._engine.get_global_grad_norm(), report)
         return norm, math.isfinite(norm)
+
+    def _gradients_to_reduce(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Return what DeepSpeed sums over ranks at stage 0, which it does next."""
+        assert self._flat is not None
+        gradients = self._flat.gradients_to_reduce()
+        self.before_waiting()
+        return gradients
 
     def _read(self, norm: Any, report: Callable[[], Tensor] | None) -> float:
         """Return the norm as a number; with it read what `report` returns, summed over ranks. Collective."""

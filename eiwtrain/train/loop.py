@@ -51,6 +51,7 @@ from eiwtrain.train.held_out import HeldOut
 from eiwtrain.train.keeper import Keeper
 from eiwtrain.train.objective import MicroBatch, learning_rate, step_seed
 from eiwtrain.train.state import OtherRun, TrainState, flow_config, sum_over_ranks
+from eiwtrain.train.stragglers import Stopwatch
 from eiwtrain.train.telemetry import Step, Telemetry
 from eiwtrain.train.watchdog import Watchdog
 
@@ -171,12 +172,15 @@ class Worker:
     def run(self) -> Outcome | None:
         """Train; return how it ended, on rank 0 at least. Collective. Raises `Fatal`."""
         c, state = self.config, self.state
-        nodes: list[Any] = [None] * self.world_size
-        dist.all_gather_object(nodes, session.own_node())
+        ranks: list[Any] = [None] * self.world_size
+        dist.all_gather_object(ranks, (session.own_node(), socket.gethostname()))
+        nodes = [node for node, _ in ranks]
         price = node_prices.price_of(c.workers, nodes) if self.rank == 0 else 0.0
         self.clock.pay(price)
         self.say(Training(state.step, c.train.max_steps, nodes, price))
-        self.telemetry = Telemetry(state, self.clock, self.tracker, self.say, len(self.train_set), nodes)
+        self.telemetry = Telemetry(state, self.clock, self.tracker, self.say, len(self.train_set), ranks)
+        self.stopwatch = Stopwatch(self.device)
+        state.engine.before_waiting = self.stopwatch.end
         batches = self._train_batches()
         timeline.mark("the rest")
         try:
@@ -216,6 +220,7 @@ class Worker:
         started = time.perf_counter()
         own = next(batches)
         waited = time.perf_counter() - started
+        self.stopwatch.begin()
         failpoints.reach("worker.step")
         torch.manual_seed(step_seed(self.config.train.seed, state.step, self.rank))  # of dropout: the same on replay
         micro_batches = [MicroBatch(b.weight, self.config, *self._on_device(b)) for b in own]
@@ -235,7 +240,7 @@ class Worker:
                 f"step {state.step:,} skipped: {sums.bits / self.config.train.global_batch:g} bits/dim, "
                 f"gradient norm {norm:g} ({state.skipped_in_row} in a row, {state.skipped} in all)"
             )
-        self.telemetry.add(Step(sums, entropy, norm, lr, waited, worked))
+        self.telemetry.add(Step(sums, entropy, norm, lr, waited, worked, self.stopwatch.seconds()))
         self.keeper.hear()
         self.telemetry.progress()
         return _ending(sums.again, sums.stop), sums.save > 0
@@ -243,8 +248,8 @@ class Worker:
     def _report(self, micro_batches: list[MicroBatch]) -> Tensor:
         """Return what this rank has to say at the end of a step, which no rank has finished yet; see `agreed.pack`."""
         save = self.rank == 0 and self.keeper.due(self.state.step + 1)
-        look = self.telemetry.looks(self.state.step + 1)
-        return agreed.pack(micro_batches, [data.new_faults(), *self._wants(), save, look], self.rank)
+        look, compare = self.telemetry.looks(self.state.step + 1), self.telemetry.compares()
+        return agreed.pack(micro_batches, [data.new_faults(), *self._wants(), save, look, compare], self.rank)
 
     def _give_up(self) -> Again:
         """Answer too many steps in a row that are not finite: return to good weights if the config allows it, or else

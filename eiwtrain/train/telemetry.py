@@ -1,6 +1,7 @@
 """What is measured of each step, and what rank 0 makes of it: points of MLflow's curves, and the training line.
 
-Not for the figures themselves: they are of `eiwtrain.train.report`, `goodput` and `eiwtrain.tracking.system`.
+Not for the figures themselves: they are of `eiwtrain.train.report`, `goodput`, `stragglers` and
+`eiwtrain.tracking.system`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from eiwtrain.train import goodput, report
 from eiwtrain.train.agreed import StepSums
 from eiwtrain.train.goodput import Clock
 from eiwtrain.train.state import TrainState
+from eiwtrain.train.stragglers import Speeds
 
 
 class Step(NamedTuple):
@@ -32,6 +34,8 @@ class Step(NamedTuple):
     """Seconds for which this rank waited for its data."""
     worked: float
     """Seconds that the step then took."""
+    computed: float
+    """Seconds of these before this rank first waited for others; NaN if that is not known."""
 
 
 class Telemetry:
@@ -44,18 +48,21 @@ class Telemetry:
         tracker: Tracker | None,
         say: Callable[[Message], None],
         images: int,
-        nodes: Sequence[str],
+        ranks: Sequence[tuple[str, str]],
     ) -> None:
         """
         Args:
             tracker: rank 0's.
             say: sends the driver a message, from rank 0 only.
             images: how many the training split has.
-            nodes: a name of each rank's node.
+            ranks: each rank's node, and its host's name.
         """
         self._state, self._clock, self._tracker, self._say, self._images = state, clock, tracker, say, images
         self._config = state.config
-        self._system = System(nodes, state.device, lambda text: say(Note(text)))
+        self._system = System([node for node, _ in ranks], state.device, lambda text: say(Note(text)))
+        self._speeds = Speeds(ranks, lambda text: say(Note(text)))
+        if tracker is not None and len(self._speeds.nodes) > 1:
+            tracker.tags({"nodes": ", ".join(f"{number} {name}" for number, name in enumerate(self._speeds.nodes))})
         self._meter = report.Meter()
         self._faults = 0
 
@@ -67,12 +74,21 @@ class Telemetry:
         """Whether the machines' load should be read after this step; False on all ranks but 0."""
         return self.logs(step) and self._system.due()
 
+    def compares(self) -> bool:
+        """Whether the ranks' speed should be compared after this step; False on all ranks but 0."""
+        return self._speeds.due()
+
     def add(self, made: Step) -> None:
-        """Count the step that was just made, and report it. Collective where `looks` was true on rank 0."""
+        """Count the step that was just made, and report it. Collective, if rank 0 looks or compares."""
         state, t = self._state, self._config.train
         bits, penalty, faults = made.sums.bits / t.global_batch, made.sums.penalty / t.global_batch, made.sums.faults
         self._meter.add(t.global_batch, bits, made.waited, made.worked, int(faults))
         self._faults += int(faults)
+        self._speeds.add(made.waited, made.computed, made.worked)
+        if made.sums.compare:
+            speeds = self._speeds.compare()
+            if self._tracker is not None:
+                self._tracker.metrics(state.step, speeds)
         logs = self.logs(state.step)
         of_machines = self._system.curves() if made.sums.look else {}
         orders = state.orders() if logs else []

@@ -158,7 +158,7 @@ def a_step_starts_the_operations_that_are_counted(folder):
             losses = [batch.loss for batch in batches]
             state.advance(losses, 1e-3)  # the optimizer makes its moments
             with costs.Started() as started:
-                state.advance(losses, 1e-3, lambda b=batches: agreed.pack(b, [0.0] * 5, dist.get_rank()))
+                state.advance(losses, 1e-3, lambda b=batches: agreed.pack(b, [0.0] * 6, dist.get_rank()))
             found = costs.of(c)
             planned = accumulation * found.operations[found.mode] + found.update_operations
             # beside the flow the loss has the penalty, whose gradients are then no zeros that have to be made

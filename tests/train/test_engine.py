@@ -1,6 +1,7 @@
 import copy
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from eiwtrain.config import Train
 from eiwtrain.train import engine as engine_module
 from eiwtrain.train.engine import Engine
+from eiwtrain.train.stragglers import Stopwatch
 
 pytestmark = pytest.mark.cluster
 
@@ -197,6 +199,34 @@ def refuse_another_number_of_micro_batches():
     engine = Engine(model(), Train(), MICRO_BATCH, ACCUMULATION, 1)
     with pytest.raises(ValueError, match="1 micro-batches for 2"):
         engine.step([lambda module: module(torch.zeros(2, 7)).sum()], LR)
+
+
+def one_rank_is_slow(stage):
+    engine = Engine(model(), Train(zero_stage=stage), MICRO_BATCH, ACCUMULATION, 2)
+    stopwatch = Stopwatch(engine.device)
+    engine.before_waiting = stopwatch.end
+    own = losses(inputs(2), 0)
+
+    def slow(module):
+        time.sleep(0.4 * dist.get_rank())
+        return own[0](module)
+
+    dist.barrier()
+    began = time.perf_counter()
+    stopwatch.begin()
+    engine.step([slow, own[1]], LR)
+    took, computed = time.perf_counter() - began, stopwatch.seconds()
+    if stage == 3:
+        assert math.isnan(computed)
+        return
+    assert took >= 0.3  # both wait for the slow one
+    assert (computed >= 0.4) == (dist.get_rank() == 1)
+    assert computed < took
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_rank_computes_does_not_include_its_wait_for_a_slower_one(stage):
+    run_ranks(one_rank_is_slow, 2, stage)
 
 
 def test_a_wrong_number_of_micro_batches_is_refused():
