@@ -80,6 +80,7 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     assert (summary["steps"], summary["images"]) == (STEPS, STEPS * 8)
     assert f"step {STEPS:>6,}/{STEPS}" in uninterrupted
     assert "\r" not in uninterrupted
+    assert summary["published"]["reason"] in uninterrupted  # no protocol that was published has these images
     assert Path(summary["samples"]).read_bytes()[1:4] == b"PNG"
     model = flow.load(summary["exported_model"])
     saved = checkpoints.section(final_weights(folder, "whole"), "ema")
