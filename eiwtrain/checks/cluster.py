@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from eiwtrain import storage
-from eiwtrain.checks.isolated import Report, explain
+from eiwtrain.checks import machine
+from eiwtrain.checks.isolated import Finding, Probe, Report, explain
 from eiwtrain.checks.stores import SKEW_NOTED, SKEW_SECONDS, probe_folder
 from eiwtrain.config import Config
 from eiwtrain.on_ray import nodes, session
@@ -49,6 +50,7 @@ def check_ray(report: Report, config: Config | None, broken: frozenset[str] = fr
             _check_versions(report, {name: facts[name] for name in alive})
             _check_clocks(report, alive)
             _check_ports(report, alive)
+            _check_disks(report, config, alive)
         if config is not None and "run.storage" not in broken:
             _check_stores(report, config, alive, "MLflow" not in broken)
 
@@ -137,6 +139,24 @@ def _check_clocks(report: Report, alive: dict[str, Any]) -> None:
         report.note("node clocks", f"they differ from this machine's: {_some(late)}; NTP (chrony) keeps them together")
     else:
         report.ok("node clocks", f"{len(off)} nodes agree with this machine")
+
+
+def short_of_room(config: Config | None) -> list[str]:
+    """Return what is wrong with the disks of this process's machine."""
+    found: list[Finding | Probe] = []
+    machine.check_disks(Report(found.append), config)
+    return [f"{each.subject}: {each.text}" for each in found if isinstance(each, Finding) and each.state == "FAIL"]
+
+
+def _check_disks(report: Report, config: Config | None, alive: dict[str, Any]) -> None:
+    """Check the temporary folder, the cache and /dev/shm of each node."""
+    found = nodes.answers({n: p.call.remote(short_of_room, config) for n, p in alive.items()}, _ANSWER_SECONDS)
+    wrong = [f"{n}: {explain(answer)}" for n, answer in found.items() if isinstance(answer, Exception)]
+    wrong += [f"{n}: {text}" for n, answer in found.items() if isinstance(answer, list) for text in answer]
+    if wrong:
+        report.fail("node disks", _some(wrong))
+    else:
+        report.ok("node disks", f"{len(alive)} nodes have room in TMPDIR, the cache and /dev/shm")
 
 
 def _check_ports(report: Report, alive: dict[str, Any]) -> None:

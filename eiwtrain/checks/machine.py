@@ -99,10 +99,10 @@ def check_gpus(report: Report, needed: int | None = None) -> None:
     bad = report.fail if needed or (needed is None and present) else report.note
     if cuda is None:
         if needed or present:
-            there = f"there {_are(present)} here" if present else "none is here either"
+            there = f"the machine's NVIDIA GPUs ({present}) are not used" if present else "there is no NVIDIA GPU here"
             bad(
                 "GPU",
-                f"{torch} is built without CUDA, and of NVIDIA GPUs {there}; install a build with CUDA (pip uninstall "
+                f"{torch} is built without CUDA, and {there}; install a build with CUDA (pip uninstall "
                 "torch, then install eiwtrain again), or use workers.gpus=0",
             )
         else:

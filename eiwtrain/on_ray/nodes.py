@@ -8,7 +8,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from eiwtrain.on_ray import session
@@ -100,18 +99,14 @@ def joined() -> Iterator[None]:
 
     folder = address.folder()
     before = set(folder.iterdir()) if folder.is_dir() else None
-    session.start(1)
-    own = None
-    if not session.joins_cluster():
-        import ray
-
-        own = Path(ray._private.worker._global_node.get_session_dir_path())
     try:
+        session.start(1)
         yield
     finally:
         session.stop()
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+        if not session.joins_cluster():
+            for own in set(folder.glob(f"session_*_{os.getpid()}")) - (before or set()):  # Ray ends it with the process
+                shutil.rmtree(own, ignore_errors=True)
             if (latest := folder / "session_latest").is_symlink() and not latest.exists():
                 latest.unlink(missing_ok=True)
             if before is None:

@@ -352,6 +352,12 @@ def test_nodes_that_see_other_storage_name_it(tmp_path):
     assert cluster.reach_stores(config, str(tmp_path / "probe"), False) == []
 
 
+def test_a_node_without_room_says_which_disk(tmp_path, monkeypatch):
+    assert cluster.short_of_room(config_at(tmp_path)) == []
+    monkeypatch.setattr(machine.os, "statvfs", lambda path: FullDisk(10, 4096, 100, 50))
+    assert [text.partition(":")[0] for text in cluster.short_of_room(config_at(tmp_path))] == ["TMPDIR"]
+
+
 def test_versions_that_differ_between_nodes_fail():
     here = cluster.look()
     assert states(cluster._check_versions, {"a": here}) == {"node versions": "ok"}

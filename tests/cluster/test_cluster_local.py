@@ -190,6 +190,7 @@ def test_the_doctor_finds_all_well_and_leaves_nothing(cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     states = {line[6:26].strip(): line[:4].strip() for line in done.stdout.splitlines()}
     wanted = ("run.storage lease", "artifacts", "Ray", "workers", "node versions", "node clocks", "node ports", "nodes")
+    wanted += ("node disks",)
     assert {states[subject] for subject in wanted} == {"ok"}, done.stdout
     secret = cluster.env["AWS_SECRET_ACCESS_KEY"]
     assert secret not in done.stdout + done.stderr
