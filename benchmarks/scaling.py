@@ -183,7 +183,6 @@ def plan(job: Job, cluster: Cluster, images_per_gpu: int) -> dict[str, Any]:
                 "stall": stall_seconds(grown[n], cluster, n),
                 "written": write_seconds(grown[n], cluster, n),
                 "restart": restart_seconds(job, cluster),
-                "read": n * job.checkpoint_bytes,
             }
             for n in WORKERS[1:]
         ],
@@ -274,12 +273,11 @@ def planned_table(planned: dict[str, Any]) -> str:
     lines += [_step_line(r) for r in planned["grown"]]
     lines += [
         "",
-        "| GPUs | checkpoint, GB | stall, s | written, s | restart, s | read by a restart, GB |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| GPUs | checkpoint, GB | stall, s | written, s | restart, s |",
+        "|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['workers']:,} | {r['bytes'] / 1e9:.2f} | {r['stall']:.2f} | {r['written']:.1f} | {r['restart']:.0f} "
-        f"| {r['read'] / 1e9:,.0f} |"
+        f"| {r['workers']:,} | {r['bytes'] / 1e9:.2f} | {r['stall']:.2f} | {r['written']:.1f} | {r['restart']:.0f} |"
         for r in planned["checkpoints"]
     ]
     start = planned["cluster"]["start_seconds"]

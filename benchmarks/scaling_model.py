@@ -245,7 +245,8 @@ def write_seconds(job: Job, cluster: Cluster, workers: int) -> float:
 
 
 def restart_seconds(job: Job, cluster: Cluster) -> float:
-    """Return seconds from a fault to the next step: every worker reads the whole checkpoint, part after part."""
+    """Return seconds from a fault to the next step, at most: as if one worker read the whole checkpoint. Each part is
+    read by one worker and sent to the others."""
     return cluster.start_seconds + job.checkpoint_bytes / cluster.connection
 
 

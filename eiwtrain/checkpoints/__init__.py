@@ -20,9 +20,11 @@ from eiwtrain.checkpoints.format import (
     folder,
     load,
     newest,
+    read_part,
     render,
     section,
     survey,
+    tensors_of,
 )
 from eiwtrain.checkpoints.retention import best, clean, condemn, delete, kept, sweep
 
@@ -47,8 +49,10 @@ __all__ = [
     "kept",
     "load",
     "newest",
+    "read_part",
     "render",
     "section",
     "survey",
     "sweep",
+    "tensors_of",
 ]

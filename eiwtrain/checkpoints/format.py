@@ -160,13 +160,22 @@ def load(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         DamagedCheckpoint: a part is missing or its bytes are not those that were written.
     """
-    from safetensors.torch import load as from_bytes
-
     tensors: dict[str, Tensor] = {}
     for part in checkpoint.parts:
-        read = partial(_read_part, storage.join(checkpoint.url, part.name), part)
-        tensors.update(from_bytes(storage.read_twice(DamagedCheckpoint, read)))
+        tensors.update(tensors_of(read_part(checkpoint, part)))
     return tensors
+
+
+def read_part(checkpoint: Checkpoint, part: Part) -> bytes:
+    """Return the bytes of one part, verified. Raises DamagedCheckpoint as `load`."""
+    return storage.read_twice(DamagedCheckpoint, partial(_read_part, storage.join(checkpoint.url, part.name), part))
+
+
+def tensors_of(part: bytes) -> dict[str, Tensor]:
+    """Return the tensors by name, on CPU, of the bytes of a part."""
+    from safetensors.torch import load as from_bytes
+
+    return from_bytes(part)
 
 
 def section(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -96,6 +96,8 @@ class Costs:
     operations: dict[str, int]
     """Operations that a training step starts for each micro-batch, forward and backward, the loss and the gathering of
     gradients included; views do not count."""
+    moved_bytes: dict[str, int]
+    """Bytes that those of them read and write that are neither convolutions nor products, in a micro-batch."""
     activation_bytes: dict[str, int]
     """Kept from the forward pass for the backward pass, by each image of a micro-batch."""
     fixed_bytes: dict[str, int]
@@ -199,19 +201,21 @@ def of(config: Config, channels: int = 3) -> Costs:
     images = max(2, config.train.micro_batch)  # tensors of one image are contiguous where those of several are not
     flops: dict[str, float] = {}
     operations: dict[str, int] = {}
+    moved: dict[str, int] = {}
     each: dict[str, int] = {}
     fixed: dict[str, int] = {}
     each_loss, update = count_around(config, model)
     for mode in COUNTED_MODES:
         step = _of_all_steps(replace(shape, backprop=mode), images)
         more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
-        flops[mode], operations[mode] = step.flops / images, step.operations + each_loss
+        flops[mode], operations[mode], moved[mode] = step.flops / images, step.operations + each_loss, step.moved
         each[mode] = more.kept - step.kept
         fixed[mode] = step.kept - images * each[mode]
     return Costs(
         parameters,
         flops,
         operations,
+        moved,
         each,
         fixed,
         _of_a_step(shape),
@@ -225,11 +229,13 @@ def of(config: Config, channels: int = 3) -> Costs:
 
 @dataclass(frozen=True)
 class Counted:
-    """What one training step keeps for its backward pass, bytes, its FLOPs, and the operations that it starts."""
+    """What one training step keeps for its backward pass, bytes, its FLOPs, the operations that it starts, and the
+    bytes that those without FLOPs read and write: element-wise ones, sums and copies."""
 
     kept: int
     flops: int
     operations: int
+    moved: int
 
     def plus(self, times: int, more: Counted) -> Counted:
         """Return this, plus `times` times what `more` has above it."""
@@ -280,7 +286,7 @@ def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool
             )
             if backward:
                 loss.backward()
-    return Counted(kept, started.flops, started.operations)
+    return Counted(kept, started.flops, started.operations, started.moved)
 
 
 def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
@@ -363,12 +369,21 @@ class Started(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.operations = 0
+        self.flops = self.operations = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        namespace, _, name = func._schema.name.partition("::")
+        elif namespace == "aten" and name not in _VIEWS:
+            self.moved += _bytes_of(args) + _bytes_of(out)
         self.operations += namespace == "aten" and name not in _VIEWS
         return out
+
+
+def _bytes_of(values: Any) -> int:
+    """Return the bytes of all tensors in nested lists and tuples; of an expanded one those that it has in memory."""
+    if isinstance(values, Tensor):
+        return min(values.nbytes, values.untyped_storage().nbytes())
+    return sum(map(_bytes_of, values)) if isinstance(values, (list, tuple)) else 0

@@ -52,6 +52,8 @@ def lines(config: Config, found: Costs, manifest: Manifest | None) -> list[str]:
         f"state     {_gb(found.state_bytes(most))} a worker at {most}: {held}",
         f"started   {found.operations[found.mode]:,} operations a micro-batch, {found.update_operations:,} more a step "
         "for clip, optimizer and average",
+        f"moved     {_gb(found.moved_bytes[found.mode])} are read and written a micro-batch by operations other than "
+        "convolutions and products",
         f"network   {_gb(found.gradient_bytes)} of gradients are summed over the workers in a step",
         f"resume    reads a checkpoint of {_gb(found.checkpoint_bytes)}",
     ]

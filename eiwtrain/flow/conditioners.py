@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
@@ -53,20 +52,19 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
-        weight = self._first.weight
-        if self.in_bfloat16 and weight.dtype == torch.float32:  # else `fused` has cast the weights, with many others'
+        dtype = self._dtype()
+        if self.in_bfloat16 and dtype == torch.float32:  # else `fused` has cast the weights, with many others'
             slots = slots_in_bfloat16(self)
             with using(slots, cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)):
                 return cast(Tensor, self(x))
         with without_autocast(x):
             # One memory format, so that forward and reverse give a convolution the same strides, hence the same kernel.
-            out = self.network(x.to(weight.dtype, memory_format=torch.channels_last))
+            out = self.network(x.to(dtype, memory_format=torch.channels_last))
             return out.to(x.dtype, memory_format=torch.contiguous_format)
 
-    @cached_property
-    def _first(self) -> nn.Conv2d | nn.Linear:
-        """The first layer, in the dtype of whose weights the network computes."""
-        return next(layers_of(self))
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype of the first layer's weights, which is the one that the network computes in."""
+        return next(layer.weight.dtype for layer in layers_of(self))
 
 
 class ConvConditioner(Conditioner):

@@ -216,6 +216,29 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return [float(v) for v in tensor.tolist()]
 
 
+def _own_parts(saved: checkpoints.Checkpoint) -> tuple[dict[int, bytes], str | None]:
+    """Return the parts that this rank reads, by number, and what is wrong with them, if anything is: each is read once,
+    by one of the ranks."""
+    own = range(dist.get_rank(), len(saved.parts), dist.get_world_size())
+    try:
+        return {i: checkpoints.read_part(saved, saved.parts[i]) for i in own}, None
+    except checkpoints.DamagedCheckpoint as e:
+        return {}, str(e)
+
+
+def _shared(saved: checkpoints.Checkpoint, own: dict[int, bytes], device: torch.device) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, on CPU, from the parts that each rank has read. Collective."""
+    tensors: dict[str, Tensor] = {}
+    for i, part in enumerate(saved.parts):
+        if i in own:
+            data = torch.frombuffer(bytearray(own.pop(i)), dtype=torch.uint8).to(device)
+        else:
+            data = torch.empty(part.bytes, dtype=torch.uint8, device=device)
+        dist.broadcast(data, src=i % dist.get_world_size())
+        tensors |= checkpoints.tensors_of(data.cpu().numpy().tobytes())
+    return tensors
+
+
 def _newest_intact(
     root: str, device: torch.device, note: Callable[[str], None], good: bool
 ) -> tuple[checkpoints.Checkpoint | None, dict[str, Tensor]]:
@@ -236,17 +259,17 @@ def _newest_intact(
         committed = [c for c in committed if not c.state["skipped_in_row"]] or committed
     damaged: list[checkpoints.Checkpoint] = []
     for saved in committed:
-        try:
-            tensors, damage = checkpoints.load(saved), None
-        except checkpoints.DamagedCheckpoint as e:
-            tensors, damage = {}, str(e)
+        parts, damage = _own_parts(saved)
         if not any_rank(damage is not None, device):
+            tensors = _shared(saved, parts, device)
             note(f"resuming from step {saved.step:,}: {saved.url}")
             if dist.get_rank() == 0:
                 for one in damaged:  # or they would count as the newest, and a sweep would prefer them to good ones
                     checkpoints.condemn(one)
             return saved, tensors
-        note(f"damaged checkpoint passed over: {damage or saved.url}")
+        whys: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(whys, damage)
+        note(f"damaged checkpoint passed over: {next(why for why in whys if why)}")
         damaged.append(saved)
     if damaged or unreadable:
         last = max([*damaged, *unreadable], key=lambda c: c.step)

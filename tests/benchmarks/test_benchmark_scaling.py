@@ -183,6 +183,7 @@ def test_a_step_computes_as_long_as_the_plan_of_the_config_says(workers: int, mi
         parameters=1,
         flops_per_image=dict.fromkeys(costs.COUNTED_MODES, JOB.flops),
         operations=dict.fromkeys(costs.COUNTED_MODES, JOB.operations),
+        moved_bytes=by_mode,
         activation_bytes=by_mode,
         fixed_bytes=by_mode,
         workspace_bytes=1,

@@ -116,12 +116,22 @@ GLOW_ON_LSUN = flow.FlowConfig(
 )
 
 
+def test_what_is_moved_is_read_and_written_but_not_multiplied():
+    x, weight = torch.ones(4, 8), torch.ones(8, 8)
+    with costs.Started() as started:
+        y = (x @ weight) + x[:1].expand(4, 8)
+        y.view(-1).sum()
+    assert started.moved == (4 * 8 + 8 + 4 * 8) * 4 + (4 * 8 + 1) * 4
+    assert started.flops == 2 * 4 * 8 * 8
+
+
 def test_a_deep_glow_starts_few_operations_and_selective_costs_little_of_either():
     found = {mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 2) for mode in costs.COUNTED_MODES}
     assert found["stored"].operations <= 6_150
     assert found["selective"].operations <= 7_950
     assert found["invertible"].operations <= 8_200
     assert found["selective"].flops < 1.035 * found["stored"].flops
+    assert found["stored"].moved < found["selective"].moved < found["invertible"].moved < 1.6 * found["stored"].moved
     three = {
         mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 3, backward=False)
         for mode in costs.COUNTED_MODES

@@ -208,4 +208,4 @@ def test_what_the_store_lacks_and_the_clock_travel_in_the_checkpoint(kept, monke
     (about,) = states
     assert about["unlogged"] == {"points": [1]}
     assert about["mlflow_run_id"] == "run"
-    assert set(about["clock"]) == {"wall", "seconds"}
+    assert set(about["clock"]) == {"wall", "seconds", "cost", "costs"}

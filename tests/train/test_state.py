@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import helpers
 import pytest
@@ -145,7 +146,11 @@ def resume_and_compare(folder, stage, exact, model):
     if dist.get_rank() == 0:
         Path(whole.url, "manifest.json").unlink()
     dist.barrier()
-    state = make_state(c)
+    with mock.patch.object(checkpoints, "read_part", wraps=checkpoints.read_part) as read:
+        state = make_state(c)
+    reads: list = [None] * dist.get_world_size()
+    dist.all_gather_object(reads, [call.args[1].name for call in read.call_args_list])
+    assert sorted(name for of_rank in reads for name in of_rank) == sorted(part.name for part in half.parts)
     assert (state.step, state.updates, state.samples_seen) == (2, 2, 16)
     restored = checkpoints.load(half)
     for name, value in state.tensors():
