@@ -13,6 +13,7 @@ Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -383,7 +384,8 @@ class Started(TorchDispatchMode):
 
 
 def _bytes_of(values: Any) -> int:
-    """Return the bytes of all tensors in nested lists and tuples; of an expanded one those that it has in memory."""
+    """Return the bytes of all tensors in nested lists and tuples; of an expanded one those that are in memory."""
     if isinstance(values, Tensor):
-        return min(values.nbytes, values.untyped_storage().nbytes())
+        sizes = [size for size, stride in zip(values.shape, values.stride(), strict=True) if stride]
+        return math.prod(sizes) * values.element_size()
     return sum(map(_bytes_of, values)) if isinstance(values, (list, tuple)) else 0

@@ -131,7 +131,7 @@ def test_a_deep_glow_starts_few_operations_and_selective_costs_little_of_either(
     assert found["selective"].operations <= 7_950
     assert found["invertible"].operations <= 8_200
     assert found["selective"].flops < 1.035 * found["stored"].flops
-    assert found["stored"].moved < found["selective"].moved < found["invertible"].moved < 1.6 * found["stored"].moved
+    assert found["stored"].moved < found["selective"].moved == found["invertible"].moved < 1.6 * found["stored"].moved
     three = {
         mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 3, backward=False)
         for mode in costs.COUNTED_MODES
