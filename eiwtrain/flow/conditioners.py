@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +52,16 @@ class Conditioner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, inputs, H, W) to (B, outputs, H, W), contiguous and in the dtype of `x`."""
-        dtype = self._dtype()
-        if self.in_bfloat16 and dtype == torch.float32:  # else `fused` has cast the weights, with many others'
-            slots = slots_in_bfloat16(self)
-            with using(slots, cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)):
-                return cast(Tensor, self(x))
+        if not self.in_bfloat16 or self._dtype() != torch.float32:  # `fused` casts the weights of many networks at once
+            return self._run(x)
+        slots = slots_in_bfloat16(self)
+        with using(slots, cast_all([parameters[name] for parameters, name in slots], torch.bfloat16)):
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         with without_autocast(x):
             # One memory format, so that forward and reverse give a convolution the same strides, hence the same kernel.
-            out = self.network(x.to(dtype, memory_format=torch.channels_last))
+            out = self.network(x.to(self._dtype(), memory_format=torch.channels_last))
             return out.to(x.dtype, memory_format=torch.contiguous_format)
 
     def _dtype(self) -> torch.dtype:

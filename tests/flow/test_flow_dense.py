@@ -223,3 +223,11 @@ def test_the_orders_regulariser_is_what_it_says() -> None:
 def test_a_config_that_makes_no_sense_names_the_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(DENSE, **changes)
+
+
+def test_each_network_is_called_once_in_a_forward_pass_in_bfloat16() -> None:
+    flow = make_flow(DENSE, torch.float32, conditioner_dtype="bfloat16")
+    with conditioner_calls(flow) as calls, torch.no_grad():
+        pixels, noise = batch()
+        flow(pixels, noise.float())
+    assert set(calls.values()) == {1}
