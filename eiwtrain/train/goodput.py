@@ -50,7 +50,7 @@ class Clock:
         hired: float | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """Create the clock of an attempt that starts without a checkpoint.
+        """Create the clock of an attempt; one that resumes from a checkpoint calls `resume` next.
 
         Args:
             began: Unix time at which this attempt's driver started.
@@ -73,30 +73,17 @@ class Clock:
         self._cost_before = spent
         self._costs: dict[Kind, float] = dict.fromkeys(KINDS, 0.0) | {"lost": spent}
 
-    @classmethod
-    def resumed(
-        cls,
-        saved: dict[str, Any] | None,
-        began: float,
-        earlier: float,
-        attempt_began: float,
-        spent: float = 0.0,
-        hired: float | None = None,
-        now: Callable[[], float] = time.time,
-    ) -> Clock:
-        """Create the clock of an attempt that resumes from a checkpoint with this `to_json`, or starts without one."""
-        clock = cls(began, earlier, attempt_began, spent, hired, now)
-        if saved is not None:
-            # a driver that was killed may have recorded less of its time than its last checkpoint
-            clock._wall_before = max(clock._wall_before, saved["wall"])
-            clock._seconds = {kind: saved["seconds"][kind] for kind in KINDS}
-            clock._seconds["lost"] += clock._wall_before - saved["wall"]
-            clock._spent_before = clock._spent()
-            paid: float = saved.get("cost", 0.0)  # there was a time before costs were counted
-            clock._cost_before = max(spent, paid)
-            clock._costs = {kind: saved.get("costs", {}).get(kind, 0.0) for kind in KINDS}
-            clock._costs["lost"] += clock._cost_before - paid
-        return clock
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Continue from the `to_json` of the checkpoint from which the attempt resumes. Call it first."""
+        # a driver that was killed may have recorded less of its time than its last checkpoint
+        self._wall_before = max(self._wall_before, saved["wall"])
+        self._seconds = {kind: saved["seconds"][kind] for kind in KINDS}
+        self._seconds["lost"] += self._wall_before - saved["wall"]
+        self._spent_before = self._spent()
+        paid: float = saved.get("cost", 0.0)  # there was a time before costs were counted
+        self._cost_before = max(self._cost_before, paid)
+        self._costs = {kind: saved.get("costs", {}).get(kind, 0.0) for kind in KINDS}
+        self._costs["lost"] += self._cost_before - paid
 
     def training(self) -> None:
         """Mark the first step: the time of this attempt until now that was not spent otherwise was its start-up."""

@@ -149,9 +149,9 @@ class Worker:
         self.first_step = self.state.step
         self.held_out = HeldOut(job.config, self.state, eval_set, self.device, self.micro_batch)
         saved = self.state.newest.state if self.state.newest else {}
-        self.clock = Clock.resumed(
-            saved.get("clock"), job.began, job.earlier, job.attempt_began, job.spent, job.hired or None
-        )
+        self.clock = Clock(job.began, job.earlier, job.attempt_began, job.spent, job.hired or None)
+        if saved.get("clock"):
+            self.clock.resume(saved["clock"])
         self.tracker: Tracker | None = None
         if self.rank == 0:
             journal = storage.join(job.config.root, METRICS)

@@ -20,13 +20,20 @@ class Time:
         self.now += seconds
 
 
+def resumed(saved, *args, **kwargs):
+    clock = Clock(*args, **kwargs)
+    if saved is not None:
+        clock.resume(saved)
+    return clock
+
+
 @pytest.fixture
 def time():
     return Time(1000.0)
 
 
 def test_an_attempt_starts_up_and_trains_and_the_rest_is_other(time):
-    clock = Clock.resumed(None, began=990.0, earlier=0.0, attempt_began=990.0, now=time)
+    clock = Clock(began=990.0, earlier=0.0, attempt_began=990.0, now=time)
     assert (clock.wall, clock.goodput, clock.shares()["other"]) == (10.0, 0.0, 1.0)
     clock.training()
     time.passes(26.0)
@@ -78,24 +85,24 @@ def test_work_after_the_checkpoint_is_lost(time):
     time.passes(3.0)
     first.spend("productive", 3.0)
     time.passes(1.0)  # the workers crash, and are started again by the same driver
-    second = Clock.resumed(saved, began=1000.0, earlier=0.0, attempt_began=1010.0, now=time)
+    second = resumed(saved, began=1000.0, earlier=0.0, attempt_began=1010.0, now=time)
     time.passes(10.0)
     second.training()
     assert (second.seconds("productive"), second.seconds("lost"), second.seconds("startup")) == (6.0, 4.0, 10.0)
     assert second.wall == 20.0
     time.passes(5000.0)  # the driver is killed also, and another is started much later
-    third = Clock.resumed(saved, began=time.now, earlier=22.0, attempt_began=time.now, now=time)
+    third = resumed(saved, began=time.now, earlier=22.0, attempt_began=time.now, now=time)
     assert (third.wall, third.seconds("productive"), third.seconds("lost")) == (22.0, 6.0, 16.0)
 
 
 def test_a_run_without_a_checkpoint_has_lost_all_earlier_time(time):
-    clock = Clock.resumed(None, began=990.0, earlier=30.0, attempt_began=995.0, now=time)
+    clock = Clock(began=990.0, earlier=30.0, attempt_began=995.0, now=time)
     assert (clock.seconds("lost"), clock.wall) == (35.0, 40.0)
 
 
 def test_seconds_that_a_driver_did_not_record_are_not_negative(time):
     saved = Clock(960.0, 0.0, 960.0, now=time).to_json()
-    clock = Clock.resumed(saved, began=1000.0, earlier=35.0, attempt_began=1000.0, now=time)
+    clock = resumed(saved, began=1000.0, earlier=35.0, attempt_began=1000.0, now=time)
     assert (clock.seconds("lost"), clock.wall) == (0.0, 40.0)
 
 
@@ -136,7 +143,7 @@ def test_every_second_is_counted_once_whatever_crashes(attempts):
         if driver == "new driver" and number:
             time.passes(pause)
             began, earlier = time.now, wall
-        clock = Clock.resumed(saved, began, earlier, attempt_began=time.now, now=time)
+        clock = resumed(saved, began, earlier, attempt_began=time.now, now=time)
         spent = known + Counter(lost=wall - known.total())
         time.passes(startup)
         clock.training()
@@ -176,7 +183,7 @@ def test_the_summary_names_the_losses_that_count_largest_first(time):
 
 
 def test_the_curves_add_up_to_one(time):
-    clock = Clock.resumed(None, 990.0, 10.0, 990.0, now=time)
+    clock = Clock(990.0, 10.0, 990.0, now=time)
     clock.training()
     time.passes(20.0)
     clock.spend("productive", 15.0)
@@ -219,7 +226,7 @@ def test_costs_add_up_over_attempts_of_any_number_of_workers_whatever_crashes(at
             began, earlier = time.now, wall
         attempt_began = time.now
         time.passes(waiting)
-        clock = Clock.resumed(saved, began, earlier, attempt_began, spent=paid, hired=time.now, now=time)
+        clock = resumed(saved, began, earlier, attempt_began, spent=paid, hired=time.now, now=time)
         clock.pay(workers * price)
         rate = workers * price / 3600
         costs = known + Counter(lost=paid - known.total())
@@ -247,7 +254,7 @@ def test_costs_add_up_over_attempts_of_any_number_of_workers_whatever_crashes(at
 
 def test_a_checkpoint_from_before_there_were_costs_is_taken(time):
     saved = {k: v for k, v in Clock(960.0, 0.0, 960.0, now=time).to_json().items() if k not in ("cost", "costs")}
-    clock = Clock.resumed(saved, began=1000.0, earlier=40.0, attempt_began=1000.0, spent=5.0, now=time)
+    clock = resumed(saved, began=1000.0, earlier=40.0, attempt_began=1000.0, spent=5.0, now=time)
     assert (clock.cost, clock.cost_of("lost")) == (5.0, 5.0)
 
 
@@ -255,7 +262,7 @@ def test_what_a_driver_did_not_record_of_its_cost_is_in_its_checkpoint(time):
     first = Clock(1000.0, 0.0, 1000.0, now=time)
     first.pay(3600.0)
     time.passes(10.0)
-    second = Clock.resumed(first.to_json(), time.now, 10.0, time.now, spent=6.0, now=time)
+    second = resumed(first.to_json(), time.now, 10.0, time.now, spent=6.0, now=time)
     assert (second.cost, second.cost_of("lost")) == (10.0, 0.0)
 
 
