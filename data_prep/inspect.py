@@ -23,7 +23,8 @@ from data_prep.shard_check import read_image
 from data_prep.writer import Plan
 from eiwtrain import storage
 from eiwtrain.data.left_out import left_out_table
-from eiwtrain.data.manifest import DataError, Manifest, Sidecar, Split, load_sidecar
+from eiwtrain.data.manifest import DataError, Manifest, Sidecar, load_sidecar
+from eiwtrain.data.shards import Split
 from eiwtrain.terminal.lines import printable
 
 _READERS = 16  # sidecars that are read side by side

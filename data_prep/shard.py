@@ -15,15 +15,8 @@ from data_prep.decode import NotRead, Undecodable, load
 from data_prep.items import Item, Loaded
 from data_prep.pixels import Preprocess, digest, encode, fit_image
 from eiwtrain import storage
-from eiwtrain.data.manifest import (
-    DataError,
-    Shard,
-    Sidecar,
-    read_sidecar,
-    sidecar_from_json,
-    sidecar_name,
-    sidecar_to_json,
-)
+from eiwtrain.data.manifest import DataError, Sidecar, read_sidecar, sidecar_from_json, sidecar_to_json
+from eiwtrain.data.shards import Shard, sidecar_name
 
 _LOADING = 16  # items of a remote source that are loaded side by side
 _HELD = 1 << 28  # bytes of items that are loaded ahead; a larger item is loaded alone

@@ -19,16 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from data_prep.decode import Pixels
 from data_prep.pixels import digest
 from eiwtrain import storage
-from eiwtrain.data.manifest import (
-    MANIFEST_NAME,
-    DataError,
-    Shard,
-    Sidecar,
-    read_sidecar,
-    shard_name,
-    sidecar_from_json,
-    sidecar_name,
-)
+from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Sidecar, read_sidecar, sidecar_from_json
+from eiwtrain.data.shards import Shard, shard_name, sidecar_name
 from eiwtrain.terminal.lines import one_line, printable
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0\x80", b"\x28\xb5\x2f\xfd")

@@ -18,15 +18,12 @@ from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     DataError,
     Manifest,
-    Shard,
     Sidecar,
-    Split,
     fingerprint_for,
-    is_shard_file,
     manifest_from_json,
     read_manifest,
-    sidecar_name,
 )
+from eiwtrain.data.shards import Shard, Split, is_shard_file, sidecar_name
 
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")  # files that a killed write of `storage` leaves
 

@@ -23,15 +23,12 @@ from eiwtrain.data.manifest import (
     MANIFEST_NAME,
     DataError,
     Manifest,
-    Split,
-    is_shard_file,
     load_manifest,
     load_sidecar,
     manifest_to_json,
     read_manifest,
-    shard_name,
-    sidecar_name,
 )
+from eiwtrain.data.shards import Split, is_shard_file, shard_name, sidecar_name
 
 _SHUFFLE_SEED = 20240704  # order of items in the shards; any number, but the same forever
 _MOST_SHARDS = 1_000_000  # of a split: names have six digits, and their order is that of the numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,20 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def imports(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield (package, room) of each import of a file that names a package of this repository."""
+def names_imported(file: Path) -> Iterator[str]:
+    """Yield the full name of each thing that a file imports, for types alone or not."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            yield package, rest.partition(".")[0]
+            yield from (alias.name for alias in node.names)
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield (package, room) of each import of a file."""
+    for name in names_imported(file):
+        package, _, rest = name.partition(".")
+        yield package, rest.partition(".")[0]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "eiwtrain").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
@@ -44,6 +48,16 @@ def test_imports_go_down(file):
         assert package not in ("benchmarks", "cluster", "tests"), file
         if package == "eiwtrain" and other in FLOOR and room in FLOOR:
             assert FLOOR[room] <= FLOOR[other], f"{room} imports {other}"
+
+
+def test_no_module_imports_one_that_imports_it():
+    files = [file for package in ("eiwtrain", "data_prep", "benchmarks") for file in (ROOT / package).rglob("*.py")]
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    arrows = {}
+    for module, file in modules.items():
+        names = {*names_imported(file)}
+        arrows[module] = (names | {name.rpartition(".")[0] for name in names}) & modules.keys() - {module}
+    assert len(list(TopologicalSorter(arrows).static_order())) == len(modules)
 
 
 def test_every_file_of_the_package_is_a_command_or_in_a_room():

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         redraw,
         train_batches,
     )
-    from eiwtrain.data.manifest import DataError, Manifest, Shard, Split, load_manifest
+    from eiwtrain.data.manifest import DataError, Manifest, load_manifest
     from eiwtrain.data.order import SampleOrder
+    from eiwtrain.data.shards import Shard, Split
     from eiwtrain.data.stream import ShardReader
 
 _HOME = {
@@ -29,9 +30,9 @@ _HOME = {
     "DataError": "manifest",
     "Manifest": "manifest",
     "SampleOrder": "order",
-    "Shard": "manifest",
+    "Shard": "shards",
     "ShardReader": "stream",
-    "Split": "manifest",
+    "Split": "shards",
     "eval_batches": "loader",
     "first_batch": "loader",
     "flow_inputs": "loader",

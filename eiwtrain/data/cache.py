@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eiwtrain import storage
-from eiwtrain.data.manifest import DataError, Shard, Sidecar, read_sidecar, sidecar_from_json, sidecar_name
+from eiwtrain.data.manifest import DataError, Sidecar, read_sidecar, sidecar_from_json
+from eiwtrain.data.shards import Shard, sidecar_name
 from eiwtrain.storage.private import file_lock, private_folder
 
 DEFAULT_CACHE_BYTES = 64 << 30

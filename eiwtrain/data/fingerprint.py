@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from eiwtrain.data.shards import Split
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from eiwtrain.data.manifest import Split
 
 DIGEST_BYTES = 12
 

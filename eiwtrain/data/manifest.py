@@ -1,6 +1,7 @@
 """Describe the shards of a data set: the manifest of the whole, the sidecar of each shard, and their JSON.
 
-This is all that `data_prep` (which writes) and `eiwtrain.data` (which reads) share. It holds no pixels and no order.
+With `shards`, this is all that `data_prep` (which writes) and `eiwtrain.data` (which reads) share. It holds no pixels
+and no order.
 
 A data set is a folder at any fsspec URL:
 
@@ -21,6 +22,7 @@ from eiwtrain import storage
 from eiwtrain.data.fields import DataError, Fields, parse_object
 from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.left_out import LeftOut
+from eiwtrain.data.shards import Shard, Split, sidecar_name
 from eiwtrain.terminal.lines import one_line
 
 MANIFEST_NAME = "manifest.json"
@@ -32,30 +34,6 @@ ENCODINGS = ("png", "npy")
 MAX_RESOLUTION = 1024  # pixels; beyond it a typing error is more likely than an image model
 _MOST_BYTES = 1 << 28  # of a manifest or a sidecar: of some 2 million images a shard
 _SAMPLE = 4 * 512  # bytes of a tar that an image takes at least: two members, each a header and a block
-_USUAL_SPLITS = ("train", "val", "test", "valid", "validation", "testing", "eval")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its file name, its number of images, its size in bytes, its hex SHA-256 and that of its sidecar.
-
-    Inside the sidecar itself, `sidecar_sha256` is empty.
-    """
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    sidecar_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Split:
-    """A named part of the data set. Its sample i is image i of its shards laid end to end."""
-
-    name: str
-    samples: int
-    shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True)
@@ -146,22 +124,6 @@ class Sidecar:
     digests: tuple[str, ...] = ()
     dropped: tuple[dict[str, str], ...] = ()
     changed: dict[str, int] = field(default_factory=dict)
-
-
-def shard_name(split: str, number: int) -> str:
-    """Return the file name of shard `number` of `split`."""
-    return f"{split}-{number:06d}.tar"
-
-
-def sidecar_name(shard: str) -> str:
-    """Return the file name of the sidecar of a shard."""
-    return shard.removesuffix(".tar") + ".json"
-
-
-def is_shard_file(name: str, splits: Iterable[str]) -> bool:
-    """Return whether a file name is that of a shard or sidecar of one of these splits, or of a usual split."""
-    known = "|".join(map(re.escape, {*splits, *_USUAL_SPLITS}))
-    return re.fullmatch(rf"({known})-\d{{6,}}\.(tar|json)", name) is not None
 
 
 def fingerprint_for(

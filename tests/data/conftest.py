@@ -15,17 +15,8 @@ from PIL import Image
 
 from eiwtrain import storage
 from eiwtrain.data.fingerprint import fingerprint, image_digest
-from eiwtrain.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    Sidecar,
-    Split,
-    manifest_to_json,
-    shard_name,
-    sidecar_name,
-    sidecar_to_json,
-)
+from eiwtrain.data.manifest import MANIFEST_NAME, Manifest, Sidecar, manifest_to_json, sidecar_to_json
+from eiwtrain.data.shards import Shard, Split, shard_name, sidecar_name
 
 SIDE = 8
 

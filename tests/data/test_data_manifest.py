@@ -15,7 +15,6 @@ from eiwtrain.data.fingerprint import fingerprint, first_fingerprint
 from eiwtrain.data.manifest import (
     DataError,
     Manifest,
-    Shard,
     Sidecar,
     load_manifest,
     load_sidecar,
@@ -24,6 +23,7 @@ from eiwtrain.data.manifest import (
     sidecar_from_json,
     sidecar_to_json,
 )
+from eiwtrain.data.shards import Shard
 
 
 def test_manifest_and_sidecar_survive_json(data_set: Path) -> None:

@@ -16,7 +16,8 @@ from data_prep.__main__ import main
 from data_prep.duplicates import find_duplicates
 from data_prep.verify import verify
 from eiwtrain.data import ShardReader, load_manifest
-from eiwtrain.data.manifest import Manifest, Shard, Sidecar, load_sidecar
+from eiwtrain.data.manifest import Manifest, Sidecar, load_sidecar
+from eiwtrain.data.shards import Shard
 
 
 def _sidecar(keys: list[str], digests: list[str], dropped: tuple[dict[str, str], ...] = ()) -> Sidecar:

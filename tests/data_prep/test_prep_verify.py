@@ -27,7 +27,8 @@ from data_prep.shard_check import ShardCheck, ShardFound, verify_shard
 from data_prep.verify import verify
 from eiwtrain import storage
 from eiwtrain.data.fingerprint import fingerprint
-from eiwtrain.data.manifest import DataError, Shard, Split
+from eiwtrain.data.manifest import DataError
+from eiwtrain.data.shards import Shard, Split
 
 Members = list[tuple[str, bytes]]
 

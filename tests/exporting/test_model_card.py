@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from small_run import commit, export_model, small_flow
 
 from eiwtrain import checkpoints
-from eiwtrain.data.manifest import Manifest, Shard, Split
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.data.shards import Shard, Split
 from eiwtrain.exporting import model_card, models
 from eiwtrain.scoring.yardsticks import Yardsticks
 from eiwtrain.terminal import markdown

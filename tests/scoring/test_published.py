@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from data_prep.sources import imagenet
-from eiwtrain.data.manifest import Manifest, Split
+from eiwtrain.data.manifest import Manifest
+from eiwtrain.data.shards import Split
 from eiwtrain.flow import FlowConfig
 from eiwtrain.scoring import published
 from eiwtrain.scoring.estimator import estimator_of
