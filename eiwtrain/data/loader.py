@@ -1,26 +1,18 @@
 """Make batches: the images of a rank's share of a step, with the noise and the augmentation that belong to each sample.
 
 A sample's pixels and noise depend on (seed, epoch, sample index) alone: not on rank, world size or workers.
-Not for the order of samples (`order`) or for reading shards (`stream`).
+Not for the order of samples (`order`), for reading shards (`stream`) or for the processes that do it (`processes`).
 """
 
 from __future__ import annotations
 
-import atexit
-import itertools
-import multiprocessing
-import os
-import signal
-import threading
-import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from eiwtrain import storage
 from eiwtrain.config import micro_batches
@@ -29,14 +21,13 @@ from eiwtrain.data.manifest import DataError
 from eiwtrain.data.noise import sample_keys, uniform
 from eiwtrain.data.order import DEFAULT_BLOCK, DEFAULT_LANES, SampleOrder
 from eiwtrain.data.prefetch import Lookahead, Prefetcher, short_cache
+from eiwtrain.data.processes import Count, load_items
 from eiwtrain.data.stream import ShardReader
 from eiwtrain.flow.config import FlowConfig
 from eiwtrain.storage import StorageError
 
-_PREFETCH = 4  # micro-batches that each loader worker makes ahead
 _EVAL_SHARDS = 3  # that an evaluation fetches ahead
 _TRAIN, _EVAL = 0, 1  # streams of noise that never meet
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 # A batch as a worker sends it: images, (n, H, W, C); keys, indices and labels in one small array, since every tensor
@@ -118,7 +109,7 @@ def train_batches(
         warn(short)
     shares = _TrainShares(reader, ahead, seed, global_batch, micro_batch, rank, world_size, augment)
     count = micro_batches(global_batch, micro_batch, world_size)
-    return _steps(_load(shares, _Numbers(start_step * count), workers), count)
+    return _steps(_batches(load_items(shares, Count(start_step * count), workers)), count)
 
 
 def eval_batches(
@@ -142,7 +133,7 @@ def eval_batches(
         raise ValueError(f"rank {rank} of {world_size}, workers {workers}: out of range")
     total = min(images, len(reader))
     shares = _EvalShares(reader, total, seed, draw, micro_batch, rank, world_size)
-    return _load(shares, range(micro_batches(total, micro_batch, world_size)), workers)
+    return _batches(load_items(shares, range(micro_batches(total, micro_batch, world_size)), workers))
 
 
 def first_batch(reader: ShardReader, n: int, seed: int) -> Batch:
@@ -279,72 +270,8 @@ def new_faults() -> int:
     return _faults_reported - reported
 
 
-class _Numbers:
-    """The numbers start, start + 1, ... forever, as a sampler for DataLoader."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
-
-
-def _load(dataset: Dataset[Any], numbers: Any, workers: int) -> Iterator[Batch]:
-    """Yield the micro-batches of these numbers, in order, made by this process or by worker processes.
-
-    Threads would need less code, but they share the interpreter lock with the trainer: in nine alternating rounds on
-    two busy cores, two threads read at 0.7 to 1.1 times the rate of two processes, and the trainer's own small tensor
-    operations took 1.1 to 2.0 times as long.
-    """
-    if workers == 0:
-        return _raising(dataset[number] for number in numbers)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        sampler=numbers,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        prefetch_factor=_PREFETCH,
-        multiprocessing_context="spawn",  # remote file systems and threads do not survive a fork
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # or starting workers would advance torch's global generator
-    )
-    threads = set(threading.enumerate())
-    held: list[Any] = [_start_workers(loader)]  # the only reference: workers stop when it is cleared
-    feeders = set(threading.enumerate()) - threads
-    processes = list(held[0]._workers)
-    batches = _raising(_drain(held))
-    # Also at exit, before multiprocessing would send SIGTERM, which they ignore, and wait for them forever.
-    weakref.finalize(batches, _stop_workers, held, feeders, processes)
-    return batches
-
-
-def _stop_workers(held: list[Any], feeders: set[threading.Thread], processes: list[Any]) -> None:
-    """Stop the workers, then the threads that feed their queues.
-
-    If the interpreter exits while such a thread releases a semaphore, multiprocessing warns of a leak.
-    """
-    held.clear()
-    for process in processes:
-        if process.is_alive():  # it may wait for storage for minutes, and ignores SIGTERM
-            process.kill()
-    for feeder in feeders:
-        feeder.join(timeout=5)
-
-
-def _drain(held: list[Iterator[Any]]) -> Iterator[Any]:
-    while held:
-        try:
-            item = next(held[0])
-        except StopIteration:
-            held.clear()
-            return
-        if isinstance(item, Exception):
-            held.clear()
-        yield item
-
-
-def _raising(items: Iterator[Any]) -> Iterator[Batch]:
+def _batches(items: Iterator[Any]) -> Iterator[Batch]:
+    """Yield each item as a batch, count its storage failures, and raise one that is an error."""
     for item in items:
         if isinstance(item, Exception):
             raise item
@@ -356,44 +283,6 @@ def _raising(items: Iterator[Any]) -> Iterator[Batch]:
 def _steps(batches: Iterator[Batch], count: int) -> Iterator[list[Batch]]:
     while True:
         yield [next(batches) for _ in range(count)]
-
-
-def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers with the stop signals blocked, which they inherit.
-
-    A Ctrl-C reaches the whole process group: it must not kill a worker that is still importing and has not reached
-    `_init_worker`. In this process, a signal that arrives meanwhile is delivered right after.
-    """
-    resource_tracker.ensure_running()  # started by the first worker, it would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _init_worker(worker: int) -> None:
-    """Make a loader worker ignore stop signals: the trainer writes a checkpoint first and then stops its workers.
-
-    A worker exits without finalizing the interpreter, as forked ones do. Finalizing can stop the thread that sends
-    batches inside C++, which aborts the process, and DataLoader then raises in the trainer.
-    """
-    for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    atexit.register(os._exit, 0)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Exit when the trainer is gone. DataLoader's own check misses one that was killed before the worker started."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _check_sizes(**sizes: int) -> None:
