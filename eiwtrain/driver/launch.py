@@ -78,7 +78,7 @@ def run_attempts(
                     skip_to = outcome.skip_to
                 elif isinstance(outcome, Crashed):
                     console.note(f"the workers failed: {outcome.reason}")
-                    lease.failed()
+                    lease.failed(outcome.reason)
                     shortages += outcome.short_of_memory
                     before, newest = newest, _newest(config) or newest
                     crashes = crashes + 1 if newest == before else 1

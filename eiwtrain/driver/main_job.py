@@ -79,7 +79,7 @@ def train_under_lease(
     tracked: TrackedRun | None = None
     watcher: Watcher | None = None
     status: Status = "FAILED"
-    detail = ""
+    detail = why = ""
     lease: Lease | None = None
     outcome: Outcome | None = None
     try:
@@ -100,8 +100,10 @@ def train_under_lease(
         timeline.mark("MLflow")
         outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)
+        why = getattr(outcome, "reason", "")
         return outcome, tracked
     except (LeaseHeld, tracking.TrackingError) as e:
+        why = str(e)
         raise ConfigError.because(str(e), e) from None
     except storage.StorageError as e:
         detail = f"failed: {one_line(e, _MOST_WORDS)}"
@@ -111,8 +113,8 @@ def train_under_lease(
     except ConfigError as e:  # Ray cannot be started or joined
         detail = f"failed: {one_line(e, _MOST_WORDS)}"
         raise
-    except Interrupted:
-        status = "KILLED"
+    except Interrupted as e:
+        status, why = "KILLED", str(e)
         raise
     finally:
         if tracked is not None and watcher is not None:
@@ -121,7 +123,8 @@ def train_under_lease(
                 watcher.dismiss()
         session.stop()
         if lease is not None:
-            lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped")  # refused, it has not failed
+            # refused, it has not failed
+            lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped", why or detail)
 
 
 def _check_cost(config: Config, lease: Lease) -> None:

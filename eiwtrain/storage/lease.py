@@ -27,34 +27,31 @@ harm, one that is ahead delays a write by a heartbeat), and to print when someth
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from eiwtrain import storage
 from eiwtrain.storage import holders
-from eiwtrain.storage.holders import Holder
+from eiwtrain.storage.holdings import FILE, Holding, HoldingState, Record, failures_of, parse, read_record, seconds_of
 from eiwtrain.storage.swap import read, swap
 from eiwtrain.terminal.console import duration
+from eiwtrain.terminal.lines import one_line
 from eiwtrain.testing import failpoints
 
 _BEAT_SECONDS = 5.0
 _STALE_SECONDS = 30.0
 _LOOK_SECONDS = 3.0  # a guard trusts what it has read for so long
 _POLL_SECONDS = 1.0  # between two looks while waiting
-_KEPT = 1000  # holdings that the history lists; of earlier ones it keeps the sums
-_FORMAT = "eiwtrain-lease/1"
+_MOST_WORDS = 200  # characters of why a holding ended: all are written at each heartbeat
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _log = logging.getLogger("eiwtrain.storage.lease")
-
-HoldingState = Literal["running", "finished", "stopped", "failed", "died"]
 
 
 class LeaseHeld(RuntimeError):
@@ -65,67 +62,16 @@ class LeaseLost(RuntimeError):
     """The lease was ours and no longer is; one line says which process took it."""
 
 
-@dataclass(frozen=True)
-class Holding:
-    """One period in which a process held the lease. Times are Unix times in seconds; if the process died, `ended` is
-    its last heartbeat."""
-
-    began: float
-    ended: float
-    outcome: HoldingState
-    failures: int = 0
-    """Restarts of the workers within it (`Lease.failed`)."""
-    cost: float = 0.0
-    """What its workers have cost (`Lease.cost`)."""
-
-
-@dataclass(frozen=True)
-class _Record:
-    """Content of `lease.json`. The holding is "running" until the lease is given back, and ends with its last
-    heartbeat. In the file it is called "attempt"."""
-
-    name: str
-    owner: str
-    holder: Holder
-    beat: int
-    holding: Holding
-    number: int = 0  # number of the driver's attempt that may write
-    earlier: tuple[Holding, ...] = ()
-    folded_seconds: float = 0.0  # sum over the holdings before `earlier`
-    folded_failures: int = 0
-    folded_cost: float = 0.0
-
-    @property
-    def held(self) -> bool:
-        return self.holding.outcome == "running"
-
-    def as_bytes(self) -> bytes:
-        raw = asdict(self) | {"format": _FORMAT, "earlier": [astuple(a) for a in self.earlier]}
-        raw["attempt"] = raw.pop("holding")
-        return json.dumps(raw, separators=(",", ":")).encode()
-
-    def history(self) -> dict[str, Any]:
-        """Return the fields of the next holder's record that describe this and the earlier holdings."""
-        last = replace(self.holding, outcome="died") if self.held else self.holding
-        known = (*self.earlier, last)
-        old, kept = known[:-_KEPT], known[-_KEPT:]
-        return {
-            "earlier": kept,
-            "folded_seconds": self.folded_seconds + _seconds(old),
-            "folded_failures": self.folded_failures + _failures(old),
-            "folded_cost": self.folded_cost + sum(h.cost for h in old),
-        }
-
-
 class Lease:
     """The right to train a run, kept by a heartbeat in a thread until `release`; `acquire` makes one."""
 
-    def __init__(self, url: str, record: _Record, note: Callable[[str], None]) -> None:
+    def __init__(self, url: str, record: Record, note: Callable[[str], None]) -> None:
         self._url, self._record, self._note = url, record, note
         self._written: bytes | None = record.as_bytes()
         self.cost = 0.0
         """What the workers of this holding have cost so far; the next heartbeat records what is set."""
         self._failures = 0
+        self._why = ""
         self._lost: str | None = None
         self._ending, self._soon = threading.Event(), threading.Event()
         self._changing = threading.Lock()
@@ -144,12 +90,12 @@ class Lease:
             LeaseHeld: another holder is alive.
             StorageError: the lease cannot be read or written, or the file is not a lease.
         """
-        url = storage.join(root, "lease.json")
+        url = storage.join(root, FILE)
         watched: bytes | None = None
         since = 0.0
         while True:
             found = read(url)
-            before = None if found is None else _parse(found)
+            before = None if found is None else parse(found)
             if found is not None and before is None:
                 raise storage.StorageError(f"{url} is not a lease; delete it if no other job trains this run")
             if before is not None and before.held and not holders.is_gone(before.holder):
@@ -169,7 +115,7 @@ class Lease:
                     continue
             began = time.time()
             history = before.history() if before is not None else {}
-            record = _Record(name, uuid.uuid4().hex, holders.here(), 0, Holding(began, began, "running"), **history)
+            record = Record(name, uuid.uuid4().hex, holders.here(), 0, Holding(began, began, "running"), **history)
             if swap(url, found, record.as_bytes()):
                 lease = cls(url, record, note)
                 failpoints.reach("lease.taken")
@@ -188,7 +134,7 @@ class Lease:
     @property
     def earlier_seconds(self) -> float:
         """Sum of the durations of all earlier holdings, seconds."""
-        return self._record.folded_seconds + _seconds(self._record.earlier)
+        return self._record.folded_seconds + seconds_of(self._record.earlier)
 
     @property
     def earlier_cost(self) -> float:
@@ -198,16 +144,21 @@ class Lease:
     @property
     def failures(self) -> int:
         """Number of earlier holdings that died or failed, and of the failures counted by `failed`, in this one too."""
-        return self._record.folded_failures + _failures(self._record.earlier) + self._failures
+        return self._record.folded_failures + failures_of(self._record.earlier) + self._failures
 
     @property
     def lost(self) -> str | None:
         """One line that says which process has taken the lease; None while it is ours as far as this process knows."""
         return self._lost
 
-    def failed(self) -> None:
-        """Count one more failure within this holding; the next heartbeat records it."""
+    def failed(self, why: str = "") -> None:
+        """Count one more failure within this holding; the next heartbeat records it.
+
+        Args:
+            why: why its workers failed.
+        """
         self._failures += 1
+        self._why = why and f"its workers failed: {one_line(why, _MOST_WORDS)}"
 
     def next_attempt(self) -> None:
         """Begin a new attempt of this driver, whose workers are about to start. Guards of earlier workers, which may
@@ -220,8 +171,8 @@ class Lease:
         """Return the guard that a worker of the present attempt asks before it writes."""
         return Guard(self._url, self.owner, self._record.number)
 
-    def release(self, outcome: HoldingState) -> None:
-        """Stop the heartbeat and give the lease back with `outcome`. All workers must have stopped before.
+    def release(self, outcome: HoldingState, why: str = "") -> None:
+        """Stop the heartbeat and give the lease back with `outcome`, and why. All workers must have stopped before.
 
         A lease that is lost or already given back is left as it is. If storage does not answer, that is only noted.
         """
@@ -230,6 +181,7 @@ class Lease:
         self._thread.join()
         if self._lost is not None or not self._record.held:
             return
+        self._why = "; ".join(filter(None, [self._why, one_line(why, _MOST_WORDS)]))
         failpoints.reach("lease.before-release")
         try:
             with storage.impatient():
@@ -255,12 +207,12 @@ class Lease:
         """Write that this process lives, or how it ended; set `lost` if the lease has another owner."""
         with self._changing:
             r = self._record
-            holding = Holding(r.holding.began, time.time(), outcome, self._failures, self.cost)
+            holding = Holding(r.holding.began, time.time(), outcome, self._failures, self.cost, self._why)
             self._record = r = replace(r, beat=r.beat + 1, holding=holding)
         data = r.as_bytes()
         while not swap(self._url, self._written, data):
             content = read(self._url)
-            found = None if content is None else _parse(content)
+            found = None if content is None else parse(content)
             if found is not None and found.owner != self.owner:
                 self._lost = f"run.name: '{r.name}' was taken over by {found.holder}"
                 return
@@ -336,7 +288,7 @@ class Guard:
     def _look(self) -> None:
         now = _now()
         content = read(self._url)
-        found = None if content is None else _parse(content)
+        found = None if content is None else parse(content)
         if content is None or found is None:  # the holder's next heartbeat writes it again
             return
         if found.owner != self._owner:
@@ -361,37 +313,11 @@ def look(root: str) -> tuple[str, Holding] | None:
     Raises:
         StorageError: the lease cannot be read.
     """
-    content = read(storage.join(root, "lease.json"))
-    found = None if content is None else _parse(content)
-    if found is None:
-        return None
-    return found.owner, replace(found.holding, outcome="died") if found.held and holders.is_gone(
-        found.holder
-    ) else found.holding
+    found = read_record(root)
+    return None if found is None else (found.owner, found.last)
 
 
-def _parse(data: bytes) -> _Record | None:
-    """Return the record in `data`; None if it is not one."""
-    try:
-        raw = json.loads(data)
-        if raw.pop("format") != _FORMAT:
-            return None
-        raw["holder"], raw["holding"] = Holder(**raw["holder"]), Holding(**raw.pop("attempt"))
-        raw["earlier"] = tuple(Holding(*a) for a in raw["earlier"])
-        return _Record(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _seconds(holdings: tuple[Holding, ...]) -> float:
-    return sum(max(0.0, h.ended - h.began) for h in holdings)
-
-
-def _failures(holdings: tuple[Holding, ...]) -> int:
-    return sum(h.failures + (h.outcome in ("died", "failed")) for h in holdings)
-
-
-def _last_seen(record: _Record) -> str:
+def _last_seen(record: Record) -> str:
     return f"last trained by {record.holder}, {duration(time.time() - record.holding.ended)} ago"
 
 

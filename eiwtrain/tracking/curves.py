@@ -31,6 +31,7 @@ CODER_BITS_PER_DIM = {
 """Curve of each lossless coder."""
 
 IMAGES_PER_SECOND = _curve("time/images_per_second", "over all workers, in the time of steps")
+WORKERS = _curve("time/workers", "workers of the attempt")
 DATA_WAIT = _curve("time/data_wait", "share of that time spent waiting for data")
 GOODPUT = _curve("time/goodput", "share of wall time in steps that count")
 LOST_TIME = {

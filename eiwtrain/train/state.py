@@ -172,6 +172,7 @@ class TrainState:
         return {
             "config": self.config.model_dump(mode="json"),
             "flow": self.flow.config.to_dict(),
+            "parameters": sum(p.numel() for p in self.averaged.parameters()),
             "data": self.manifest.title,
             "data_fingerprint": self.manifest.fingerprint,
             "class_names": list(self.manifest.classes) if self.config.model.classes else None,

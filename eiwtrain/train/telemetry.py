@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eiwtrain.on_ray.messages import Message, Note
 from eiwtrain.tracking import Tracker
-from eiwtrain.tracking.curves import COST, COST_AT_END, COST_WASTED, SKIPPED_STEPS
+from eiwtrain.tracking.curves import COST, COST_AT_END, COST_WASTED, SKIPPED_STEPS, WORKERS
 from eiwtrain.tracking.system import System
 from eiwtrain.train import goodput, report
 from eiwtrain.train.agreed import StepSums
@@ -58,6 +58,7 @@ class Telemetry:
             ranks: each rank's node, and its host's name.
         """
         self._state, self._clock, self._tracker, self._say, self._images = state, clock, tracker, say, images
+        self._workers = float(len(ranks))
         self._config = state.config
         self._system = System([node for node, _ in ranks], state.device, lambda text: say(Note(text)))
         self._speeds = Speeds(ranks, lambda text: say(Note(text)))
@@ -97,7 +98,11 @@ class Telemetry:
             curves = report.curves(
                 self._meter, bits, penalty, made.norm, made.lr, made.entropy, orders, self._faults, epoch
             )
-            curves |= {SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self._clock) | of_machines
+            curves |= (
+                {WORKERS: self._workers, SKIPPED_STEPS: float(state.skipped)}
+                | goodput.curves(self._clock)
+                | of_machines
+            )
             if self._config.workers.price_per_hour is not None:
                 curves |= goodput.cost_curves(self._clock, self._meter.eta(state.step, t))
             self._tracker.metrics(state.step, curves)

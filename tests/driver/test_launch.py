@@ -47,7 +47,7 @@ def test_an_attempt_is_told_how_often_memory_was_short(tmp_path, monkeypatch):
         monkeypatch.setattr(launch, name, lambda *_: None)
     monkeypatch.setattr(launch, "_wait_for_room", lambda *_: 1)
     monkeypatch.setattr(launch, "NodeRequest", lambda _config: SimpleNamespace(end=lambda: None))
-    lease = SimpleNamespace(next_attempt=lambda: None, failed=lambda: None)
+    lease = SimpleNamespace(next_attempt=lambda: None, failed=lambda why: None)
     launch.run_attempts(config, "", None, None, lease, 0.0, Console(), Stop(Console()))
     assert told == [0, 1, 1, 2]
 

@@ -57,16 +57,20 @@ def status(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code", "state"),
+    ("outcome", "code", "state", "how"),
     [
-        (Stopped("its time limit", 3, "x"), 75, "KILLED"),
-        (Failed("why"), 1, "FAILED"),
+        (Stopped("its time limit", 3, "x"), 75, "KILLED", "stopped"),
+        (Failed("why"), 1, "FAILED", "failed"),
     ],
 )
-def test_how_it_ended_is_the_exit_code_and_the_status(path, monkeypatch, capsys, outcome, code, state):
+def test_how_it_ended_is_the_exit_code_the_status_and_in_the_lease(
+    path, monkeypatch, capsys, outcome, code, state, how
+):
     monkeypatch.setattr(launch, "run_attempts", lambda *args: outcome)
     assert run.main([str(path)]) == code
     assert status(path) == state
+    _, last = lease.look(f"{path.parent}/runs/tiny")
+    assert (last.outcome, last.why) == (how, outcome.reason)
 
 
 def test_a_stop_while_the_run_is_begun_ends_it_as_killed(path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eiwtrain import storage
-from eiwtrain.storage import holders, lease, retry, swap
+from eiwtrain.storage import holders, holdings, lease, retry, swap
 from eiwtrain.storage.lease import Guard, Holding, Lease, LeaseHeld, LeaseLost
 
 ELSEWHERE = holders.Holder("elsewhere", 1234, "", 0)
@@ -95,8 +95,40 @@ def test_a_lease_that_was_given_back_is_taken_at_once_and_remembers(root, world)
     assert (third.earlier_seconds, third.failures) == (100.0, 1)
 
 
+def test_a_run_remembers_why_its_drivers_ended(root, world):
+    acquire(root).release("stopped", "SIGTERM")
+    second = acquire(root, holder=ELSEWHERE)
+    second.failed("rank 1 died\nof a signal")
+    beat(second)
+    world.sleep(40)  # killed
+    third = acquire(root)
+    third.failed("x" * 1000)
+    third.failed("rank 0 died")
+    third.release("failed", "no room")
+    record = holdings.read_record(root)
+    whys = [h.why for h in (*record.earlier, record.last)]
+    assert whys == [
+        "SIGTERM",
+        "its workers failed: rank 1 died of a signal",
+        "its workers failed: rank 0 died; no room",
+    ]
+
+
+def test_a_lease_of_before_there_were_reasons_is_read(root):
+    acquire(root).release("stopped", "SIGTERM")
+    acquire(root).release("finished")
+    old = content(root)
+    old["earlier"] = [entry[:4] for entry in old["earlier"]]
+    del old["attempt"]["why"], old["attempt"]["cost"]
+    record = holdings.parse(json.dumps(old).encode())
+    assert [(h.outcome, h.why, h.cost) for h in (*record.earlier, record.last)] == [
+        ("stopped", "", 0.0),
+        ("finished", "", 0.0),
+    ]
+
+
 def test_what_a_run_has_cost_is_remembered_whatever_ended_its_drivers(root, world, monkeypatch):
-    monkeypatch.setattr("eiwtrain.storage.lease._KEPT", 1)
+    monkeypatch.setattr("eiwtrain.storage.holdings._KEPT", 1)
     for number, cost in enumerate([1.5, 0.25, 4.0]):
         lease = acquire(root, holder=ELSEWHERE)
         assert (lease.cost, lease.earlier_cost) == (0.0, [0.0, 1.5, 1.75][number])
@@ -255,16 +287,16 @@ attempts = st.builds(
 def test_a_history_that_is_cut_keeps_its_sums(history, kept):
     record = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "_KEPT", kept)
+        patch.setattr(holdings, "_KEPT", kept)
         for attempt in (*history, Holding(0, 0, "running")):
             before = record.history() if record else {}
-            record = lease._Record("tiny", "owner", ELSEWHERE, 0, attempt, **before)
-            record = lease._parse(record.as_bytes())
+            record = holdings.Record("tiny", "owner", ELSEWHERE, 0, attempt, **before)
+            record = holdings.parse(record.as_bytes())
     ended = [a if a.outcome != "running" else dataclasses.replace(a, outcome="died") for a in history]
     assert list(record.earlier) == ended[-kept:]
-    assert record.folded_seconds + lease._seconds(record.earlier) == sum(a.ended - a.began for a in history)
+    assert record.folded_seconds + holdings.seconds_of(record.earlier) == sum(a.ended - a.began for a in history)
     failures = sum(a.failures + (a.outcome in ("failed", "died")) for a in ended)
-    assert record.folded_failures + lease._failures(record.earlier) == failures
+    assert record.folded_failures + holdings.failures_of(record.earlier) == failures
 
 
 def test_the_heart_beats_by_itself_and_a_failure_does_not_stop_it(tmp_path, monkeypatch):
