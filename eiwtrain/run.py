@@ -58,9 +58,10 @@ def main(argv: list[str] | None = None) -> int:
                 preflight.check_storage(config)
             manifest = manifest or main_job.prepare(config, console)
             timeline.mark("data")
-            preflight.find_checkpoint(config, manifest)  # so that a mistake is named before the lease is waited for
+            # so that a mistake is named before the lease is waited for
+            known = preflight.find_checkpoints(config, manifest)
             command = main_job.resume_command(argv)
-            outcome, tracked = main_job.train_under_lease(config, began, command, console, stop)
+            outcome, tracked = main_job.train_under_lease(config, known, began, command, console, stop)
             return _report(outcome, config, tracked, command, console, stop)
     except ConfigError as e:
         later = e.passing and not args.dry_run

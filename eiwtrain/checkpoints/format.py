@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -88,11 +89,19 @@ def folder(root: str) -> str:
     return storage.join(root, "checkpoints")
 
 
-def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
-    """Return the run's committed checkpoints, and those that cannot be read; each newest first.
+Survey = tuple[list[Checkpoint], list[Unreadable]]
+"""A run's committed checkpoints, and those that cannot be read; each newest first."""
+
+
+def survey(root: str, known: Iterable[Checkpoint] = ()) -> Survey:
+    """Return what is there of the run's checkpoints.
 
     Folders without a manifest were never committed and are in neither list. Parts are looked for, but not read.
+
+    Args:
+        known: checkpoints of an earlier survey, whose manifests are not read again: they never change.
     """
+    parsed = {c.url: c for c in known}
     files: defaultdict[str, set[str]] = defaultdict(set)
     for path, _ in storage.find(folder(root)):
         name, _, file = path.partition("/")
@@ -104,7 +113,7 @@ def survey(root: str) -> tuple[list[Checkpoint], list[Unreadable]]:
             continue
         url = storage.join(folder(root), name)
         try:
-            found.append(_whole(_read_manifest(url), there))
+            found.append(_whole(parsed.get(url) or _read_manifest(url), there))
         except (FileNotFoundError, NotADirectoryError):  # deleted since it was listed
             continue
         except DamagedCheckpoint as e:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from eiwtrain import storage
@@ -15,6 +15,7 @@ from eiwtrain.checkpoints.format import (
     FOLDER,
     MANIFEST,
     Checkpoint,
+    Survey,
     Unreadable,
     age,
     folder,
@@ -110,8 +111,14 @@ def sweep(
     failpoints.reach("checkpoint.swept")
 
 
-def clean(root: str, guard: Callable[[], None] = lambda: None, outwait: Callable[[], None] | None = None) -> None:
+def clean(
+    root: str,
+    guard: Callable[[], None] = lambda: None,
+    outwait: Callable[[], None] | None = None,
+    known: Iterable[Checkpoint] = (),
+) -> Survey:
     """Delete what dead attempts left half written: parts without a manifest, temporary files, unfinished uploads.
+    Return what is there then.
 
     A checkpoint that is condemned or cannot be read stays until training has passed its step. Call it only where no
     commit is under way and no other process writes the run.
@@ -119,17 +126,19 @@ def clean(root: str, guard: Callable[[], None] = lambda: None, outwait: Callable
     Args:
         guard: as for `sweep`.
         outwait: called if a folder would be deleted; a commit that a dead attempt completes meanwhile stays.
+        known: as for `survey`.
     """
-    found, unreadable = survey(root)
+    found, unreadable = survey(root, known)
     if outwait is not None and _unfinished(root, storage.listdir(folder(root)), found, unreadable):
         outwait()
-        found, unreadable = survey(root)
+        found, unreadable = survey(root, found)
     _clean(root, found, unreadable, guard)
+    return found, [u for u in unreadable if u.step > _passed(found)]
 
 
 def _unfinished(root: str, names: list[str], found: list[Checkpoint], unreadable: list[Unreadable]) -> list[str]:
     """Return the folders among `names` that are neither checkpoints nor damaged ones that training has yet to pass."""
-    passed = found[0].step if found else -1
+    passed = _passed(found)
     keep = {c.url for c in found} | {u.url for u in unreadable if u.step > passed}
     bad, urls = {u.url for u in unreadable}, []
     for name in names:
@@ -140,6 +149,11 @@ def _unfinished(root: str, names: list[str], found: list[Checkpoint], unreadable
             if not condemned and (url in bad or not storage.exists(storage.join(url, MANIFEST))):
                 urls.append(url)
     return urls
+
+
+def _passed(found: list[Checkpoint]) -> int:
+    """Return the step that training has reached for sure: what is damaged up to there is of no use."""
+    return found[0].step if found else -1
 
 
 def _clean(root: str, found: list[Checkpoint], unreadable: list[Unreadable], guard: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import replace
 
+from eiwtrain import checkpoints
 from eiwtrain.config import Config, prices
 from eiwtrain.on_ray import session
 from eiwtrain.on_ray.autoscaling import NodeRequest
@@ -64,6 +65,7 @@ class Attempt:
         attempt_began: float,
         skip_to: int | None,
         shortages: int,
+        there: checkpoints.Survey | None,
     ) -> None:
         """Start the workers.
 
@@ -75,6 +77,7 @@ class Attempt:
             began, attempt_began: Unix times at which the driver started, and at which the attempt before ended.
             skip_to: step to resume at, with the weights of the last good checkpoint.
             shortages: attempts under this driver that have run out of a GPU's memory.
+            there: checkpoints that they find; None: not known.
         """
         self._config, self._lease, self._node_request, self._workers = config, lease, node_request, workers
         self._cost_before, self._hired = lease.cost, time.monotonic()
@@ -84,7 +87,7 @@ class Attempt:
         assignment = Assignment(
             config, data_fingerprint, tracked, self._driver_end.mailbox, lease.guard(), session.forwarded_environment(),
             began, lease.earlier_seconds, attempt_began, lease.failures, skip_to, shortages,
-            lease.earlier_cost + lease.cost, time.time(),
+            lease.earlier_cost + lease.cost, time.time(), there,
         )  # fmt: skip
         name = f"{config.run.name}-{int(began)}-{number}"
         self._fit = Fit(train_worker, {"assignment": assignment}, config.workers, workers, name)

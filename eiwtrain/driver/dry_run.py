@@ -176,7 +176,7 @@ def look(config: Config, manifest: Manifest | None, console: Console) -> int:
         console.note(f"data      {config.data.path}: {counts} images, fingerprint {manifest.fingerprint[:12]}")
         if manifest.protocol:
             console.note(f"          {manifest.protocol}")
-    found = preflight.find_checkpoint(config, manifest)
+    found = next(iter(preflight.find_checkpoints(config, manifest)), None)
     console.note(f"start     {'a new run' if found is None else f'step {found.step:,}, {found.url}'}")
     preflight.check_storage(config)
     console.note(f"storage   {config.root}: can be written")

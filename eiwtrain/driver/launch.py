@@ -29,7 +29,7 @@ _WAITING_SECONDS = 60.0  # after which a job for which there is no room says wha
 def run_attempts(
     config: Config,
     data_fingerprint: str,
-    newest: checkpoints.Checkpoint | None,
+    known: list[checkpoints.Checkpoint],
     tracked: TrackedRun,
     lease: Lease,
     began: float,
@@ -42,7 +42,7 @@ def run_attempts(
     from the newest checkpoint on the workers that there is room for then.
 
     Args:
-        newest: checkpoint that the run had at its start.
+        known: checkpoints that the run has at its start, the newest first.
     """
     if not session.is_running():
         start_ray(config)  # before Ray is imported, which decides much by the environment
@@ -63,13 +63,15 @@ def run_attempts(
                 lease.next_attempt()
                 if not (workers := _wait_for_room(config, node_request, lease, console, stop)):
                     return _stopped(config, stop)
+                there: checkpoints.Survey | None = None
                 with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
-                    _clean(config, lease, stop)
+                    there = _clean(config, lease, stop, known)
+                    known = there[0]
                 timeline.mark("room")
                 console.note(f"starting {workers} workers ({duration(time.time() - began)} since the start)")
                 attempt = Attempt(
                     config, data_fingerprint, tracked, lease, node_request, workers, number, began, attempt_began,
-                    skip_to, shortages,
+                    skip_to, shortages, there,
                 )  # fmt: skip
                 outcome = attempt.follow(console, stop)
                 attempt_began, skip_to = time.time(), None
@@ -80,14 +82,14 @@ def run_attempts(
                     console.note(f"the workers failed: {outcome.reason}")
                     lease.failed(outcome.reason)
                     shortages += outcome.short_of_memory
-                    before, newest = newest, _newest(config) or newest
-                    crashes = crashes + 1 if newest == before else 1
+                    before, known = known[:1], _look(config, known)
+                    crashes = crashes + 1 if known[:1] == before else 1
                 else:
                     return outcome
                 if stop.number:  # meanwhile
                     return _stopped(config, stop)
                 if crashes > config.run.max_failures and isinstance(outcome, Crashed):
-                    return Failed(_gave_up(config, outcome.reason, newest))
+                    return Failed(_gave_up(config, outcome.reason, next(iter(known), None)))
                 if attempt.holds_on:  # to its place in the cluster, too
                     session.stop()
                     start_ray(config)
@@ -98,8 +100,12 @@ def run_attempts(
         session.stop()
 
 
-def _clean(config: Config, lease: Lease, stop: Stop) -> None:
-    """Delete what earlier attempts have left half written, once none of their workers can publish it any more.
+def _clean(config: Config, lease: Lease, stop: Stop, known: list[checkpoints.Checkpoint]) -> checkpoints.Survey:
+    """Delete what earlier attempts have left half written, once none of their workers can publish it any more. Return
+    what is there then, for the workers of the next one.
+
+    Args:
+        known: checkpoints that were found earlier.
 
     Raises:
         LeaseLost: another driver has the run by now.
@@ -111,21 +117,22 @@ def _clean(config: Config, lease: Lease, stop: Stop) -> None:
         return bool(stop.number)
 
     guard.check(stopped)
-    checkpoints.clean(config.root, lambda: guard.check(stopped), lambda: guard.outwait(stopped))
+    return checkpoints.clean(config.root, lambda: guard.check(stopped), lambda: guard.outwait(stopped), known)
 
 
 def _stopped(config: Config, stop: Stop) -> Stopped:
     """Return the outcome of a stop, or of the drain of this job's own node, that no worker has heard of."""
-    newest = _newest(config)
+    newest = next(iter(_look(config, [])), None)
     reason = stop.reason or session.OWN_DRAIN
     return Stopped(reason, newest.step, newest.url) if newest else Stopped(reason, 0, None)
 
 
-def _newest(config: Config) -> checkpoints.Checkpoint | None:
-    """Return the newest checkpoint; None where there is none, or storage does not answer."""
+def _look(config: Config, known: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
+    """Return the run's checkpoints, the newest first; what is known already where storage does not answer, or has none
+    any more."""
     with contextlib.suppress(storage.StorageError), storage.impatient():
-        return checkpoints.newest(config.root)
-    return None
+        return checkpoints.survey(config.root, known)[0] or known
+    return known
 
 
 def start_ray(config: Config) -> None:

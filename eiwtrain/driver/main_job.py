@@ -59,11 +59,12 @@ def prepare(config: Config, console: Console) -> Manifest:
 
 
 def train_under_lease(
-    config: Config, began: float, command: str, console: Console, stop: Stop
+    config: Config, known: list[Checkpoint], began: float, command: str, console: Console, stop: Stop
 ) -> tuple[Outcome, TrackedRun]:
     """Train under the run's lease, and say in MLflow how that ended; return it, and where MLflow has the run.
 
     Args:
+        known: checkpoints that were found before the lease.
         began: Unix time at which this program started.
         command: resumes this run.
 
@@ -85,7 +86,7 @@ def train_under_lease(
     try:
         lease = Lease.acquire(config.root, config.run.name, console.note)
         _check_cost(config, lease)
-        manifest, newest = _what_is_there(config)
+        manifest, known = _what_is_there(config, known)
         if tracking.is_local(tracking.tracking_uri(config)):  # a server may still refuse the run
             # not a daemon: Python would not survive its own end in the middle of this import
             threading.Thread(target=importlib.import_module, args=("torch",), name="torch").start()
@@ -98,7 +99,7 @@ def train_under_lease(
             watcher = Watcher(tracked, config.root, lease.owner)
         _end_abandoned(tracked, console)
         timeline.mark("MLflow")
-        outcome = launch.run_attempts(config, manifest.fingerprint, newest, tracked, lease, began, console, stop)
+        outcome = launch.run_attempts(config, manifest.fingerprint, known, tracked, lease, began, console, stop)
         status, detail = _in_mlflow(outcome)
         why = getattr(outcome, "reason", "")
         return outcome, tracked
@@ -141,9 +142,9 @@ def _check_cost(config: Config, lease: Lease) -> None:
         )
 
 
-def _what_is_there(config: Config) -> tuple[Manifest, Checkpoint | None]:
-    """Return the data set, and the checkpoint that the run resumes from, both checked against the config. Call it under
-    the lease: until a job has that, others may change what earlier checks have found.
+def _what_is_there(config: Config, known: list[Checkpoint]) -> tuple[Manifest, list[Checkpoint]]:
+    """Return the data set, and the run's checkpoints, both checked against the config. Call it under the lease: until a
+    job has that, others may change what earlier checks have found, such as the checkpoints `known`.
 
     Raises:
         ConfigError: they do not fit the config or each other, or the data set has gone.
@@ -151,7 +152,7 @@ def _what_is_there(config: Config) -> tuple[Manifest, Checkpoint | None]:
     manifest = preflight.find_data(config)
     if manifest is None:
         raise ConfigError(f"data.path: the data set at {config.data.path} has gone; the same command writes it again")
-    return manifest, preflight.find_checkpoint(config, manifest)
+    return manifest, preflight.find_checkpoints(config, manifest, known)
 
 
 def _end_abandoned(tracked: TrackedRun, console: Console) -> None:

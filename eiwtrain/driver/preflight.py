@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,16 @@ def find_data(config: Config) -> Manifest | None:
     return manifest
 
 
-def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Checkpoint | None:
-    """Return the checkpoint that the run would resume from, checked against config and data; None for a new run."""
+def find_checkpoints(
+    config: Config, manifest: Manifest | None, known: Iterable[checkpoints.Checkpoint] = ()
+) -> list[checkpoints.Checkpoint]:
+    """Return the run's checkpoints; the first, from which it would resume, fits config and data. A new run has none.
+
+    Args:
+        known: what an earlier call has found: their manifests are not read again.
+    """
     try:
-        found, unreadable = checkpoints.survey(config.root)
+        found, unreadable = checkpoints.survey(config.root, known)
     except storage.StorageError as e:
         raise ConfigError.because(f"run.storage: {e}", e) from None
     if unreadable and not found:
@@ -124,7 +131,7 @@ def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Ch
             "start from step 0"
         )
     if not found:
-        return None
+        return []
     problems = checkpoints.differences(found[0], config, manifest.fingerprint if manifest else None)
     if found[0].step > config.train.max_steps:
         problems.append(
@@ -133,4 +140,4 @@ def find_checkpoint(config: Config, manifest: Manifest | None) -> checkpoints.Ch
         )
     if problems:
         raise ConfigError("\n".join(problems[:4]))
-    return found[0]
+    return found

@@ -13,6 +13,7 @@ from eiwtrain.scoring.published import Published
 from eiwtrain.terminal.console import TrainingLine
 
 if TYPE_CHECKING:
+    from eiwtrain.checkpoints import Survey
     from eiwtrain.config import Config
     from eiwtrain.storage.lease import Guard
     from eiwtrain.tracking import TrackedRun
@@ -47,6 +48,9 @@ class Assignment:
     """What all attempts of this run before this one have cost."""
     hired: float = 0.0
     """Unix time from which this attempt's workers cost money."""
+    there: Survey | None = None
+    """The run's checkpoints, which the driver has listed under the lease when no commit was under way; None: storage
+    did not answer, and the workers look."""
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ class Worker:
             note=self.note,
             skip_to=job.skip_to,
             memory_share=shortage.memory_share(job.shortages),
+            there=job.there,
         )
         if warning := recompute.warning(self.state.averaged, lambda: self._first(self.micro_batch)):
             self.note(warning)

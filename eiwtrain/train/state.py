@@ -58,6 +58,7 @@ class TrainState:
         note: Callable[[str], None],
         skip_to: int | None = None,
         memory_share: float = 1.0,
+        there: checkpoints.Survey | None = None,
     ) -> None:
         """Restore the newest intact checkpoint, or begin a new run. Collective.
 
@@ -70,6 +71,7 @@ class TrainState:
             skip_to: step to continue with, on the newest weights that were not followed by a skipped step; None: the
                 step of the newest checkpoint.
             memory_share: see `flow.EIWFlow.memory_share`.
+            there: the run's checkpoints, the same on every rank; None: rank 0 looks.
 
         Raises:
             OtherRun: as it says; on every rank. A job before this one, which was cut off, may have committed that
@@ -81,7 +83,7 @@ class TrainState:
         self.flow.memory_share = memory_share
         self._note = note
         self._kept: tuple[int, int] | None = None  # as last noted
-        saved, tensors = _newest_intact(config.root, device, note, good=skip_to is not None)
+        saved, tensors = _newest_intact(config.root, device, note, skip_to is not None, there)
         timeline.mark("checkpoint")
         if saved is not None and (problems := checkpoints.differences(saved, config, manifest.fingerprint)):
             raise OtherRun(problems[0])
@@ -241,19 +243,22 @@ def _shared(saved: checkpoints.Checkpoint, own: dict[int, bytes], device: torch.
 
 
 def _newest_intact(
-    root: str, device: torch.device, note: Callable[[str], None], good: bool
+    root: str, device: torch.device, note: Callable[[str], None], good: bool, there: checkpoints.Survey | None
 ) -> tuple[checkpoints.Checkpoint | None, dict[str, Tensor]]:
     """Return the newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
 
     Args:
         good: pass over checkpoints that were saved while steps were skipped, if there are others.
+        there: see `TrainState`.
 
     Raises:
         checkpoints.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
     """
-    found: list[Any] = [checkpoints.survey(root) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    committed, unreadable = found[0]
+    if there is None:
+        found: list[Any] = [checkpoints.survey(root) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        there = found[0]
+    committed, unreadable = there
     for bad in unreadable:
         note(f"checkpoint passed over: {bad.why}")
     if good:

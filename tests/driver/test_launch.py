@@ -39,16 +39,16 @@ def test_an_attempt_is_told_how_often_memory_was_short(tmp_path, monkeypatch):
     told = []
 
     def attempt(*arguments):
-        told.append(arguments[-1])
+        told.append(arguments[-2])
         return SimpleNamespace(follow=lambda *_: outcomes[len(told) - 1], holds_on=False)
 
     monkeypatch.setattr("eiwtrain.driver.attempt.Attempt", attempt)
-    for name in ("start_ray", "_clean"):
-        monkeypatch.setattr(launch, name, lambda *_: None)
+    monkeypatch.setattr(launch, "start_ray", lambda _: None)
+    monkeypatch.setattr(launch, "_clean", lambda *_: ([], []))
     monkeypatch.setattr(launch, "_wait_for_room", lambda *_: 1)
     monkeypatch.setattr(launch, "NodeRequest", lambda _config: SimpleNamespace(end=lambda: None))
     lease = SimpleNamespace(next_attempt=lambda: None, failed=lambda why: None)
-    launch.run_attempts(config, "", None, None, lease, 0.0, Console(), Stop(Console()))
+    launch.run_attempts(config, "", [], None, lease, 0.0, Console(), Stop(Console()))
     assert told == [0, 1, 1, 2]
 
 
@@ -78,7 +78,7 @@ def test_a_node_without_a_price_is_named_before_workers_start(tmp_path, monkeypa
     monkeypatch.setattr(launch, "NodeRequest", lambda _config: pytest.fail("workers would start"))
     config = Config.model_validate(tiny_config(tmp_path, workers={"price_per_hour": price}))
     with pytest.raises(ConfigError, match=r"^workers.price_per_hour: no price for a node that is ") as e:
-        launch.run_attempts(config, "", None, None, None, 0.0, Console(), Stop(Console()))
+        launch.run_attempts(config, "", [], None, None, 0.0, Console(), Stop(Console()))
     assert "\n" not in str(e.value)
 
 
@@ -115,8 +115,8 @@ def test_a_late_commit_of_a_cut_off_worker_stays_whole(tmp_path):
 
     guard = Guard(meanwhile=lambda: storage.write_bytes(manifest, content))
     for _ in range(2):  # then there is nothing to wait for
-        launch._clean(config, SimpleNamespace(guard=lambda: guard), Stop(Console()))
+        there = launch._clean(config, SimpleNamespace(guard=lambda: guard), Stop(Console()), [first])
         assert guard.waits == 1
-        assert checkpoints.survey(config.root) == ([last, first], [])
+        assert there == checkpoints.survey(config.root) == ([last, first], [])
         assert checkpoints.load(last)
         assert not storage.exists(dead)

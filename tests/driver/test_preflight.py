@@ -116,7 +116,7 @@ def test_storage_that_cannot_be_written_is_one_line(folder, tmp_path):
 
 
 def test_a_run_without_checkpoints_is_new(folder, tmp_path):
-    assert preflight.find_checkpoint(config(folder, run={"storage": str(tmp_path)}), None) is None
+    assert preflight.find_checkpoints(config(folder, run={"storage": str(tmp_path)}), None) == []
     assert list(Path(tmp_path).iterdir()) == []
 
 

@@ -1,13 +1,16 @@
 """The driver's decisions, without Ray: `tests/cluster` has the whole."""
 
 import os
+import pickle
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from helpers import tiny_config, write_shards
+from helpers import lone_group, tiny_config, write_shards
 from mlflow import MlflowClient
 from small_run import commit
 
@@ -16,8 +19,9 @@ from eiwtrain.config import ConfigError
 from eiwtrain.data import load_manifest
 from eiwtrain.driver import launch, main_job
 from eiwtrain.driver.main_job import resume_command
-from eiwtrain.on_ray.messages import Failed, Lost, Stopped
+from eiwtrain.on_ray.messages import Crashed, Failed, Lost, Stopped
 from eiwtrain.storage import lease
+from eiwtrain.train import state
 
 
 @pytest.fixture
@@ -194,9 +198,47 @@ def test_what_the_holder_before_left_is_what_a_run_resumes_from(path, monkeypatc
     resumed = []
     data = fingerprint(path)
     meanwhile(lambda root: commit(root, 5, None, data_fingerprint=data))
-    monkeypatch.setattr(launch, "run_attempts", lambda config, data, newest, *rest: resumed.append(newest) or STOPPED)
+    monkeypatch.setattr(launch, "run_attempts", lambda config, data, known, *rest: resumed.extend(known) or STOPPED)
     assert run.main([str(path)]) == 75
     assert [checkpoint.step for checkpoint in resumed] == [5]
+
+
+def test_a_start_reads_each_manifest_once_and_a_restart_reads_new_ones_alone(path, tmp_path, monkeypatch):
+    data, root = fingerprint(path), f"{path.parent}/runs/tiny"
+    for step in (2, 5, 7):
+        commit(root, step, None, data_fingerprint=data)
+    read, find, read_bytes = [], storage.find, storage.read_bytes
+
+    def count(function, wanted):
+        def counted(url, *args):
+            if url.startswith(root) and wanted in url:
+                read.append(url.removeprefix(root))
+            return function(url, *args)
+
+        return counted
+
+    monkeypatch.setattr(storage, "find", count(find, root))
+    monkeypatch.setattr(storage, "read_bytes", count(read_bytes, "/manifest.json"))
+    outcomes, starts = [Crashed("a rank"), STOPPED], []
+
+    def attempt(*arguments):
+        there = pickle.loads(pickle.dumps(arguments[-1]))
+        with lone_group(tmp_path):
+            saved, _ = state._newest_intact(root, torch.device("cpu"), print, False, there)
+        starts.append((saved.step, sorted(read)))
+        read.clear()
+        commit(root, 9, None, data_fingerprint=data)
+        return SimpleNamespace(follow=lambda *_: outcomes.pop(0), holds_on=False)
+
+    monkeypatch.setattr("eiwtrain.driver.attempt.Attempt", attempt)
+    monkeypatch.setattr(launch, "_wait_for_room", lambda *_: 1)
+    monkeypatch.setattr(launch, "NodeRequest", lambda _config: SimpleNamespace(end=lambda: None))
+    assert run.main([str(path)]) == 75
+    before = [f"/checkpoints/step-{step:08d}-{step:08x}/manifest.json" for step in (2, 5, 7)]
+    listings = ["/checkpoints"] * 3  # before the lease, under it, and just before the workers
+    assert starts[0] == (7, [*listings, *before])
+    # after the crash, and before the workers
+    assert starts[1] == (9, [*listings[:2], "/checkpoints/step-00000009-00000009/manifest.json"])
 
 
 @pytest.mark.parametrize(
