@@ -2,6 +2,7 @@
 
     python -m benchmarks.start --json start.json                 (about 3 minutes on two cores)
     python -m benchmarks.start --tree /path/to/older --runs 1    (the code of another checkout beside this one's)
+    RAY_preload_python_modules= python -m benchmarks.start       (no process is ready, as on a cluster that is joined)
 
 A run is `python -m eiwtrain.run` of the quick start in an empty folder: it writes its data set, creates MLflow's
 database, starts Ray and two workers. A checkpoint is written every CHECKPOINT_EVERY steps. Once it has trained for
