@@ -18,8 +18,9 @@ A training step is the loss and its gradients, without an optimizer. Rows of "au
 What a row of `--json` holds; null where it does not apply:
 
 - model, mode, depth, budget (the share), budget_bytes, allocator, device;
-- seconds: of a step. Every row has processes of its own, one a round, and the rows take turns (with `--quick`, they
-  share one); this is the median over rounds of the process's median;
+- seconds: of a step; on a CPU those of the process's one thread, as others may share the machine. Every row has
+  processes of its own, one a round, and the rows take turns (with `--quick`, they share one); this is the median over
+  rounds of the process's median;
 - to_stored: the median over rounds of the ratio to the same round's "stored";
 - rss_bytes: what steps added to their process's high-water mark, with the allocator's slack and the convolutions'
   workspace; CPU only, not with `--quick`;
@@ -47,7 +48,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,7 +57,7 @@ import torch
 
 from benchmarks import backprop_report as report
 from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject, subject_of
-from benchmarks.measuring import allocated
+from benchmarks.measuring import allocated, now
 from eiwtrain.driver import costs
 from eiwtrain.on_ray.session import WORKER_ENV
 
@@ -89,11 +89,9 @@ def clock(setting: Setting) -> dict[str, Any]:
 
     def seconds(*batch: Any) -> float:
         subject.model.zero_grad()
-        subject.synchronize()
-        began = time.perf_counter()
+        began = now(subject.device)
         subject.loss(*batch).backward()
-        subject.synchronize()
-        return time.perf_counter() - began
+        return now(subject.device) - began
 
     if setting.batch > 2:
         seconds(*(t[:2] for t in subject.batch))  # loads code
@@ -234,7 +232,6 @@ def main() -> None:
         nargs = "+" if name == "depths" else None
         defaults = "; ".join("{}: {}, quick {}".format(model, *SIZES[model][name]) for model in SIZES)
         parser.add_argument(f"--{name}", type=int, nargs=nargs, help=f"default of {defaults}")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="of the conditioners")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--budget", type=float, default=0.5, help="of auto at every depth, a share")

@@ -40,13 +40,12 @@ class Setting:
     resolution: int
     dtype: str
     device: str
-    threads: int
     repeat: int
 
 
 def subject_of(setting: Setting) -> Subject:
-    """Return what a setting measures; sets the threads of this process."""
-    torch.set_num_threads(setting.threads)
+    """Return what a setting measures; gives this process one thread."""
+    torch.set_num_threads(1)
     config = replace(
         _CONFIGS[setting.model](setting),
         memory_budget=setting.budget_bytes,
@@ -83,11 +82,6 @@ class Subject:
         """Return the mean of -log p(x), in nats, and of the penalty."""
         out: flow.FlowOutput = self.model(*batch)
         return (out.penalty - out.log_prob).mean()
-
-    def synchronize(self) -> None:
-        """Wait for the GPU, if there is one."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def networks_of(model: flow.EIWFlow) -> list[flow.Conditioner]:

@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers
+from benchmarks import measuring, peers
 from benchmarks.reference import PublishedAttention
 from eiwtrain import data, flow
 from eiwtrain.data.augment import vary
@@ -220,14 +219,6 @@ def _publish(model: flow.EIWFlow, parts: tuple[str, ...]) -> None:
                 module.norm = nn.BatchNorm2d(2 * hidden)  # type: ignore[assignment]
 
 
-def seconds_of(device: torch.device) -> float:
-    """Return the clock of a device: CPU time of this process, or of a GPU the time by the clock."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def train(job: Row, url: str, folder: Path | None) -> Row:
     """Train one variant with one seed in this process; return the job with its results.
 
@@ -264,7 +255,7 @@ def train(job: Row, url: str, folder: Path | None) -> Row:
     first = batch(INITIAL, 0)
     loss(made().model.to(device), (first[0][:2], first[1][:2])).backward()
     averaged = made().model.to(device)  # not a copy: a peer may keep functions of its own parts
-    begin = seconds_of(device)
+    begin = measuring.now(device)
     if isinstance(model, flow.EIWFlow):
         model.initialize(*first)
     else:
@@ -275,7 +266,7 @@ def train(job: Row, url: str, folder: Path | None) -> Row:
     optimizer = recipe.optimize(parameters)
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = skipped = 0
-    while (done := (seconds_of(device) - begin) / job["seconds"]) < 1:
+    while (done := (measuring.now(device) - begin) / job["seconds"]) < 1:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * recipe.rate(done)
         optimizer.zero_grad()
@@ -287,7 +278,7 @@ def train(job: Row, url: str, folder: Path | None) -> Row:
             skipped += 1
         _average(averaged, model, min(recipe.ema, (1 + steps) / (10 + steps)))
         steps += 1
-    spent = seconds_of(device) - begin
+    spent = measuring.now(device) - begin
     result = {"steps": steps, "skipped": skipped, "parameters": sum(p.numel() for p in parameters), "spent": spent}
     held_out = torch.from_numpy(_read(url, manifest, "test", job["images"])).permute(0, 3, 1, 2).contiguous()
     return {**job, **result, **score(subject, averaged.eval(), held_out, job["iwbo"], device)}

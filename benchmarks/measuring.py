@@ -73,6 +73,15 @@ def allocated(work: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     return left, peak
 
 
+def now(device: torch.device) -> float:
+    """Return the clock of a device, in seconds: CPU time of this process, as others may share the machine; or once a
+    GPU is done, the time by the clock."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown: names to the left, numbers to the right."""
     rule = ["---"] + ["--:"] * (len(header) - 1)

@@ -86,7 +86,7 @@ def test_all_have_the_gradients_of_stored(rows: list[dict[str, Any]]) -> None:
 def test_modes_of_eiw_have_the_gradients_of_stored_and_keep_less() -> None:
     one: dict[str, Any] = {"depth": 13, "hidden": 6, "batch": 2, "resolution": 8, "dtype": "float32", "device": "cpu"}
     modes = ("stored", NETWORKS, "invertible")
-    rows = count([Setting("eiw", mode, budget=None, budget_bytes=None, threads=1, repeat=1, **one) for mode in modes])
+    rows = count([Setting("eiw", mode, budget=None, budget_bytes=None, repeat=1, **one) for mode in modes])
     assert all(row["gradient_error"] < 1e-3 for row in rows)
     assert [row["conditioner_forwards"] for row in rows] == [1, 2, 2]
     kept = [row["saved_bytes"] for row in rows]
