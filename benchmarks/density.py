@@ -14,6 +14,9 @@ time for; the learning rate's warm-up and half a cosine span the budget; the ave
 images, outside the clock. An estimator stands beside every figure: ELBO (one draw of all noise) and IWBO(k) (`--iwbo`)
 where it is a bound, else "exact".
 
+`--keep 8 3`: after the first budget only the 8 best variants go on, after the second 3 (successive halving, arXiv
+1502.07943).
+
 A variant is one of `VARIANTS`, or NAME=JSON: fields of `FlowConfig`, with a `preset`, and those of
 `density_subject.Recipe` (optimizer and its options, lr, batch, clip, ema, augment, schedule ...). With `"peer"` it is
 a Glow of that library at the size of the FlowConfig (`benchmarks.peers`), or the model of a folder, with the recipe.
@@ -35,40 +38,16 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmarks import density_report, density_subject, environments, peers
+from benchmarks.density_variants import GROUPS, VARIANTS
 from eiwtrain import data
 
 Row = dict[str, Any]
 
-TINY: dict[str, Any] = {"preset": "eiw-tiny", "lr": 5e-3}
-DENSE: dict[str, Any] = {
-    **TINY,
-    "conditioner": {"kind": "dense", "hidden": 24, "depth": 1, "growth": 24, "activation": "relu"},
-}
-GLOW: dict[str, Any] = {"levels": 3, "steps": 4, "conditioner": {"kind": "conv", "hidden": 64}}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "order": TINY,
-    "none": {**TINY, "shuffle": "none"},
-    "fixed": {**TINY, "shuffle": "fixed"},
-    "soft": {**TINY, "shuffle": "soft"},
-    "glow, soft": {**GLOW, "shuffle": "soft"},
-    "glow, order": {**GLOW, "shuffle": "order"},
-    "normflows": {**GLOW, "peer": "normflows"},
-    "input 1": {**TINY, "order_input": "one"},
-    "true KL": {**TINY, "kl": "true"},
-    "variational": {
-        **TINY,
-        "dequantization": "variational",
-        "dequantizer": {"couplings": 2, "hidden": 16, "growth": 16},
-    },
-    "dense networks": DENSE,
-    "dense networks, attention as published": {**DENSE, "published": ["attention"]},
-    "dense networks, batch normalisation": {**DENSE, "published": ["norm"]},
-    "dense networks, no attention": {**DENSE, "conditioner": {**DENSE["conditioner"], "attention": "none"}},
-}
 _IDENTITY = ("variant", "seed", "seconds", "fields", "code", "data", "fingerprint", "images", "iwbo", "device")
 
 
@@ -128,10 +107,10 @@ def run_missing(jobs: list[Row], file: Path, url: str, folders: dict[str, Path],
 def wanted(given: list[str], folders: dict[str, Path]) -> dict[str, Row]:
     """Return the fields of the variants by name. Raises ValueError."""
     found: dict[str, Row] = {}
-    for text in given:
+    for text in [name for each in given for name in GROUPS.get(each, [each])]:
         name, is_new, described = text.partition("=")
         if not is_new and name not in VARIANTS:
-            raise ValueError(f"{name} is not one of {', '.join(VARIANTS)}; a new one is NAME=JSON")
+            raise ValueError(f"{name} is not one of {', '.join([*GROUPS, *VARIANTS])}; a new one is NAME=JSON")
         try:
             found[name] = json.loads(described) if is_new else VARIANTS[name]
         except ValueError as e:
@@ -143,7 +122,20 @@ def wanted(given: list[str], folders: dict[str, Path]) -> dict[str, Row]:
 
 
 def _default() -> list[str]:
-    return [name for name, fields in VARIANTS.items() if "peer" not in fields or peers.installed(str(fields["peer"]))]
+    def can_run(fields: Row) -> bool:
+        return "peer" not in fields or peers.installed(str(fields["peer"]))
+
+    return [name for name in GROUPS["ablation"] if can_run(VARIANTS[name])]
+
+
+def best(rows: list[Row], seconds: float, count: int) -> list[str]:
+    """Return the names of the variants with the fewest bits/dim at a budget, at most `count`; their mean over seeds."""
+    of: dict[str, list[float]] = {}
+    for row in rows:
+        if row["seconds"] == seconds:
+            bits = row["bits_per_dim"]
+            of.setdefault(row["variant"], []).append(float("inf") if bits is None else bits)
+    return sorted(of, key=lambda name: sum(of[name]) / len(of[name]))[:count]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,11 +146,12 @@ def main(arguments: list[str] | None = None) -> int:
         "variants",
         nargs="*",
         metavar="VARIANT",
-        help=f"of {', '.join(VARIANTS)}, or NAME=JSON; default: all, and peers where installed",
+        help=f"of {', '.join(VARIANTS)}; a group of them: {', '.join(GROUPS)}; or NAME=JSON; default: ablation",
     )
     parser.add_argument("--data", required=True, help="folder or URL of a data set that data_prep wrote")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of results, one a line")
     parser.add_argument("--seconds", type=float, nargs="+", default=[100.0], help="budgets; each has runs of its own")
+    parser.add_argument("--keep", type=int, nargs="+", default=[], help="how many of the best go on after each budget")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--images", type=int, default=2000, help="held-out images")
@@ -172,6 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--{name}: {getattr(args, name)} is less than 1")
     if not all(0 < seconds < float("inf") for seconds in args.seconds):
         parser.error("--seconds: a budget is a positive number")
+    budgets = sorted(set(args.seconds))
+    if len(args.keep) >= len(budgets) or any(number < 1 for number in args.keep):
+        parser.error("--keep: a number above 0 for each of --seconds but the last")
     pairs = [given.partition("=") for given in args.peer]
     if bad := [name for name, _, folder in pairs if not (name and folder) or name in peers.PEERS]:
         parser.error(f"--peer {bad[0]}: give NAME=FOLDER, and a NAME other than {', '.join(peers.PEERS)}")
@@ -189,14 +185,18 @@ def main(arguments: list[str] | None = None) -> int:
         protocol = {"data": manifest.title, "fingerprint": manifest.fingerprint, "images": args.images}
         protocol |= {"iwbo": args.iwbo, "device": args.device}
         codes = {name: density_subject.digest(folder) for name, folder in folders.items()}
-        jobs = [
-            {"variant": name, "seed": seed, "seconds": seconds, "fields": fields}
-            | {"code": codes.get(fields.get("peer", "")), **protocol}
-            for seconds in sorted(set(args.seconds))
-            for seed in range(args.seeds)
-            for name, fields in named.items()
-        ]
-        rows, failed = run_missing(jobs, args.json, url, folders, args.jobs)
+        rows: list[Row] = []
+        failed, going = 0, list(named)
+        for seconds, keep in zip_longest(budgets, args.keep):
+            jobs = [
+                {"variant": name, "seed": seed, "seconds": seconds, "fields": named[name]}
+                | {"code": codes.get(named[name].get("peer", "")), **protocol}
+                for seed in range(args.seeds)
+                for name in going
+            ]
+            found, lost = run_missing(jobs, args.json, url, folders, args.jobs)
+            rows, failed = rows + found, failed + lost
+            going = best(found, seconds, keep or len(going))
     except (ValueError, data.DataError) as e:
         parser.error(str(e))
     if rows:

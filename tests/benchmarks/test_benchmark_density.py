@@ -12,6 +12,7 @@ import torch
 from helpers import write_shards
 
 from benchmarks import density, density_report, density_subject, environments, peers
+from benchmarks.density_variants import GLOW, TINY, VARIANTS
 
 Row = dict[str, Any]
 
@@ -54,9 +55,9 @@ def job(fields: Row, **changes: Any) -> Row:
     return job | changes
 
 
-@pytest.mark.parametrize("name", density.VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_is_a_model(name: str) -> None:
-    fields = density.VARIANTS[name]
+    fields = VARIANTS[name]
     if "peer" in fields and not peers.installed(fields["peer"]):
         pytest.skip(f"{fields['peer']} is not installed")
     density_subject.check(fields, (3, 16, 16), {})
@@ -68,7 +69,13 @@ def test_every_variant_is_a_model(name: str) -> None:
 
 
 def test_a_bound_has_its_elbo_and_a_tighter_one_with_their_names(url: str) -> None:
-    fields = {**density.TINY, **SMALL, "published": ["attention", "norm"], "optimizer": "adamax", "augment": "eta"}
+    fields = {
+        **TINY,
+        **SMALL,
+        "published": ["attention", "norm"],
+        "optimizer": "adamax",
+        "augment": "eta",
+    }
     row = density_subject.train(job(fields, iwbo=4), url, None)
     assert row["steps"] >= 1
     assert row["spent"] >= 0.2
@@ -100,14 +107,17 @@ def test_all_variants_see_the_same_images(url: str, monkeypatch: pytest.MonkeyPa
         return density_subject.Subject(subject.model, bits, subject.dims, subject.noise_shape, subject.bound)
 
     monkeypatch.setattr(density_subject, "make", watched)
-    for fields in ({**density.GLOW, "levels": 1}, {**density.TINY, **SMALL, "units": 2}):  # other noise
+    for fields in (
+        {**GLOW, "levels": 1},
+        {**TINY, **SMALL, "units": 2},
+    ):  # other noise
         density_subject.train(job({**fields, "batch": 2}, seconds=0.05), url, None)
     first, second = seen[0], seen[3]  # each makes three models
     assert torch.equal(first[1], second[1])
 
 
 def test_a_diverged_run_is_null_and_not_a_number_in_the_table(url: str) -> None:
-    subject = density_subject.make({**density.GLOW, "levels": 1}, (3, 8, 8), None)
+    subject = density_subject.make({**GLOW, "levels": 1}, (3, 8, 8), None)
     for parameter in subject.model.parameters():
         torch.nn.init.constant_(parameter, math.nan)
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
@@ -160,6 +170,22 @@ def test_only_what_is_missing_is_run(url: str, tmp_path: Path, ran: list[Row]) -
     assert len(lines(file)) == len(ran)
 
 
+def test_only_the_best_go_on_to_the_next_budget(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Row] = []
+
+    def child(python: str, module: str, task: Row) -> Row:
+        jobs.append(task["job"])
+        bits = {1: 3.0, 2: 1.0, 3: 2.0, 4: None}[task["job"]["fields"]["batch"]]
+        return task["job"] | {"bits_per_dim": bits, "steps": 3, "parameters": 5, "estimator": "ELBO, one draw"}
+
+    monkeypatch.setattr(environments, "child", child)
+    variants = [f'{name}={{"batch": {n}}}' for n, name in enumerate("abcd", 1)]
+    file = tmp_path / "rows.jsonl"
+    command = [*variants, "--seconds", "1", "2", "3", "--keep", "2", "1", "--seeds", "2"]
+    assert density.main(["--data", url, "--json", str(file), "--images", "4", *command]) == 0
+    assert ["".join(j["variant"] for j in jobs if j["seconds"] == n) for n in (1, 2, 3)] == ["abcdabcd", "bcbc", "bb"]
+
+
 def test_rows_of_other_images_or_of_another_peer_are_not_taken(
     url: str, folder: Path, tmp_path: Path, ran: list[Row]
 ) -> None:
@@ -209,6 +235,8 @@ def test_a_failed_run_leaves_the_others_their_rows(
         (["--peer", "a=/nowhere"], "peer.py"),
         (["--seconds", "nan"], "--seconds"),
         (["--seeds", "0"], "--seeds"),
+        (["--keep", "2"], "--keep"),
+        (["--keep", "0", "--seconds", "1", "2"], "--keep"),
         (["--data", "/nowhere", "none"], "/nowhere"),
     ],
 )
