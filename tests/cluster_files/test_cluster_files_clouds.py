@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from data_prep.parallel import in_flight
+from eiwtrain.config import prices
 from eiwtrain.config.file import load_config
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -121,6 +123,24 @@ def test_data_prep_starts_all_nodes_without_a_gpu_and_no_other(name):
     assert nodes == cpu["max_workers"]
     beyond = in_flight(None, nodes * cpu["resources"]["CPU"])  # without --workers
     assert "worker" in started(name, [{"CPU": 1}] * beyond)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("kind", ["cpu", "worker"])
+def test_a_price_by_instance_type_is_that_of_a_node(name, kind, monkeypatch):
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+    from ray.autoscaler._private.constants import LABELS_ENVIRONMENT_VARIABLE
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    config = AutoscalingConfig(parsed(name), skip_content_hash=True)
+    # as the autoscaler starts a node, and as the node reads it
+    monkeypatch.setenv("RAY_NODE_TYPE_NAME", kind)
+    monkeypatch.setenv(LABELS_ENVIRONMENT_VARIABLE, json.dumps(config.get_node_labels(kind)))
+    spec = ResourceAndLabelSpec()
+    spec._resolve_labels(None)
+    for known in (config.get_provider_instance_type(kind), kind):
+        assert prices.of_node({known: 2.5}, spec.labels) == 2.5
+    assert prices.of_node({"other": 2.5}, spec.labels) is None
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

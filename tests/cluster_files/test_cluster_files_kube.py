@@ -19,6 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from data_prep.__main__ import _parser
+from eiwtrain.config import prices
 from eiwtrain.config.file import load_config
 from eiwtrain.data.cache import default_cache_dir
 from eiwtrain.driver.main_job import resume_command
@@ -305,6 +306,15 @@ def test_the_head_does_no_work_and_the_training_fits_its_workers(clusters, monke
         assert (mount, default_cache_dir().parent) == ("/tmp", tmp_path)  # below a mount, which is root's, and not one
         (volume,) = (each for each in group["template"]["spec"]["volumes"] if each["name"] == "cache")
         assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) << 30 > config.data.cache_bytes
+
+
+def test_a_price_by_worker_group_is_that_of_a_node(clusters, monkeypatch):
+    from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+
+    for spec in clusters.values():
+        for group in spec["workerGroupSpecs"]:
+            monkeypatch.setenv("RAY_NODE_TYPE_NAME", group["groupName"])  # as KubeRay does
+            assert prices.of_node({group["groupName"]: 2.5}, ResourceAndLabelSpec._get_default_labels(None)) == 2.5
 
 
 def test_the_first_try_is_a_small_run_on_one_gpu(applied, clusters, monkeypatch):
