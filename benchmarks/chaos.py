@@ -3,10 +3,12 @@
     python -m benchmarks.chaos --trials 100 --seed 0 --json chaos.json     (an hour or more on two cores)
     python -m benchmarks.chaos --place local --trials 8                    (no cluster and no servers)
     python -m benchmarks.chaos --kinds kill-rank --only-seed 17            (one trial again)
+    python -m benchmarks.chaos --gpus --trials 24                          (on two GPUs of this machine)
 
 A trial is `python -m eiwtrain.run` of a small flow on two workers, 8 epochs of 80 images, with a checkpoint every 9
 steps. On `--place cluster` it joins a Ray cluster of two nodes on this machine; data and checkpoints are on an S3
 server (SeaweedFS) and curves on an MLflow server. On `--place local` it starts Ray by itself, with files and sqlite.
+With `--gpus` each worker has a GPU, and kernels that compute the same each time.
 One fault of one kind hits it at a seeded moment: in start-up, between steps, in an evaluation or at the end; or a
 process dies at a fail point in the code. If the command does not exit with 0, the same command is run again.
 
@@ -59,6 +61,7 @@ from chaos_harness.trial import (
 )
 from chaos_harness.verify import Reference, Verdict
 
+WORKERS = 2
 _REDRAWS = 5  # moments that are tried until one is not too late
 
 
@@ -83,23 +86,27 @@ class Row:
 
 
 @contextlib.contextmanager
-def place(kind: str, folder: Path) -> Iterator[Place]:
-    """Yield a place to run in, with a data set of SAMPLES training images in it."""
+def place(kind: str, folder: Path, gpus: Sequence[str] = ()) -> Iterator[Place]:
+    """Yield a place to run in, with a data set of SAMPLES training images in it, and a GPU for each worker or none."""
+    each = 1 if gpus else 0
     if kind == "local":
         storage = str(folder / "runs")
         _write_data(folder / "images", str(folder / "data"))
-        yield Place(str(folder / "data"), storage, None, {})
+        own = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+        yield Place(str(folder / "data"), storage, None, own, gpus=each)
         return
     from cluster.local import LocalCluster
 
     with (
         _environment({"PYTHONPATH": with_repository(os.environ.get("PYTHONPATH"))}),
-        LocalCluster(folder / "cluster", nodes=2, cpus=1, s3=True, mlflow=True) as cluster,
+        LocalCluster(folder / "cluster", nodes=WORKERS, cpus=1, s3=True, mlflow=True, gpus=gpus) as cluster,
         _environment(cluster.env),
     ):
         bucket = f"s3://{cluster.bucket}"
         _write_data(folder / "images", f"{bucket}/data")
-        yield Place(f"{bucket}/data", f"{bucket}/runs", cluster.mlflow_uri, dict(cluster.env), cluster.s3, cluster)
+        yield Place(
+            f"{bucket}/data", f"{bucket}/runs", cluster.mlflow_uri, dict(cluster.env), cluster.s3, cluster, each
+        )
 
 
 def reference(place: Place, folder: Path) -> Reference:
@@ -206,11 +213,17 @@ def schedule(faults: Sequence[Fault], trials: int, seed: int) -> list[tuple[Faul
 
 
 def run(
-    faults: Sequence[str] | None, trials: int, seed: int, where: str, folder: Path, only_seed: int | None = None
+    faults: Sequence[str] | None,
+    trials: int,
+    seed: int,
+    where: str,
+    folder: Path,
+    only_seed: int | None = None,
+    gpus: Sequence[str] = (),
 ) -> list[Row]:
     """Run all trials, and print a line for each."""
     rows = []
-    with place(where, folder) as there:
+    with place(where, folder, gpus) as there:
         chosen = choose(faults, there.offers)
         planned = schedule(chosen, trials, seed) if only_seed is None else [(fault, only_seed) for fault in chosen]
         began = time.time()
@@ -234,6 +247,21 @@ def run(
             if not row.verdict.survived:
                 print(f"         logs: {row.logs}", flush=True)
     return rows
+
+
+def own_gpus() -> list[str]:
+    """Return a GPU of this machine for each worker, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < WORKERS:
+        raise ValueError(f"a trial has {WORKERS} workers with a GPU each, and PyTorch finds {count} here")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else [str(i) for i in range(count)])[:WORKERS]
 
 
 def _write_data(images: Path, output: str) -> None:
@@ -276,19 +304,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", type=lambda text: text.split(","), help=f"of {','.join(FAULTS)} (default: all)")
     parser.add_argument("--only-seed", type=int, help="one trial of each kind, with this seed, as a table names it")
     parser.add_argument("--place", choices=("cluster", "local"), default="cluster", help="(default: %(default)s)")
+    parser.add_argument("--gpus", action="store_true", help="a GPU for each worker, and deterministic kernels")
     parser.add_argument("--folder", type=Path, help="new, and kept (default: temporary, kept where a trial failed)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args(argv)
     choose(args.kinds, {"s3", "cluster"} if args.place == "cluster" else set())
+    try:
+        gpus = own_gpus() if args.gpus else []
+    except ValueError as e:
+        parser.error(f"--gpus: {e}")
     folder = args.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         parser.error(f"--folder: {folder} is not empty")
     began = time.time()
-    rows = run(args.kinds, args.trials, args.seed, args.place, folder.absolute(), args.only_seed)
-    print(f"\n{table(rows)}\n\n{time.time() - began:.0f} s on {os.cpu_count()} cores")
+    rows = run(args.kinds, args.trials, args.seed, args.place, folder.absolute(), args.only_seed, gpus)
+    machine = f"{os.cpu_count()} cores" + (f" and {len(gpus)} GPUs" if gpus else "")
+    print(f"\n{table(rows)}\n\n{time.time() - began:.0f} s on {machine}")
     if args.json:
-        result = totals(rows) | {"seed": args.seed, "place": args.place, "rows": [row.to_json() for row in rows]}
+        result = totals(rows) | {
+            "seed": args.seed,
+            "place": args.place,
+            "gpus": len(gpus),
+            "rows": [row.to_json() for row in rows],
+        }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     survived = all(row.verdict.survived for row in rows)
     if survived and args.folder is None:

@@ -4,8 +4,9 @@
     python -m cluster.local status
     python -m cluster.local down
 
-For trying things out and for tests. Not for production, and CPU only. All of it listens on loopback; Ray asks for a
-token, S3 for keys, MLflow for nothing: anyone else with an account on this machine can read and write its runs.
+For trying things out and for tests. Not for production; the command starts nodes without GPUs. All of it listens on
+loopback; Ray asks for a token, S3 for keys, MLflow for nothing: anyone else with an account on this machine can read
+and write its runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,8 @@ class LocalCluster:
         s3: whether to start an S3 server; without it MLflow keeps its artifacts in the folder.
         mlflow: whether to start an MLflow server.
         head_cpus: of the head node; 0 keeps work off it.
+        gpus: those of this machine that worker nodes have, one each, as CUDA_VISIBLE_DEVICES names them. A node that is
+            added gets that of a dead one.
         gcs_port, job_port, s3_port, mlflow_port: by default, as for 0, free ones.
     """
 
@@ -71,6 +74,7 @@ class LocalCluster:
         mlflow: bool = True,
         head_cpus: int = 0,
         *,
+        gpus: Sequence[str] = (),
         gcs_port: int | None = None,
         job_port: int | None = None,
         s3_port: int | None = None,
@@ -85,6 +89,7 @@ class LocalCluster:
         self._temp: Path | None = None
         self.s3 = S3Server(self.folder / "s3", port=s3_port)
         self.nodes: list[Node] = []
+        self._gpus: dict[str, Node | None] = dict.fromkeys(gpus)
         self._spawned: list[Process] = []  # of Ray
 
     @property
@@ -186,8 +191,11 @@ class LocalCluster:
         Raises:
             LocalError: it does not come up.
         """
-        node = self._join(lambda: self._ray.spawn_node(f"node-{len(self.nodes) + 1}", self._cpus))
+        gpu = next((gpu for gpu, node in self._gpus.items() if node is None or not node.alive), None)
+        node = self._join(lambda: self._ray.spawn_node(f"node-{len(self.nodes) + 1}", self._cpus, gpu))
         self.nodes.append(node)
+        if gpu is not None:
+            self._gpus[gpu] = node
         return node
 
     def start_mlflow(self) -> None:

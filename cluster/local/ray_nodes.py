@@ -133,9 +133,10 @@ class RayNodes:
             f"--ray-client-server-port={self._ports['client']}",
         )  # fmt: skip
 
-    def spawn_node(self, name: str, cpus: int) -> Process:
-        """Begin to start a worker node; the head must be there."""
-        return self._spawn(name, cpus, {}, f"--address={self.address}", "--include-log-monitor=false")
+    def spawn_node(self, name: str, cpus: int, gpu: str | None = None) -> Process:
+        """Begin to start a worker node, with this GPU of the machine or with none; the head must be there."""
+        env, gpus = ({}, 0) if gpu is None else ({"CUDA_VISIBLE_DEVICES": gpu}, 1)
+        return self._spawn(name, cpus, env, f"--address={self.address}", "--include-log-monitor=false", gpus=gpus)
 
     def wait(self, process: Process) -> Node:
         """Wait until a node that was begun is part of the cluster.
@@ -155,10 +156,10 @@ class RayNodes:
             time.sleep(0.1)
         return Node(process, self.address, self._env)
 
-    def _spawn(self, name: str, cpus: int, env: Mapping[str, str], *options: str) -> Process:
+    def _spawn(self, name: str, cpus: int, env: Mapping[str, str], *options: str, gpus: int = 0) -> Process:
         command = [
             sys.executable, "-c", _RAY, "start", *options, "--block", f"--node-ip-address={HOST}",
-            f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}",
             "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0",
             f"--temp-dir={self._temp}", "--disable-usage-stats",
         ]  # fmt: skip

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import chaos
+from cluster.local import LocalCluster, ray_nodes
 from eiwtrain import checkpoints, storage
+from eiwtrain.config.file import load_config
 
 SAMPLES, BATCH, EPOCHS = 8, 4, 3
 STEPS = SAMPLES * EPOCHS // BATCH
@@ -279,6 +282,58 @@ def test_an_unknown_fault_and_one_that_a_place_does_not_have_are_refused() -> No
     with pytest.raises(SystemExit, match="kill-node"):
         chaos.choose(["kill-rank", "kill-node"], set())
     assert {f.name for f in chaos.choose(None, set())} == {n for n, f in FAULTS.items() if not f.needs}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.name)
+def test_on_gpus_each_worker_has_one_and_kernels_compute_the_same_each_time(
+    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "Driver", lambda *args: None)
+    for gpus in (0, 1):
+        place = trial.Place("data", str(tmp_path / "runs"), None, {}, gpus=gpus)
+        made = trial.Trial(place, "run", tmp_path / str(gpus), random.Random(0), fault.config)
+        made.start()
+        config = load_config(str(made.folder / "config.yaml"))
+        assert (config.workers.gpus, config.train.deterministic) == (gpus, bool(gpus))
+
+
+def test_nodes_have_a_gpu_each_and_a_new_one_that_of_a_dead_one(tmp_path: Path) -> None:
+    cluster: Any = LocalCluster(tmp_path, gpus=["3", "5"])
+    cluster._ray = SimpleNamespace(spawn_node=lambda name, cpus, gpu: SimpleNamespace(gpu=gpu, alive=True))
+    cluster._join = lambda spawn: spawn()
+    first, second = cluster.add_node(), cluster.add_node()
+    first.alive = False
+    assert [node.gpu for node in (first, second, cluster.add_node(), cluster.add_node())] == ["3", "5", "3", None]
+
+
+@pytest.mark.parametrize(("gpu", "count"), [(None, 0), ("3", 1)])
+def test_ray_offers_the_gpu_of_a_node(
+    gpu: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(ray_nodes, "spawn", lambda name, command, env, log: (command, env))
+    command, env = ray_nodes.RayNodes(tmp_path, tmp_path, {"gcs": 1}, {}).spawn_node("node-1", 1, gpu)
+    assert f"--num-gpus={count}" in command
+    assert env.get("CUDA_VISIBLE_DEVICES") == gpu
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "found"), [(None, 4, ["0", "1"]), ("5,2,7", 3, ["5", "2"]), (None, 1, None), ("5", 1, None)]
+)
+def test_two_gpus_of_this_machine_are_taken_or_the_command_refuses(
+    named: str | None, count: int, found: list[str] | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if found is not None:
+        assert chaos.own_gpus() == found
+        return
+    with pytest.raises(SystemExit) as refused:
+        chaos.main(["--gpus"])
+    assert refused.value.code == 2
+    assert "--gpus: a trial has 2 workers with a GPU each, and PyTorch finds 1 here" in capsys.readouterr().err
 
 
 def row(kind: str, **verdict: Any) -> chaos.Row:

@@ -86,6 +86,8 @@ class Place:
     """Variables for runs at this place, and for this process to look at what they left."""
     s3: S3Server | None = None
     cluster: LocalCluster | None = None
+    gpus: int = 0
+    """GPUs of each worker."""
 
     @property
     def offers(self) -> set[str]:
@@ -292,11 +294,13 @@ class Trial:
             "data": {"path": self.place.data, "resolution": 8, "lanes": 4, "shuffle_block": 16},
             "model": {"levels": 2, "steps": 2, "conditioner": {"hidden": 8}},
             "train": {"global_batch": BATCH, "micro_batch": 4, "max_steps": STEPS, "warmup_steps": 8},
-            "workers": {"min": 2, "hang_seconds": 30.0},
+            "workers": {"min": 2, "gpus": self.place.gpus, "hang_seconds": 30.0},
             "checkpoint": {"every": CHECKPOINT_EVERY},
             "tracking": {"uri": self.place.tracking, "log_every": 1},
             "eval": {"every": EVAL_EVERY, "images": 8, "samples": 2},
         }
+        if self.place.gpus:  # whose sums, without it, differ from run to run
+            config["train"]["deterministic"] = True
         for section, fields in self.config.items():
             config[section] = config[section] | fields
         return config
