@@ -17,7 +17,7 @@ from pathlib import Path
 from eiwtrain import storage
 from eiwtrain.checkpoints import Checkpoint
 from eiwtrain.exporting import models
-from eiwtrain.exporting.command import run_command
+from eiwtrain.exporting.command import root_of, run_command
 from eiwtrain.exporting.models import LoadedModel
 from eiwtrain.terminal.output import protect
 from eiwtrain.terminal.redact import REFUSAL, holds_secret
@@ -37,7 +37,7 @@ def _export(args: argparse.Namespace) -> int:
         registry.check_name(args.register)
     if args.tracking_uri and holds_secret(args.tracking_uri):
         raise ValueError(f"--tracking-uri: {REFUSAL}")
-    root = _root(args.run, args.storage)
+    root = root_of(args.run, args.storage)
     saved = models.choose(args.which, root)
     output = args.output or assemble.place(root, saved)
     with models.about_option("output"):
@@ -65,12 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     registering.add_argument("--no-register", action="store_true", help="leave the Model Registry alone")
     parser.add_argument("--tracking-uri", help="URI of MLflow (MLFLOW_TRACKING_URI, or where the run was recorded)")
     return parser
-
-
-def _root(run: str, under: str) -> str:
-    """Return the run's root: a bare name that is no folder here is a run under `under`."""
-    bare = "/" not in run and not Path(run).is_dir()
-    return storage.join(under, run) if bare else run.rstrip("/")
 
 
 def _register(

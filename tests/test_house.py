@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("run", "evaluate", "sample", "export", "doctor"),
-    ("driver", "checks"),
+    ("run", "evaluate", "sample", "export", "report", "doctor"),
+    ("driver", "checks", "reporting"),
     ("train",),
     ("exporting", "sampling", "scoring", "tracking", "checkpoints", "on_ray"),
     ("config", "data"),

@@ -44,6 +44,7 @@ def imported(*words: str) -> set[str]:
         ("eiwtrain.evaluate", "--help"),
         ("eiwtrain.sample", "--help"),
         ("eiwtrain.export", "--help"),
+        ("eiwtrain.report", "--help"),
     ],
     ids=" ".join,
 )

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from eiwtrain import storage
 from eiwtrain.checkpoints import DamagedCheckpoint
@@ -30,6 +31,12 @@ def run_command(work: Callable[[argparse.Namespace], int], args: argparse.Namesp
         why = f"{which}: {args.batch} {what} at a time do not fit in the GPU's memory; give fewer"
     print(f"error: {why}", file=sys.stderr)
     return 2
+
+
+def root_of(run: str, under: str) -> str:
+    """Return the URL of a run's folder: a bare name that is no folder here is a run under `under`."""
+    bare = "/" not in run and not Path(run).is_dir()
+    return storage.join(under, run) if bare else run.rstrip("/")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -129,6 +129,19 @@ def about_option(name: str) -> Iterator[None]:
         raise ValueError(f"--{name}: {e}") from None
 
 
+def check_source(url: str, where: str) -> None:
+    """Check that MLflow may open a URL that it names: a place of its own, or what `storage.foreign` allows.
+
+    Args:
+        where: it was read from, for the error.
+
+    Raises:
+        storage.StorageError: it may not.
+    """
+    if url.partition(":")[0] not in _MLFLOW_STORES:
+        storage.foreign(url, where)
+
+
 def choose(which: str, root: str) -> Checkpoint:
     """Return the newest checkpoint of a run (`last`), the best by held-out bits/dim (`best`), or that of a step.
 
@@ -263,8 +276,7 @@ def _registered(name: str) -> LoadedModel:
     with tempfile.TemporaryDirectory() as copy:
         try:
             source = ModelsArtifactRepository.get_underlying_uri(name)
-            if source.partition(":")[0] not in _MLFLOW_STORES:
-                storage.foreign(source, f"the source of {name}")
+            check_source(source, f"the source of {name}")
             file = mlflow.artifacts.download_artifacts(artifact_uri=f"{name}/{flow.MODEL_FILE}", dst_path=copy)
         except Exception as e:
             raise ValueError(f"{name}: {one_line(e, 300)}") from None

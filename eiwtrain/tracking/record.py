@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 import uuid
@@ -39,6 +40,7 @@ _END_SECONDS = 30.0  # for which an ending run waits
 _AGAIN_SECONDS = 1.0
 _MOST_IDENTITY = 10_000  # bytes of run.json
 _PAGE = 50  # runs asked for at once
+_MOST_EXPERIMENTS = 1000
 _ABANDONED_SECONDS = 10.0  # after which the remaining runs are left to the next start
 
 
@@ -157,6 +159,21 @@ def _begin(
 
 class _ArtifactsError(TrackingError):
     """MLflow can be used, and the place where it keeps files cannot."""
+
+
+def find(uri: str, root: str) -> Any | None:
+    """Return what the MLflow at `uri` has of the run in the folder `root`; None where it has no such run.
+
+    Raises:
+        TrackingError: the store cannot be used, or the run's identity cannot be read.
+        mlflow.exceptions.MlflowException: the store does not answer.
+    """
+    uid = _known_uid(root)
+    if uid is None or not re.fullmatch(r"[0-9a-f]{1,64}", uid):  # else it could be more than a value in the filter
+        return None
+    mlflow = client_of(uri)
+    experiments = [e.experiment_id for e in mlflow.search_experiments(max_results=_MOST_EXPERIMENTS)]
+    return next(iter(mlflow.search_runs(experiments, f"tags.`{_UID_TAG}` = '{uid}'", max_results=1)), None)
 
 
 def end(run: TrackedRun, status: Status, detail: str = "") -> bool:

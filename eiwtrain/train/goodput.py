@@ -26,7 +26,7 @@ startup: each attempt up to its first step. checkpoint: training waited for chec
 after the checkpoint from which the next attempt resumed, and the end of attempts."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_LOSSES = {
+LOSSES = {
     "startup": "start-up",
     "data_wait": "waiting for data",
     "checkpoint": "checkpoints",
@@ -34,7 +34,8 @@ _LOSSES = {
     "lost": "lost work",
     "other": "other",
 }
-_WASTED: tuple[Kind, ...] = ("startup", "data_wait", "checkpoint", "lost")
+"""The words for each kind of time that is not productive."""
+WASTED: tuple[Kind, ...] = ("startup", "data_wait", "checkpoint", "lost")
 """Uses of time whose cost is wasted: by preemptions and crashes, each of which also costs a start-up, and by waits."""
 
 
@@ -133,7 +134,7 @@ class Clock:
     @property
     def wasted(self) -> float:
         """What preemptions, crashes and waits have cost so far."""
-        return sum(self._costs[kind] for kind in _WASTED)
+        return sum(self._costs[kind] for kind in WASTED)
 
     def cost_after(self, seconds: float) -> float:
         """Return what the run will have cost after this many more seconds on these workers."""
@@ -163,14 +164,14 @@ class Clock:
 def describe(clock: Clock) -> str:
     """Return goodput and losses as one line, largest loss first: `83% of 2:10:00; start-up 12%, checkpoints 0.3%`."""
     shares = clock.shares()
-    losses = sorted(((shares[kind], name) for kind, name in _LOSSES.items() if shares[kind] >= 0.001), reverse=True)
+    losses = sorted(((shares[kind], name) for kind, name in LOSSES.items() if shares[kind] >= 0.001), reverse=True)
     words = [f"{name} {share:.1%}" if share < 0.1 else f"{name} {share:.0%}" for share, name in losses]
     return f"{shares['productive']:.0%} of {duration(clock.wall)}" + ("; " if words else "") + ", ".join(words)
 
 
 def describe_cost(clock: Clock) -> str:
     """Return the cost and what of it was wasted as one line, most first: `12.30; wasted 1.20 (10%): start-up 1.20`."""
-    parts = sorted(((clock.cost_of(kind), _LOSSES[kind]) for kind in _WASTED), reverse=True)
+    parts = sorted(((clock.cost_of(kind), LOSSES[kind]) for kind in WASTED), reverse=True)
     shown = [f"{name} {money(cost)}" for cost, name in parts if cost >= 0.001 * clock.cost and cost > 0]
     line = f"{money(clock.cost)}; wasted {money(clock.wasted)} ({clock.wasted / max(clock.cost, 1e-9):.0%})"
     return line + (": " if shown else "") + ", ".join(shown)
