@@ -53,7 +53,6 @@ CONNECTION = 85e6  # bytes a second of each request; Amazon S3 user guide, "Perf
 COPY = 10e9  # bytes a second from a GPU to pinned memory; PCIe 4 x16 has 32e9
 START = 25.6  # seconds from a killed node to the next step on a cluster that is joined (benchmarks/RESULTS.md, chaos)
 SLOW_START = 120.0  # the same where images are pulled and many workers start; assumed
-REPLACE = 600.0  # seconds until a preempted machine has a successor; assumed
 DECODED = {32: 22_774, 64: 7_604}  # images a second and core, PNG (benchmarks/RESULTS.md)
 IMAGE_BYTES = {32: 4_148, 64: 9_883}  # in a shard of PNGs (benchmarks/RESULTS.md, writing shards)
 IMAGES = {"lsun": 3_033_042, "imagenet": 1_281_149, "celeba": 162_770, "cifar": 50_000}  # for training
@@ -78,7 +77,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--network", type=float, help="bytes/s of a machine, one way (default: by --gpu)")
     parser.add_argument("--connection", type=float, default=CONNECTION, help="bytes/s of a connection to the bucket")
     parser.add_argument("--start", type=float, default=START, help="seconds from a fault to the next step")
-    parser.add_argument("--replace", type=float, default=REPLACE, help="seconds until a machine has a successor")
     parser.add_argument("--images-per-gpu", type=int, default=128, help="of a step, where the global batch grows")
     parser.add_argument("--json", type=Path, help="file to write everything to")
     args = parser.parse_args(argv)
@@ -154,7 +152,6 @@ def job_of(path: str, args: argparse.Namespace) -> tuple[Job, Cluster]:
         decoded=of_side(DECODED, side, -2),
         copy=COPY,
         start_seconds=args.start,
-        replace_seconds=args.replace,
     )
     return job, cluster
 

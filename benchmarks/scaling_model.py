@@ -92,8 +92,6 @@ class Cluster:
     """Bytes a second from a worker's device to the host's memory."""
     start_seconds: float
     """Seconds from a fault to the next step, without reading the checkpoint."""
-    replace_seconds: float
-    """Until a machine that is gone has a successor."""
 
 
 @dataclass(frozen=True)
@@ -273,8 +271,6 @@ class Losses:
     """Share of the wall time that goes into steps that count, where machines go without a word."""
     with_notice: float
     """The same where the cluster drains a node before it goes: no step is lost."""
-    machines: float
-    """Share of the machines that are there, on average."""
     gives_up: float
     """Seconds after which `run.max_failures` is expected to end the run, where machines go without a word."""
 
@@ -292,14 +288,12 @@ def losses(job: Job, cluster: Cluster, workers: int, machine_mtbf: float) -> Los
     interval = young_daly(stall, mtbf, write)
     once = restart_seconds(job, cluster)
     down = once if nodes == 1 else 2 * once
-    away = cluster.replace_seconds / (machine_mtbf + cluster.replace_seconds)
     useful = 1.0 - evaluation_share(job, cluster, workers)
     return Losses(
         mtbf,
         interval,
         useful * goodput(interval, stall, down + write, mtbf),
         useful * available(down + write, mtbf) * interval / (interval + stall),
-        1.0 - away,
         gives_up_seconds(once + interval + write, mtbf, job.max_failures),
     )
 

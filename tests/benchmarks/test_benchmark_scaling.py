@@ -33,7 +33,6 @@ CLUSTER = model.Cluster(
     decoded=7_600,
     copy=10e9,
     start_seconds=26.0,
-    replace_seconds=600.0,
 )
 JOB = model.Job(
     flops=150e9,

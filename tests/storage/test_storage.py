@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from storage_helpers import Clock, refusal
+from storage_helpers import Clock, refusal, retried
 
 from eiwtrain import storage
 from eiwtrain.storage import files, retry
@@ -20,15 +20,8 @@ def clock(monkeypatch):
 
 def tries(error):
     """How often a call that fails so is made, and the message in the end."""
-    calls = []
-
-    def call():
-        calls.append(1)
-        raise error
-
-    with pytest.raises(storage.StorageError) as e:
-        storage.retrying("s3://b/x", call)
-    return len(calls), str(e.value)
+    calls, final = retried(error)
+    return calls, str(final)
 
 
 @pytest.fixture(params=["local", "memory"])

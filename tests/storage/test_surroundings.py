@@ -9,9 +9,8 @@ import certifi
 import pytest
 import requests
 from mlflow.exceptions import MlflowException
-from storage_helpers import refusal
+from storage_helpers import refusal, retried
 
-from eiwtrain import storage
 from eiwtrain.storage import retry, surroundings
 from eiwtrain.tracking import store
 
@@ -37,17 +36,10 @@ def of_s3(cause):
 
 def final_message(error):
     """The message of a call to S3 that fails so at its first try; fails if it is tried again."""
-    calls = []
-
-    def call():
-        calls.append(1)
-        raise error
-
-    with pytest.raises(storage.StorageError) as e:
-        storage.retrying("s3://b/x", call)
-    assert len(calls) == 1
-    assert not e.value.passing
-    return str(e.value)
+    calls, final = retried(error)
+    assert calls == 1
+    assert not final.passing
+    return str(final)
 
 
 @pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"])
