@@ -125,6 +125,8 @@ def gather(root: str, tracking_uri: str | None = None) -> Run:
     """
     try:
         return _gather(root, tracking_uri)
+    except NotADirectoryError:
+        raise ValueError(f"{root}: this is a file; give the folder or URL of a run") from None
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{root}: its files do not describe a run ({one_line(repr(e))})") from None
 
@@ -204,16 +206,22 @@ def whole(text: str) -> int | None:
 
 def _record(root: str, notes: list[str]) -> Record | None:
     """Return the content of the run's lease, if all of it has the right types."""
+    url = storage.join(root, holdings.FILE)
     record = holdings.read_record(root)
-    if record is None:
+    if (record is None and storage.exists(url)) or (record is not None and not _is_whole(record)):
+        notes.append(f"{url} does not list the jobs of the run as it should")
         return None
-    folded = record.folded_seconds, record.folded_failures, record.folded_cost
-    for h in (*record.earlier, record.holding):
-        numbers = h.began, h.ended, h.failures, h.cost, *folded
-        if not all(number(n) is not None for n in numbers) or not isinstance(h.why, str) or h.outcome not in _OUTCOMES:
-            notes.append(f"{storage.join(root, holdings.FILE)} does not list the jobs of the run as it should")
-            return None
     return record
+
+
+def _is_whole(record: Record) -> bool:
+    sums = record.folded_seconds, record.folded_cost
+    return all(number(n) is not None for n in sums) and all(
+        all(number(n) is not None for n in (h.began, h.ended, h.failures, h.cost))
+        and isinstance(h.why, str)
+        and h.outcome in _OUTCOMES
+        for h in (*record.earlier, record.holding)
+    )
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, str]:

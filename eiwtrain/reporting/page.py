@@ -92,11 +92,17 @@ def rows(pairs: Iterable[tuple[str, Child]]) -> Html:
     return el("dl", *[joined(el("dt", name), el("dd", value)) for name, value in pairs if value])
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[Child]]) -> Html:
-    """Return a table that scrolls by itself where it is wider than the page."""
-    body = [el("tr", *[el("td", cell) for cell in line]) for line in lines]
+def table(head: Sequence[str], lines: Iterable[Sequence[Child]], class_: str = "scroll") -> Html:
+    """Return a table that scrolls by itself where it is wider than the page.
+
+    Args:
+        class_: "stack" has each cell on a line of its own there, instead.
+    """
+    body = [
+        el("tr", *[el("td", cell, data_name=name) for name, cell in zip(head, line, strict=True)]) for line in lines
+    ]
     columns = el("tr", *[el("th", name) for name in head])
-    return el("div", el("table", el("thead", columns), el("tbody", *body)), class_="scroll")
+    return el("div", el("table", el("thead", columns), el("tbody", *body)), class_=class_)
 
 
 def moment(seconds: float) -> str:
@@ -205,7 +211,7 @@ def _jobs(run: Run) -> list[Html]:
     first = max(0, len(run.holdings) - _MOST_JOBS)
     priced = ["cost"] if run.cost is not None else []
     shown = run.holdings[first:]
-    found = [table(["began", "lasted", "ended", "why", *priced], [_job(h, bool(priced)) for h in shown])]
+    found = [table(["began", "lasted", "ended", "why", *priced], [_job(h, bool(priced)) for h in shown], "stack")]
     if first or run.before:
         found.append(el("p", f"Earlier jobs are left out; all took {duration(wall(run))}.", class_="quiet"))
     return found

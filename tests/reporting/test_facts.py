@@ -156,9 +156,29 @@ def test_what_is_wrong_in_single_files_is_left_out(copy):
     assert len(run.curves[curves.LR]) == STEPS
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"format": "eiwtrain-lease/1"}'])
+def test_a_lease_that_is_none_is_noted(copy, content):
+    Path(copy, "lease.json").write_text(content)
+    run = gather(copy)
+    assert any("lease.json does not list the jobs" in note for note in run.notes)
+    assert run.holdings == ()
+
+
+def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no run"):
         gather(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="this is a file"):
+        gather(str(tmp_path / "file"))
+
+
+def test_a_run_in_a_bucket_is_known_as_well(finished, s3):
+    for name, _ in storage.find(finished):
+        storage.put_file(Path(finished, name), storage.join(s3, "tiny", name))
+    here, there = gather(finished), gather(f"{s3}/tiny", f"sqlite:///{Path(finished).parent}/mlflow.db")
+    assert there.root == f"{s3}/tiny"
+    alike = ("step", "best", "holdings", "time", "curves", "recorded", "published", "notes")
+    assert [getattr(here, name) for name in alike] == [getattr(there, name) for name in alike]
 
 
 def test_pictures_are_pictures_and_evenly_spread(tmp_path, monkeypatch):

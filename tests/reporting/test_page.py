@@ -1,6 +1,7 @@
 """What the pages say, and that nothing in them has an effect or is loaded from elsewhere."""
 
 import dataclasses
+import html
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ import reported_run
 from mlflow import MlflowClient
 
 from eiwtrain import report
+from eiwtrain.config.file import load_config
 from eiwtrain.reporting import charts, comparison, facts, page
 from eiwtrain.reporting.charts import Series
 from eiwtrain.reporting.comparison import worker_hours
@@ -97,6 +99,13 @@ def test_a_page_says_what_is_known_and_loads_nothing(run):
         assert said in parsed.text, said
     pictures = [attributes["alt"] for tag, attributes in parsed.tags if tag == "img"]
     assert pictures == ["samples, step 6", "samples, step 12"]
+
+
+def test_the_config_of_a_page_starts_a_run_like_it(run, tmp_path):
+    text = html.unescape(re.findall(r"<pre>(.*?)</pre>", page.render(run), re.DOTALL)[-1])
+    (tmp_path / "config.yaml").write_text(text)
+    again = load_config(str(tmp_path / "config.yaml"), ["run.name=a"])
+    assert again.model_dump(mode="json") == run.config
 
 
 def test_names_of_strangers_have_no_effect(tmp_path, database):
