@@ -58,7 +58,7 @@ import torch
 from benchmarks import backprop_report as report
 from benchmarks.backprop_subject import EIW_STEPS, METHODS, Setting, Subject, subject_of
 from benchmarks.measuring import allocated, now
-from eiwtrain.driver import costs
+from eiwtrain.driver import counting
 from eiwtrain.on_ray.session import WORKER_ENV
 
 BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -140,7 +140,7 @@ def _count(subject: Subject) -> tuple[dict[str, Any], list[torch.Tensor]]:
 
     for conditioner in subject.networks:
         cast(Any, conditioner).network = counted(conditioner.network)  # no hook, which a checkpoint would pass over
-    with costs.Started() as started:
+    with counting.Started() as started:
         subject.loss(*subject.batch).backward()
     measured = {
         "peak_bytes": peak,

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -28,6 +28,8 @@ from eiwtrain.flow.dequantization import iwbo
 from eiwtrain.flow.fields import Range, check_fields, check_known
 from eiwtrain.scoring.estimator import Estimator, estimator_of
 from eiwtrain.scoring.scores import mean
+from eiwtrain.train.flat import FlatModule
+from eiwtrain.train.optimizers import Block, Muon, matrices_of
 
 Row = dict[str, Any]
 
@@ -36,7 +38,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
 }
-"""All of torch by their names in lower case. LBFGS, which steps otherwise, fails; Muon takes matrices alone."""
+"""All of torch by their names in lower case. LBFGS, which steps otherwise, fails."""
 
 PARTS = ("attention", "norm")
 INITIAL = 256  # images from which normalisations start
@@ -48,7 +50,7 @@ class Recipe:
     """How a variant is trained. Raises ValueError, naming the field, where it makes no sense."""
 
     optimizer: str = "adamw"
-    """Any optimizer of torch by its name in lower case."""
+    """Any optimizer of torch by its name in lower case; or muon, the one of the config's `train.optimizer`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer. Weight decay is 0 unless given here."""
     lr: Annotated[float, Range(0)] = 2e-3
@@ -73,17 +75,22 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.optimizer not in OPTIMIZERS:
+        if self.optimizer not in (*OPTIMIZERS, "muon"):
             raise ValueError(f"optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         if unknown := set(self.published) - set(PARTS):
             raise ValueError(f"published: {sorted(unknown)[0]!r} is not one of {', '.join(PARTS)}")
         try:
-            self.optimize([nn.Parameter(torch.zeros(2, 2))])
+            self.optimize([nn.Parameter(torch.zeros(4))])
         except (TypeError, ValueError) as e:
             raise ValueError(f"options: {self.optimizer}: {e}") from None
 
-    def optimize(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of these parameters, with the peak learning rate."""
+    def optimize(self, parameters: list[nn.Parameter], blocks: Sequence[Block] = ()) -> torch.optim.Optimizer:
+        """Return the optimizer of these parameters, with the peak learning rate; muon is that of one flat parameter,
+        which begins with these blocks of matrices."""
+        if self.optimizer == "muon":
+            return Muon(
+                parameters, blocks, **{"lr": self.lr, "betas": (0.9, 0.999), "weight_decay": 0.0} | self.options
+            )
         kind = OPTIMIZERS[self.optimizer]
         decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(kind).parameters else {}
         return cast(Any, kind)(parameters, **{"lr": self.lr, **decay, **self.options})
@@ -262,24 +269,29 @@ def train(job: Row, url: str, folder: Path | None) -> Row:
         with torch.no_grad():
             subject.bits(model, *first)
     averaged.load_state_dict(model.state_dict())
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = recipe.optimize(parameters)
+    flat = FlatModule(model, matrices_of(model))  # as in training
+    average = flat.average_in(dict(averaged.named_parameters()))
+    optimizer = recipe.optimize([flat.weights], flat.blocks)
     peaks = [group["lr"] for group in optimizer.param_groups]
     steps = skipped = 0
     while (done := (measuring.now(device) - begin) / job["seconds"]) < 1:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * recipe.rate(done)
-        optimizer.zero_grad()
         loss(model, batch(recipe.batch, steps + 1)).backward()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)
-        if norm.isfinite():
+        flat.weights.grad = None
+        flat.gather()
+        norm = float(flat.norm())
+        flat.clip_(norm, recipe.clip)
+        if math.isfinite(norm):
             optimizer.step()
         else:
             skipped += 1
-        _average(averaged, model, min(recipe.ema, (1 + steps) / (10 + steps)))
+        average(1 - min(recipe.ema, (1 + steps) / (10 + steps)))
+        for mine, its in zip(averaged.buffers(), model.buffers(), strict=True):
+            mine.copy_(its)
         steps += 1
     spent = measuring.now(device) - begin
-    result = {"steps": steps, "skipped": skipped, "parameters": sum(p.numel() for p in parameters), "spent": spent}
+    result = {"steps": steps, "skipped": skipped, "parameters": flat.weights.numel(), "spent": spent}
     held_out = torch.from_numpy(_read(url, manifest, "test", job["images"])).permute(0, 3, 1, 2).contiguous()
     return {**job, **result, **score(subject, averaged.eval(), held_out, job["iwbo"], device)}
 
@@ -289,14 +301,6 @@ def _read(url: str, manifest: data.Manifest, split: str, most: int | None = None
     reader = data.ShardReader(url, manifest, split)
     pixels = reader.read(range(len(reader) if most is None else min(most, len(reader))))
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-
-
-@torch.no_grad()
-def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    own, other = (list[Tensor](module.parameters()) for module in (averaged, model))
-    torch._foreach_lerp_(own, other, 1 - decay)
-    for mine, its in zip(averaged.buffers(), model.buffers(), strict=True):
-        mine.copy_(its)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from benchmarks import environments, measuring, peers
 from benchmarks.backprop_subject import NETWORKS, Subject
 from eiwtrain import flow
-from eiwtrain.driver import costs
+from eiwtrain.driver import counting
 from eiwtrain.flow.config import BACKPROP_MODES, SHUFFLES
 from eiwtrain.on_ray.session import WORKER_ENV
 
@@ -161,7 +161,7 @@ class Candidate:
         finite = all(t is None or bool(t.isfinite().all()) for t in (loss, *(p.grad for p in trained)))
         notes = ["not finite"] * (not finite) + [f"{without} parameters without gradient"] * (without > 0)
         self.model.zero_grad()
-        with costs.Started() as started:
+        with counting.Started() as started:
             self.step()
         self.model.zero_grad()
         kept, _ = measuring.allocated(lambda: self.loss(*self.batch), self.device)

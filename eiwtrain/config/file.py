@@ -256,6 +256,11 @@ def _impossible(c: Config) -> list[str]:
             f"train.micro_batch: {c.train.micro_batch} is above train.global_batch = {c.train.global_batch}; "
             f"use at most {c.train.global_batch}"
         )
+    if c.train.optimizer == "muon" and c.train.zero_stage:
+        problems.append(
+            f"train.optimizer: muon takes whole matrices, which train.zero_stage = {c.train.zero_stage} cuts up; "
+            "set train.zero_stage=0, or use another optimizer"
+        )
     if c.train.finetune_steps >= c.train.max_steps:
         problems.append(
             f"train.finetune_steps: {c.train.finetune_steps} leaves none of train.max_steps = {c.train.max_steps} "

@@ -155,9 +155,9 @@ class Train(Section):
     max_cost: PositiveFloat | None = None
     """What the run may cost over all jobs, by `workers.price_per_hour`; beyond it it checkpoints and stops, to resume
     with a higher limit; null: no limit."""
-    optimizer: Literal["adamw", "adamax"] = "adamw"
-    """Optimizer: AdamW, or Adamax, whose steps are scaled by the greatest recent gradient in place of the mean
-    square."""
+    optimizer: Literal["adamw", "adamax", "muon"] = "adamw"
+    """Optimizer: AdamW; Adamax, whose steps are scaled by the greatest recent gradient in place of the mean square; or
+    Muon, which orthogonalises the steps of the networks' weights and leaves all else to AdamW (ZeRO 0 only)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """The optimizer's decay per step of its mean gradient and of its gradient scale."""
     lr: PositiveFloat = 1e-3

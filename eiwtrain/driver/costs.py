@@ -1,39 +1,22 @@
 """Counts what a config costs before anything runs: parameters, FLOPs, bytes. Not for measuring a run: that is
 `eiwtrain.train.report`, nor for printing the costs: that is `eiwtrain.driver.dry_run`.
 
-Counted means that a training step (forward and backward) is run on tensors that have shapes and no data (torch's
-FakeTensorMode), which takes seconds and no memory whatever the size. The steps of a level are alike, so flows of few
-steps are counted, and what a step adds is multiplied by the number of steps: the sum is exact, as is what a further
-image adds. Time is not counted: it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or
-what the host needs to start the operations at an assumed rate, `LAUNCH`, whichever is longer.
+FLOPs, operations and activations are counted on tensors without data (`eiwtrain.driver.counting`). Time is not counted:
+it is FLOPs over a GPU's published peak and an assumed share of it, `MFU`, or what the host needs to start the
+operations at an assumed rate, `LAUNCH`, whichever is longer.
 
 Not counted: what dropout keeps, the workspace of cuDNN, what an allocator loses to rounding, CUDA's own memory.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import astuple, dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
-
-from eiwtrain import flow
 from eiwtrain.config import Config, Train, batching
+from eiwtrain.driver import counting
 from eiwtrain.flow.config import BackpropMode
 from eiwtrain.flow.memory import SLACK, STATE_BYTES
-from eiwtrain.train import agreed
-from eiwtrain.train.engine import MOST_IN_BUCKET, optimizer_of, scaled
-from eiwtrain.train.flat import FlatModule
-from eiwtrain.train.objective import MicroBatch
+from eiwtrain.train.engine import MOST_IN_BUCKET
 from eiwtrain.train.state import flow_config, outline
 
 COUNTED_MODES: tuple[BackpropMode, ...] = ("stored", "checkpointed", "selective", "invertible")
@@ -49,12 +32,6 @@ after the other, so a micro-batch takes at least that for each of its operations
 
 FREE = 0.2
 """The share of a GPU's memory that is left to what is not counted here."""
-
-_BY_DEEPSPEED = (2, 2)
-"""Operations that DeepSpeed adds at stage 0: to each micro-batch, whose loss it divides, and to the reduction."""
-_FOR_EACH_TENSOR = (0, 4, 4, 9)
-"""Operations that it adds at a ZeRO stage for each parameter, with a micro-batch a step; at most, as it shares some out
-among the workers."""
 
 _FLOAT = 4  # bytes of a parameter, its gradient, its average and each of its moments
 
@@ -112,6 +89,8 @@ class Costs:
     backprop: str
     memory_budget: int | None
     """The config's own."""
+    update_flops: int = 0
+    """FLOPs of an optimizer step itself, which each worker makes whole: Muon's products of matrices."""
     update_operations: int = 0
     """Operations that a training step starts once: to reduce and clip the gradient, to read its norm and what the
     workers agree on, to update weights, moments and average."""
@@ -189,7 +168,9 @@ class Costs:
         mode = self.mode_in(gpu.bytes)
         computed = rows * self.flops_per_image[mode] / (gpu.flops_per_second * MFU)
         # the host reads the norm before it starts the update, so nothing hides these operations
-        return accumulation * max(computed, self.operations[mode] * LAUNCH) + self.update_operations * LAUNCH
+        updated = self.update_flops / (gpu.flops_per_second * MFU)
+        step = accumulation * max(computed, self.operations[mode] * LAUNCH)
+        return step + max(updated, self.update_operations * LAUNCH)
 
 
 def of(config: Config, channels: int = 3) -> Costs:
@@ -205,10 +186,10 @@ def of(config: Config, channels: int = 3) -> Costs:
     moved: dict[str, int] = {}
     each: dict[str, int] = {}
     fixed: dict[str, int] = {}
-    each_loss, update = count_around(config, model)
+    each_loss, update = counting.count_around(config, model)
     for mode in COUNTED_MODES:
-        step = _of_all_steps(replace(shape, backprop=mode), images)
-        more = _of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
+        step = counting.of_all_steps(replace(shape, backprop=mode), images)
+        more = counting.of_all_steps(replace(shape, backprop=mode), images + 1, backward=False)
         flops[mode], operations[mode], moved[mode] = step.flops / images, step.operations + each_loss, step.moved
         each[mode] = more.kept - step.kept
         fixed[mode] = step.kept - images * each[mode]
@@ -219,173 +200,11 @@ def of(config: Config, channels: int = 3) -> Costs:
         moved,
         each,
         fixed,
-        _of_a_step(shape),
+        counting.of_a_step(shape),
         checkpoint_bytes=2 * state + 2 * _FLOAT * parameters,
         train=config.train,
         backprop=config.model.backprop,
         memory_budget=config.model.memory_budget,
+        update_flops=counting.update_flops(config, model),
         update_operations=update,
     )
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What one training step keeps for its backward pass, bytes, its FLOPs, the operations that it starts, and the
-    bytes that those without FLOPs read and write: element-wise ones, sums and copies."""
-
-    kept: int
-    flops: int
-    operations: int
-    moved: int
-
-    def plus(self, times: int, more: Counted) -> Counted:
-        """Return this, plus `times` times what `more` has above it."""
-        mine, theirs = astuple(self), astuple(more)
-        return Counted(*(a + times * (b - a) for a, b in zip(mine, theirs, strict=True)))
-
-
-def _of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
-    """Return `count` of the whole flow; of Glow's backbone from flows of two steps and of three: each step adds the
-    same, except for the first, as what is computed for several together is laid out otherwise for one. With anchors,
-    each period of steps does."""
-    if shape.backbone != "glow" or not isinstance(shape.steps, int):
-        return count(shape, images, backward)
-    period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
-    few = min(shape.steps, 2 + (shape.steps - 2) % period)
-    times = (shape.steps - few) // period
-    less = count(replace(shape, steps=few), images, backward)
-    if not times:
-        return less
-    return less.plus(times, count(replace(shape, steps=few + period), images, backward))
-
-
-def _of_a_step(shape: flow.FlowConfig) -> int:
-    """Return the bytes that one step of the first level keeps for an image if it keeps its activations."""
-    level = replace(shape, levels=1, units=1, steps=1, shuffle="none", dequantization="uniform", classes=0)
-    level = replace(level, backprop="stored")
-    of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))
-    return (of_three[1] - of_three[0]) - (of_two[1] - of_two[0])
-
-
-@cache
-def count(shape: flow.FlowConfig, images: int, backward: bool = True, fake: bool = True) -> Counted:
-    """Run one training step of a flow and count it.
-
-    Args:
-        backward: also run the backward pass, or else count the FLOPs and operations of the forward pass alone.
-        fake: run on tensors without data; or on real ones, which gives the same.
-    """
-    started = Started()
-    with FakeTensorMode() if fake else nullcontext():
-        model = flow.EIWFlow(shape)
-        pixels = torch.zeros(images, *shape.image_shape, dtype=torch.uint8)
-        noise = torch.full((images, *shape.noise_shape), 0.5)
-        labels = torch.zeros(images, dtype=torch.int64) if shape.classes else None
-        with started:
-            kept, loss = _kept(
-                lambda: model(pixels, noise, labels).log_prob.sum(), [*model.parameters(), *model.buffers()]
-            )
-            if backward:
-                loss.backward()
-    return Counted(kept, started.flops, started.operations, started.moved)
-
-
-def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
-    """Return the operations that a training step starts outside its flow: for each micro-batch, and once.
-
-    The code of a training step is run on parameters of one number each, as many as the model has: at ZeRO stage 0 they
-    are one tensor whatever their number. At other stages DeepSpeed's own loops over them come on top.
-
-    Args:
-        model: the flow, with or without numbers.
-    """
-    own = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in model.parameters())
-    flat = FlatModule(own)
-    average = flat.average_in(dict(copy.deepcopy(own).named_parameters()))
-    optimizer = optimizer_of(flat.parameters(), config.train)
-    images = torch.zeros(2, *model.config.image_shape, dtype=torch.uint8)
-    log_prob, penalty = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    out = flow.FlowOutput(log_prob, penalty, torch.zeros(model.config.levels, 2))
-    batch = MicroBatch(torch.ones(2), config, images)
-
-    def step() -> tuple[int, int]:
-        loss, update = Started(), Started()
-        with loss:
-            scaled(batch.loss(lambda *_: out), 1.0).backward()  # type: ignore[arg-type]
-        for parameter in own:
-            parameter.grad = torch.ones(1)
-        with loss:
-            flat.gather()
-        with update:
-            norm, *_ = agreed.beside(flat.norm(), agreed.pack([batch], [0.0] * 6, 0)).tolist()
-            flat.clip_(norm, norm / 2)
-            optimizer.step()
-            average(0.5)
-            for order in model.orders():
-                order.latest.copy_(order.latest)
-        return loss.operations, update.operations
-
-    step()  # the optimizer makes its moments
-    each, once = (a + b for a, b in zip(step(), _BY_DEEPSPEED, strict=True))
-    return each, once + _FOR_EACH_TENSOR[config.train.zero_stage] * len(own)
-
-
-def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:
-    """Return the bytes that autograd saves for the backward pass of `function()`, each storage once, and its result.
-
-    `flow.memory.bytes_saved` does the same for tensors that have an address.
-    """
-    mine = {id(t.untyped_storage()) for t in own}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no identity is used twice
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if id(storage) not in mine:
-            kept[id(storage)] = storage
-        return t.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    return sum(storage.nbytes() for storage in kept.values()), result
-
-
-_VIEWS = {  # operations that start nothing on a device
-    *("view", "_unsafe_view", "alias", "detach", "as_strided", "lift_fresh", "t", "transpose", "permute"),
-    *("slice", "select", "split", "split_with_sizes", "unbind", "expand", "unsqueeze", "squeeze"),
-}
-
-
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-if _ATTENTION not in flop_registry:  # torch has formulas for the kernels of GPUs alone
-    register_flop_formula(_ATTENTION)(lambda q, k, v, *_args, **_kwargs: sdpa_flop_count(q, k, v))
-    register_flop_formula(_ATTENTION_BACKWARD)(
-        lambda grad, q, k, v, *_args, **_kwargs: sdpa_backward_flop_count(grad, q, k, v)
-    )
-
-
-class Started(TorchDispatchMode):
-    """Counts operations, and sums up FLOPs by the formulas of torch's `FlopCounterMode`, which itself takes every
-    operation apart, half as fast, and cannot follow modules that are run in a backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.operations = self.moved = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        namespace, _, name = func._schema.name.partition("::")
-        if formula := flop_registry.get(func._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        elif namespace == "aten" and name not in _VIEWS:
-            self.moved += _bytes_of(args) + _bytes_of(out)
-        self.operations += namespace == "aten" and name not in _VIEWS
-        return out
-
-
-def _bytes_of(values: Any) -> int:
-    """Return the bytes of all tensors in nested lists and tuples; of an expanded one those that are in memory."""
-    if isinstance(values, Tensor):
-        sizes = [size for size, stride in zip(values.shape, values.stride(), strict=True) if stride]
-        return math.prod(sizes) * values.element_size()
-    return sum(map(_bytes_of, values)) if isinstance(values, (list, tuple)) else 0

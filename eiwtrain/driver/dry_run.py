@@ -154,7 +154,7 @@ def _by_gpu(found: Costs, workers: list[int], price: prices.Price | None) -> lis
 
 def _by_sharding(found: Costs, gpu: Gpu, workers: int) -> str:
     """Return which ZeRO stage makes a config that does not fit into a GPU fit, if one does."""
-    for stage in (1, 2, 3):
+    for stage in () if found.train.optimizer == "muon" else (1, 2, 3):
         train = found.train.model_copy(update={"zero_stage": stage})
         if replace(found, train=train).fits(gpu, workers):
             return f"; on {workers} it does with train.zero_stage={stage}"

@@ -8,13 +8,12 @@ any world size and ZeRO stage.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from eiwtrain import flow
 from eiwtrain.config import Train
 from eiwtrain.train import agreed, eager
 from eiwtrain.train.flat import FlatModule
+from eiwtrain.train.optimizers import matrices_of, optimizer_of
 
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level, flow.VariationalDequantizer)
@@ -59,9 +59,10 @@ class Engine:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
         numbers = sum(p.numel() for p in module.parameters())
-        self._flat = FlatModule(module) if train.zero_stage == 0 else None
+        matrices = matrices_of(module) if train.optimizer == "muon" else []
+        self._flat = FlatModule(module, matrices) if train.zero_stage == 0 else None
         seen = module if self._flat is None else self._flat
-        optimizer = optimizer_of(seen.parameters(), train)
+        optimizer = optimizer_of(seen.parameters(), train, [] if self._flat is None else self._flat.blocks)
         if self._flat is not None:
             optimizer.get_grads_for_reduction = self._gradients_to_reduce  # DeepSpeed looks for this name
         self._engine, *_ = deepspeed.initialize(
@@ -251,35 +252,6 @@ def scaled(contribution: Tensor, scale: float) -> Tensor:
     gradients are."""
     finite = 1.0 + 0.0 * contribution.detach()  # 1, or NaN
     return contribution * scale * finite
-
-
-class _Passing:
-    """Makes an optimizer skip its steps on demand: at stage 0 DeepSpeed makes them whatever the gradients are."""
-
-    passes = False
-    moments: tuple[str, ...]
-    """Its state for each parameter, in addition to the count of its steps."""
-
-    def step(self, closure: Any = None) -> Any:
-        if self.passes:
-            return None
-        step = inspect.unwrap(super().step)  # type: ignore[misc]  # the wrapper would import torch's compiler
-        with torch.no_grad():
-            return step(self, closure)
-
-
-class _AdamW(_Passing, torch.optim.AdamW):
-    moments = ("exp_avg", "exp_avg_sq")
-
-
-class _Adamax(_Passing, torch.optim.Adamax):
-    moments = ("exp_avg", "exp_inf")
-
-
-def optimizer_of(parameters: Iterable[nn.Parameter], train: Train) -> Any:
-    """Return the config's optimizer, at a learning rate that each step sets."""
-    options: dict[str, Any] = {"lr": 0.0, "betas": train.betas, "weight_decay": train.weight_decay}
-    return _Adamax(parameters, **options) if train.optimizer == "adamax" else _AdamW(parameters, fused=True, **options)
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:

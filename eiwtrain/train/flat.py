@@ -5,12 +5,15 @@ For ZeRO stage 0. At stages 1 to 3 DeepSpeed has flat tensors of its own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # loops in C++; DeepSpeed uses them as well
+
+from eiwtrain.train.optimizers import Block
 
 _BLOCK = 2**16  # numbers whose squares are added up at once
 
@@ -29,6 +32,19 @@ def flatten_(parameters: Sequence[Tensor]) -> Tensor:
     return flat
 
 
+def layout(matrices: Iterable[Tensor]) -> tuple[list[Block], dict[Tensor, int]]:
+    """Return how matrices lie in a flat tensor: their blocks, one for each shape, and the place of each matrix.
+
+    Args:
+        matrices: (rows, ...), all dimensions but the first count as one.
+    """
+    alike: defaultdict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for matrix in matrices:
+        alike[len(matrix), matrix[0].numel()].append(matrix)
+    ordered = [matrix for shape in sorted(alike) for matrix in alike[shape]]
+    return [Block(len(alike[shape]), *shape) for shape in sorted(alike)], {m: n for n, m in enumerate(ordered)}
+
+
 def views(flat: Tensor, like: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Return the parts of a flat tensor in the shapes of the tensors that it was made from."""
     parts: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, like)
@@ -40,13 +56,19 @@ class FlatModule(nn.Module):
 
     DeepSpeed then broadcasts, reduces, updates and clears one tensor instead of thousands. Autograd knows nothing of
     it and leaves a gradient in each of the module's own parameters; `gather` moves them into the flat one.
+
+    Args:
+        module: whose trained parameters are float32.
+        matrices: parameters that come first, those of one shape together, for an optimizer of matrices.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, matrices: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._module = (module,)  # in a tuple, which hides its parameters
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.names, self.trained = list(named), list(named.values())
+        self.blocks, place = layout(matrices)
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named.sort(key=lambda each: place.get(each[1], len(place)))
+        self.names, self.trained = [name for name, _ in named], [p for _, p in named]
         self.weights = nn.Parameter(flatten_(self.trained))
 
     def forward(self, *inputs: Any, **options: Any) -> Any:

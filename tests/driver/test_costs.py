@@ -18,7 +18,7 @@ from eiwtrain import flow
 from eiwtrain.config import Config, Train, batching
 from eiwtrain.config.file import load_config
 from eiwtrain.data.manifest import Manifest
-from eiwtrain.driver import costs
+from eiwtrain.driver import costs, counting
 from eiwtrain.flow.memory import bytes_saved
 from eiwtrain.train import agreed
 from eiwtrain.train.engine import Engine
@@ -58,7 +58,7 @@ def one_step(shape: flow.FlowConfig, images: int) -> tuple[flow.EIWFlow, torch.T
 )
 def test_the_count_equals_that_of_a_real_step(kind, mode):
     shape = replace(KINDS[kind], backprop=mode)
-    assert costs._of_all_steps(shape, 2) == costs.count(shape, 2, fake=False)
+    assert counting.of_all_steps(shape, 2) == counting.count(shape, 2, fake=False)
 
 
 def test_what_is_kept_is_what_the_flow_s_own_count_finds():
@@ -86,7 +86,7 @@ def test_attention_counts_as_its_products_whatever_kernel_computes_it():
     q, k, v = (torch.rand(2, 1, 64, 16, requires_grad=True) for _ in range(3))
     counted = {}
     for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-        with costs.Started() as started, sdpa_kernel(kernel):
+        with counting.Started() as started, sdpa_kernel(kernel):
             F.scaled_dot_product_attention(q, k, v).sum().backward()
         counted[kernel] = started.flops
     products = 2 * 2 * 64 * 64 * 16  # FLOPs of one, for both samples
@@ -118,7 +118,7 @@ GLOW_ON_LSUN = flow.FlowConfig(
 
 def test_what_is_moved_is_read_and_written_but_not_multiplied():
     x, weight = torch.ones(4, 8), torch.ones(8, 8)
-    with costs.Started() as started:
+    with counting.Started() as started:
         y = (x @ weight) + x[:1].expand(4, 8)
         y.view(-1).sum()
     assert started.moved == (4 * 8 + 8 + 4 * 8) * 4 + (4 * 8 + 1) * 4
@@ -126,14 +126,14 @@ def test_what_is_moved_is_read_and_written_but_not_multiplied():
 
 
 def test_a_deep_glow_starts_few_operations_and_selective_costs_little_of_either():
-    found = {mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 2) for mode in costs.COUNTED_MODES}
+    found = {mode: counting.of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 2) for mode in costs.COUNTED_MODES}
     assert found["stored"].operations <= 6_150
     assert found["selective"].operations <= 7_950
     assert found["invertible"].operations <= 8_200
     assert found["selective"].flops < 1.035 * found["stored"].flops
     assert found["stored"].moved < found["selective"].moved == found["invertible"].moved < 1.6 * found["stored"].moved
     three = {
-        mode: costs._of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 3, backward=False)
+        mode: counting.of_all_steps(replace(GLOW_ON_LSUN, backprop=mode), 3, backward=False)
         for mode in costs.COUNTED_MODES
     }
     each = {mode: three[mode].kept - found[mode].kept for mode in found}
@@ -167,7 +167,7 @@ def a_step_starts_the_operations_that_are_counted(folder):
             batches = [MicroBatch(torch.ones(2), c, images[:2], inputs[1][:2]) for _ in range(accumulation)]
             losses = [batch.loss for batch in batches]
             state.advance(losses, 1e-3)  # the optimizer makes its moments
-            with costs.Started() as started:
+            with counting.Started() as started:
                 state.advance(losses, 1e-3, lambda b=batches: agreed.pack(b, [0.0] * 6, dist.get_rank()))
             found = costs.of(c)
             planned = accumulation * found.operations[found.mode] + found.update_operations
@@ -183,8 +183,8 @@ def test_a_step_starts_the_operations_that_are_counted(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamax"])
 def test_what_a_step_starts_outside_the_flow_does_not_grow_with_the_parameters(optimizer):
     few, many = (config(model={"steps": steps}, train={"zero_stage": 0, "optimizer": optimizer}) for steps in (1, 32))
-    counted = costs.count_around(few, outline(few, 3))
-    assert counted == costs.count_around(many, outline(many, 3))
+    counted = counting.count_around(few, outline(few, 3))
+    assert counted == counting.count_around(many, outline(many, 3))
     assert sum(counted) < 60
 
 
@@ -192,7 +192,7 @@ def test_the_update_of_the_flow_for_lsun_starts_at_most_200_operations():
     lsun = load_config("configs/lsun.yaml")
     model = outline(lsun, 3)
     assert len(list(model.parameters())) > 1600
-    assert sum(costs.count_around(lsun, model)) <= 200
+    assert sum(counting.count_around(lsun, model)) <= 200
 
 
 @pytest.mark.parametrize(("budget", "mode"), [(0, "invertible"), (10**9, "stored"), (None, "stored")])

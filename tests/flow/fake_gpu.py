@@ -28,9 +28,10 @@ from eiwtrain.config import Config
 from eiwtrain.flow import ConditionerConfig, EIWFlow, FlowConfig, FlowOutput, multiscale
 from eiwtrain.flow.config import BACKPROP_MODES, SHUFFLES
 from eiwtrain.train import agreed
-from eiwtrain.train.engine import optimizer_of, scaled
+from eiwtrain.train.engine import scaled
 from eiwtrain.train.flat import FlatModule
 from eiwtrain.train.objective import MicroBatch
+from eiwtrain.train.optimizers import optimizer_of
 
 
 class Backend(backend_registration._DummyBackendModule):
@@ -178,9 +179,9 @@ def update(optimizer: str) -> list[str]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         module, averaged = nn.Linear(4, 4), nn.Linear(4, 4)
         on_gpu(module), on_gpu(averaged)
-        flat = FlatModule(module)
+        flat = FlatModule(module, [module.weight] if optimizer == "muon" else [])
         average = flat.average_in(dict(averaged.named_parameters()))
-        chosen = optimizer_of(flat.parameters(), config.train)
+        chosen = optimizer_of(flat.parameters(), config.train, flat.blocks)
         pixels = torch.empty(BATCH, 3, 8, 8, dtype=torch.uint8, device=GPU)
         weight = torch.empty(BATCH, device=GPU)
 
@@ -210,7 +211,7 @@ def main() -> None:
         x = torch.empty(3, 3, device=GPU)
         found = {name: watched(lambda fault=fault: fault(x)) for name, fault in faults().items()}
     flows = {name: walk(config) for name, config in cases().items()}
-    updates = {name: update(name) for name in ("adamw", "adamax")}
+    updates = {name: update(name) for name in ("adamw", "adamax", "muon")}
     print(json.dumps({"faults": found, "flows": flows, "updates": updates}), flush=True)
     os._exit(0)  # the backward threads of the device do not end by themselves
 

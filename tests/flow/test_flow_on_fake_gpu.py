@@ -32,7 +32,7 @@ def test_no_step_leaves_the_gpu_or_waits_for_it(walked: dict[str, Any]) -> None:
 
 
 def test_the_rest_of_a_step_does_not_wait_for_the_gpu(walked: dict[str, Any]) -> None:
-    assert walked["updates"] == {"adamw": [], "adamax": []}
+    assert walked["updates"] == {"adamw": [], "adamax": [], "muon": []}
 
 
 def test_a_walk_finds_what_leaves_the_gpu_or_waits_for_it(walked: dict[str, Any]) -> None:
