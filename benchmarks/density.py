@@ -14,7 +14,7 @@ time for; the learning rate's warm-up and half a cosine span the budget; the ave
 images, outside the clock. An estimator stands beside every figure: ELBO (one draw of all noise) and IWBO(k) (`--iwbo`)
 where it is a bound, else "exact".
 
-`--keep 8 3`: after the first budget only the 8 best variants go on, after the second 3 (successive halving, arXiv
+`--keep 8 3`: after the first budget only the 8 best variants continue, after the second 3 (successive halving, arXiv
 1502.07943).
 
 A variant is one of `VARIANTS`, or NAME=JSON: fields of `FlowConfig`, with a `preset`, and those of
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder or URL of a data set that data_prep wrote")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of results, one a line")
     parser.add_argument("--seconds", type=float, nargs="+", default=[100.0], help="budgets; each has runs of its own")
-    parser.add_argument("--keep", type=int, nargs="+", default=[], help="how many of the best go on after each budget")
+    parser.add_argument("--keep", type=int, nargs="+", default=[], help="how many of the best continue after each budget")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--images", type=int, default=2000, help="held-out images")
