@@ -8,40 +8,27 @@ what a checkpoint is (`eiwtrain.checkpoints.format`), nor for when one is due (`
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import pickle
+import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eiwtrain import checkpoints, storage
-from eiwtrain.checkpoints import Checkpoint, Part
+from eiwtrain.checkpoints import Checkpoint, Part, near
 from eiwtrain.checkpoints.pinned import PinnedMemory
+from eiwtrain.checkpoints.share import digest_of, pieces_of, snapshot
 from eiwtrain.terminal.lines import one_line
 from eiwtrain.testing import failpoints
 
 _TIMEOUT = timedelta(hours=1)  # of a rank that waits for another to write; longer than any patience with storage
-_DTYPES = {  # PyTorch's names, and those of safetensors
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 
 
 class RanksApartError(RuntimeError):
@@ -64,6 +51,8 @@ class SaveResult:
     """Seconds from the beginning to the commit, or to the failure."""
     bytes: int
     """Size of all parts; 0 without a checkpoint."""
+    near: str | None = None
+    """Why a rank could not leave its copies on its machine; None if all could, or none should."""
 
     @property
     def error(self) -> str | None:
@@ -78,7 +67,15 @@ class CheckpointWriter:
     daemons: a process that exits does not wait for them.
     """
 
-    def __init__(self, root: str, keep_last: int, keep_every: int, guard: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        root: str,
+        keep_last: int,
+        keep_every: int,
+        guard: Callable[[], None],
+        near_folder: str | None = None,
+        nodes: Sequence[str] = (),
+    ) -> None:
         """Collective.
 
         Args:
@@ -86,9 +83,15 @@ class CheckpointWriter:
             keep_last, keep_every: see `checkpoints.kept`.
             guard: raises if this process may not write the run any more; called by rank 0's thread before a
                 manifest is published and before each old checkpoint is deleted. What it raises is in the result.
+            near_folder: local folder in which each rank leaves a copy of its own part, and of the part of a rank on
+                another node (`near.ward`), once a checkpoint is committed; None: no copies.
+            nodes: a name of the node of each rank.
         """
-        self._root, self._keep, self._guard = root, (keep_last, keep_every), guard
+        self._root, self._keep, self._guard, self._near = root, (keep_last, keep_every), guard, near_folder
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        ward = near.ward(nodes, self._rank) if near_folder is not None else None
+        self._copied = [self._rank] if ward is None else [self._rank, ward]
+        """The ranks whose shares this one takes."""
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._pinned = PinnedMemory()
         self._thread: threading.Thread | None = None
@@ -114,11 +117,11 @@ class CheckpointWriter:
         """
         began = time.perf_counter()
         before = self.wait()
-        share = snapshot(tensors, self._rank, self._world_size, self._pinned)
+        shares = snapshot(tensors, self._copied, self._world_size, self._pinned)
         stall = time.perf_counter() - began
         self._thread = threading.Thread(
             target=self._save,
-            args=(step, samples_seen, share, state, began, stall),
+            args=(step, samples_seen, shares, state, began, stall),
             daemon=True,
             name="checkpoint-writer",
         )
@@ -142,12 +145,15 @@ class CheckpointWriter:
         self,
         step: int,
         samples_seen: int,
-        share: dict[str, Tensor],
+        shares: list[dict[str, Tensor]],
         state: dict[str, Any],
         began: float,
         stall: float,
     ) -> None:
-        saved, failure = None, None
+        saved, failure, missing = None, None, None
+        share = shares[0]
+        if self._near is not None:
+            shares[0] = dict(share)  # or it would be empty once it is written
         try:
             saved = commit(self._root, step, samples_seen, share, state, self._group, self._guard)
         except Exception as e:  # from a rank's storage, the guard, or a rank that is gone
@@ -158,32 +164,31 @@ class CheckpointWriter:
                 checkpoints.sweep(self._root, *self._keep, guard=self._guard, known=saved)
             except Exception as e:
                 failure = e
-        self._result = SaveResult(saved, failure, stall, seconds, saved.bytes if saved else 0)
+        if saved is not None and self._near is not None:
+            try:
+                missing = self._leave_copies(saved, shares, self._near)
+            except RanksApartError as e:
+                failure = e
+        self._result = SaveResult(saved, failure, stall, seconds, saved.bytes if saved else 0, missing)
 
-
-def snapshot(
-    tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int, pinned: PinnedMemory | None = None
-) -> dict[str, Tensor]:
-    """Copy this rank's share to CPU memory; each tensor goes to the rank with the fewest bytes so far.
-
-    Args:
-        tensors: (name, whole tensor) in the same order on every rank; iterated once. If that is collective, so is this.
-        pinned: memory for tensors of a GPU, whose previous content is no longer needed.
-    """
-    pinned = pinned or PinnedMemory()
-    pinned.clear()
-    share: dict[str, Tensor] = {}
-    load, on_gpu = [0] * world_size, False
-    for name, tensor in tensors:
-        owner = load.index(min(load))
-        load[owner] += tensor.nbytes
-        if owner == rank:
-            on_gpu |= tensor.is_cuda
-            share[name] = pinned.take(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)
-            share[name].copy_(tensor.detach(), non_blocking=True)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return share
+    def _leave_copies(self, saved: Checkpoint, shares: list[dict[str, Tensor]], folder: str) -> str | None:
+        """Leave copies of a committed checkpoint on this machine in place of those of the one before; return why a rank
+        could not, if any could not. Collective."""
+        found: list[Any] = [None] * self._world_size
+        problem = None
+        try:
+            place = near.open_folder(folder, self._root)
+            near.keep_only(place, saved)
+            for rank, share in zip(self._copied, shares, strict=True):
+                part, pieces = saved.parts[rank], pieces_of(share)
+                if rank != self._rank and digest_of(pieces) != part.sha256:  # as all ranks hold the same state
+                    raise OSError(f"the state of rank {rank} is another here")
+                near.write(place, saved, part, pieces)
+        except Exception as e:  # the others must not wait forever
+            problem = f"rank {self._rank} on {socket.gethostname()}: {getattr(e, 'strerror', None) or e}"
+        with _together():
+            dist.all_gather_object(found, problem, group=self._group)
+        return next((each for each in found if each is not None), None)
 
 
 def commit(
@@ -202,7 +207,7 @@ def commit(
     may publish the manifest after others have swept its parts, so rank 0 checks them once more afterwards.
 
     Args:
-        share: result of `snapshot`; emptied once it is written.
+        share: this rank's, from `snapshot`; emptied once it is written.
         state: JSON data; rank 0's is kept.
         guard: called by rank 0 right before each try to publish the manifest; if it raises, nothing is published.
 
@@ -250,24 +255,10 @@ def _together() -> Iterator[None]:
 
 def _write_part(url: str, name: str, share: dict[str, Tensor]) -> Part:
     """Publish `share` as the safetensors file `url/name`, without a second copy of it in memory."""
-    # sorted by falling element size, so that each tensor is aligned
-    names = sorted(share, key=lambda n: (-share[n].element_size(), n))
-    entries, end = {}, 0
-    for n in names:
-        tensor = share[n]
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        offsets = [end, end := end + tensor.nbytes]
-        entries[n] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    pieces: list[Any] = [len(text).to_bytes(8, "little") + text]
-    pieces += [share[n].flatten().view(torch.uint8).numpy().data for n in names]
-
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
+    pieces = pieces_of(share)
+    part = Part(name, sum(len(p) for p in pieces), digest_of(pieces))
     storage.write_pieces(storage.join(url, name), lambda: pieces)
-    return Part(name, sum(len(p) for p in pieces), digest.hexdigest())
+    return part
 
 
 def _publish(new: Checkpoint, guard: Callable[[], None]) -> Exception | None:

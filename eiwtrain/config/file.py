@@ -293,7 +293,7 @@ def _impossible(c: Config) -> list[str]:
     for name, value in flatten(c.model_dump()).items():  # all of them are printed and recorded
         if isinstance(value, str) and holds_secret(value):
             problems.append(f"{name}: {REFUSAL}")
-        elif name == "data.cache_dir" and value is not None and not is_local(value):
+        elif name in ("data.cache_dir", "checkpoint.near") and value is not None and not is_local(value):
             problems.append(f"{name}: {one_line(value, 80)} is no folder of this machine; give a local path, or null")
     return problems
 
@@ -353,11 +353,12 @@ def _absolute_paths(c: Config) -> Config:
 
     data = c.data.model_copy(update={"path": absolute(c.data.path), "cache_dir": absolute(c.data.cache_dir)})
     run = c.run.model_copy(update={"storage": absolute(c.run.storage)})
+    checkpoint = c.checkpoint.model_copy(update={"near": absolute(c.checkpoint.near)})
     uri = c.tracking.uri or ""
     if (database := sqlite_path(uri)) is not None:  # workers have working directories of their own
         uri = sqlite_uri(anchored(str(database))) + uri[uri.find("?") :] * ("?" in uri)
     tracking = c.tracking.model_copy(update={"uri": uri or None})
-    return c.model_copy(update={"data": data, "run": run, "tracking": tracking})
+    return c.model_copy(update={"data": data, "run": run, "checkpoint": checkpoint, "tracking": tracking})
 
 
 def _limit(lines: list[str]) -> str:

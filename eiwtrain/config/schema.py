@@ -236,6 +236,10 @@ class Checkpoint(Section):
     keep_every: NonNegativeInt = 0
     """Length of a span of steps whose first checkpoint is kept forever, in addition; 0: none."""
 
+    near: Text | None = None
+    """Local folder of each node, such as /dev/shm or one on its disk, for copies of the newest checkpoint, which a
+    restart reads instead of `run.storage`; null: no copies."""
+
     @field_validator("every", mode="before")
     @classmethod
     def _an_interval(cls, value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eiwtrain import checkpoints, storage
+from eiwtrain.checkpoints import near
 from eiwtrain.config import Config, ConfigError
 from eiwtrain.data.cache import default_cache_dir
 from eiwtrain.data.manifest import MANIFEST_NAME, DataError, Manifest, load_manifest
@@ -67,11 +68,13 @@ def check_cluster() -> None:
 
 
 def check_folders(config: Config) -> None:
-    """Check that nobody else can write to the folders in the temporary folder that this user's jobs trust."""
+    """Check that nobody else can write to the folders of this machine that this user's jobs trust."""
     try:
         private_folder("eiwtrain-ray", "TMPDIR")
         if config.data.cache_dir is None:
             default_cache_dir()
+        if config.checkpoint.near is not None and not session.joins_cluster():  # else only its nodes know
+            near.open_folder(config.checkpoint.near, config.root)
     except storage.StorageError as e:
         raise ConfigError(str(e)) from None
 

@@ -1,4 +1,4 @@
-"""Folders and locks in the machine's temporary folder, which everybody may write. Not for what is kept in them."""
+"""Folders and locks in folders that everybody may write, such as the temporary one. Not for what is kept in them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from pathlib import Path
 from eiwtrain.storage.retry import StorageError
 
 
-def private_folder(name: str, setting: str) -> Path:
-    """Return this user's folder `name-UID` in the machine's temporary folder, which nobody else can write or read.
+def private_folder(name: str, setting: str, parent: Path | None = None) -> Path:
+    """Return this user's folder `name-UID`, which nobody else can write or read.
 
     Args:
         name: what the folder is for.
         setting: names another folder; for the error.
+        parent: where it is; None: in the machine's temporary folder.
 
     Raises:
-        StorageError: it is a link, or somebody else owns it or may write to it, who could plant other files there; or
-            it cannot be made.
+        StorageError: it is a link, or somebody else owns it or may write to it or replace it, who could plant other
+            files there; or it cannot be made.
     """
-    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    folder = (parent or Path(tempfile.gettempdir())) / f"{name}-{os.getuid()}"
     try:
+        if parent is not None and _others_may_replace(parent.stat()):
+            raise StorageError(f"{setting}: others may replace folders in {parent}; name a folder of your own")
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         about = folder.lstat()
@@ -46,6 +49,13 @@ def private_folder(name: str, setting: str) -> Path:
     except OSError as e:
         raise StorageError(f"{setting}: {folder} cannot be made or opened: {e.strerror or e}") from None
     return folder
+
+
+def _others_may_replace(about: os.stat_result) -> bool:
+    """Return whether another user than root may rename what this user makes in a folder. In /tmp they may not: it is
+    sticky."""
+    writable = about.st_mode & 0o022 and not about.st_mode & stat.S_ISVTX
+    return bool(writable) or about.st_uid not in (0, os.getuid())
 
 
 @contextmanager

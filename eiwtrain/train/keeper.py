@@ -7,8 +7,9 @@ rank has one; rank 0's decides. Not for how a checkpoint is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from eiwtrain.checkpoints import near
 from eiwtrain.checkpoints.writer import CheckpointWriter, RanksApartError, SaveResult
 from eiwtrain.config import Config
 from eiwtrain.storage.lease import Guard, LeaseLost
@@ -36,6 +37,7 @@ class Keeper:
         failures: int,
         note: Callable[[str], None],
         run_id: str,
+        nodes: Sequence[str] = (),
     ) -> None:
         """Collective.
 
@@ -44,6 +46,7 @@ class Keeper:
             failures: attempts of the run that have failed so far.
             note: prints a line for the user.
             run_id: id of the run in MLflow.
+            nodes: a name of the node of each rank.
         """
         self._state, self._clock, self._tracker, self._failures, self._note = state, clock, tracker, failures, note
         self._run_id = run_id
@@ -51,7 +54,9 @@ class Keeper:
         self._scored_patience = max(_PATIENCE, config.workers.hang_seconds / 2)
         c = config.checkpoint
         self._guard = guard
-        self._saver = CheckpointWriter(config.root, c.keep_last, c.keep_every, self._may_write)
+        self._saver = CheckpointWriter(config.root, c.keep_last, c.keep_every, self._may_write, c.near, nodes)
+        self._near, self._root = c.near, config.root
+        self._lacks_copies = False
         self._pace = Pace(c.every, c.mtbf_hours, state.step, time.monotonic())
         self._overdue, self._not_before = False, 0.0
         self._known = (state.newest.step, state.score is not None) if state.newest else _NOTHING
@@ -113,6 +118,11 @@ class Keeper:
         """Wait until no checkpoint is being written. Raises what `save` raises."""
         self._heard(self._saver.wait())
 
+    def drop_copies(self) -> None:
+        """Delete what the writer has left on this machine: no restart will read it."""
+        if self._near is not None:
+            near.remove(self._near, self._root)
+
     def _may_write(self) -> None:
         end = time.monotonic() + _LEASE_SECONDS
         self._guard.check(give_up=lambda: time.monotonic() > end)
@@ -136,6 +146,12 @@ class Keeper:
         )
         if result.error is not None:
             self._note(f"old checkpoints could not be deleted: {result.error}")
+        if result.near is not None and not self._lacks_copies:
+            self._lacks_copies = True
+            self._note(
+                f"checkpoint.near: a copy could not be left ({result.near}); training continues, and a restart reads "
+                "what is missing from run.storage"
+            )
         if self._tracker is not None:
             self._tracker.tags({"checkpoint": saved.url, "step": str(saved.step)})
             seconds = {curves.CHECKPOINT_STALL: result.stall, curves.CHECKPOINT_SECONDS: result.seconds}

@@ -161,9 +161,14 @@ class Worker:
             if (newest := self.state.newest) is not None:
                 tags |= {"checkpoint": newest.url, "step": str(newest.step)}
             self.tracker.tags(tags)
+        self.ranks: list[Any] = [None] * self.world_size
+        """Ray's id of each rank's node, and that machine's name."""
+        dist.all_gather_object(self.ranks, (session.own_node(), socket.gethostname()))
+        self.nodes: list[str] = [node for node, _ in self.ranks]
         self.keeper = Keeper(
-            job.config, self.state, self.clock, job.guard, self.tracker, job.failures, self.note, job.tracked.run_id
-        )
+            job.config, self.state, self.clock, job.guard, self.tracker, job.failures, self.note, job.tracked.run_id,
+            self.nodes,
+        )  # fmt: skip
         self.audit = Audit(self.rank, self.world_size, self.state.step)
         self.limit = ""
         """The limit that the run has passed, in words."""
@@ -173,13 +178,10 @@ class Worker:
     def run(self) -> Outcome | None:
         """Train; return how it ended, on rank 0 at least. Collective. Raises `Fatal`."""
         c, state = self.config, self.state
-        ranks: list[Any] = [None] * self.world_size
-        dist.all_gather_object(ranks, (session.own_node(), socket.gethostname()))
-        nodes = [node for node, _ in ranks]
-        price = node_prices.price_of(c.workers, nodes) if self.rank == 0 else 0.0
+        price = node_prices.price_of(c.workers, self.nodes) if self.rank == 0 else 0.0
         self.clock.pay(price)
-        self.say(Training(state.step, c.train.max_steps, nodes, price))
-        self.telemetry = Telemetry(state, self.clock, self.tracker, self.say, len(self.train_set), ranks)
+        self.say(Training(state.step, c.train.max_steps, self.nodes, price))
+        self.telemetry = Telemetry(state, self.clock, self.tracker, self.say, len(self.train_set), self.ranks)
         self.stopwatch = Stopwatch(self.device)
         state.engine.before_waiting = self.stopwatch.end
         batches = self._train_batches()
@@ -203,6 +205,7 @@ class Worker:
             score = self._evaluate()
             self.watchdog.beat("the last checkpoint")
             self.keeper.save(wait=True)
+            self.keeper.drop_copies()
             if ending := self._agreed():
                 return self._ended(ending)
             assert score is not None  # or a reason to end was agreed on
@@ -286,6 +289,8 @@ class Worker:
 
     def _ended(self, ending: Ending) -> Stopped | Again | None:
         """Close what is open, and return the outcome; None on ranks that may not know the reason."""
+        if ending == "stop":
+            self.keeper.drop_copies()
         if self.rank:
             return None
         reason = self.driver.request.reason if self.driver.request else self.limit

@@ -23,6 +23,7 @@ from eiwtrain.data.manifest import Manifest
 from eiwtrain.scoring.estimator import estimator_of
 from eiwtrain.scoring.scores import Score
 from eiwtrain.testing import timeline
+from eiwtrain.train import restore
 from eiwtrain.train.engine import Engine
 from eiwtrain.train.report import kept_line
 
@@ -83,7 +84,9 @@ class TrainState:
         self.flow.memory_share = memory_share
         self._note = note
         self._kept: tuple[int, int] | None = None  # as last noted
-        saved, tensors = _newest_intact(config.root, device, note, skip_to is not None, there)
+        saved, tensors = restore.newest_intact(
+            config.root, device, note, skip_to is not None, there, config.checkpoint.near
+        )
         timeline.mark("checkpoint")
         if saved is not None and (problems := checkpoints.differences(saved, config, manifest.fingerprint)):
             raise OtherRun(problems[0])
@@ -217,70 +220,3 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return [float(v) for v in tensor.tolist()]
-
-
-def _own_parts(saved: checkpoints.Checkpoint) -> tuple[dict[int, bytes], str | None]:
-    """Return the parts that this rank reads, by number, and what is wrong with them, if anything is: each is read once,
-    by one of the ranks."""
-    own = range(dist.get_rank(), len(saved.parts), dist.get_world_size())
-    try:
-        return {i: checkpoints.read_part(saved, saved.parts[i]) for i in own}, None
-    except checkpoints.DamagedCheckpoint as e:
-        return {}, str(e)
-
-
-def _shared(saved: checkpoints.Checkpoint, own: dict[int, bytes], device: torch.device) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint, on CPU, from the parts that each rank has read. Collective."""
-    tensors: dict[str, Tensor] = {}
-    for i, part in enumerate(saved.parts):
-        if i in own:
-            data = torch.frombuffer(bytearray(own.pop(i)), dtype=torch.uint8).to(device)
-        else:
-            data = torch.empty(part.bytes, dtype=torch.uint8, device=device)
-        dist.broadcast(data, src=i % dist.get_world_size())
-        tensors |= checkpoints.tensors_of(data.cpu().numpy().tobytes())
-    return tensors
-
-
-def _newest_intact(
-    root: str, device: torch.device, note: Callable[[str], None], good: bool, there: checkpoints.Survey | None
-) -> tuple[checkpoints.Checkpoint | None, dict[str, Tensor]]:
-    """Return the newest checkpoint whose every byte is as written, the same on all ranks; (None, {}) for a new run.
-
-    Args:
-        good: pass over checkpoints that were saved while steps were skipped, if there are others.
-        there: see `TrainState`.
-
-    Raises:
-        checkpoints.DamagedCheckpoint: there are checkpoints and none is intact; on every rank.
-    """
-    if there is None:
-        found: list[Any] = [checkpoints.survey(root) if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        there = found[0]
-    committed, unreadable = there
-    for bad in unreadable:
-        note(f"checkpoint passed over: {bad.why}")
-    if good:
-        committed = [c for c in committed if not c.state["skipped_in_row"]] or committed
-    damaged: list[checkpoints.Checkpoint] = []
-    for saved in committed:
-        parts, damage = _own_parts(saved)
-        if not any_rank(damage is not None, device):
-            tensors = _shared(saved, parts, device)
-            note(f"resuming from step {saved.step:,}: {saved.url}")
-            if dist.get_rank() == 0:
-                for one in damaged:  # or they would count as the newest, and a sweep would prefer them to good ones
-                    checkpoints.condemn(one)
-            return saved, tensors
-        whys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(whys, damage)
-        note(f"damaged checkpoint passed over: {next(why for why in whys if why)}")
-        damaged.append(saved)
-    if damaged or unreadable:
-        last = max([*damaged, *unreadable], key=lambda c: c.step)
-        raise checkpoints.DamagedCheckpoint(
-            f"{checkpoints.folder(root)}: no checkpoint is intact, the last is {last.url}; "
-            "delete the folder to begin again"
-        )
-    return None, {}

@@ -41,7 +41,7 @@ def state(**more):
 
 
 def save(root, step, **more):
-    share = writer.snapshot(tensors(step).items(), dist.get_rank(), dist.get_world_size())
+    (share,) = writer.snapshot(tensors(step).items(), [dist.get_rank()], dist.get_world_size())
     return writer.commit(root, step, step * 8, share, state(**more))
 
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_of_a_gpus_tensors_locks_memory_once(locked, monkeypatch):
     locked.clear()
     for step in range(3):
         tensors = {f"t{i}": torch.full((20,), float(step + i)).as_subclass(OnGpu) for i in range(5)}
-        share = writer.snapshot(tensors.items(), 0, 1, memory)
+        (share,) = writer.snapshot(tensors.items(), [0], 1, memory)
         assert all(float(share[f"t{i}"].sum()) == 20.0 * (step + i) for i in range(5))
         if step == 0:
             once = list(locked)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -154,8 +155,10 @@ def test_a_run_stopped_twice_ends_as_an_undisturbed_one(folder, uninterrupted):
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(folder, uninterrupted):
     import psutil
 
-    job = Job(folder, name="killed")
+    job = Job(folder, f"checkpoint.near={folder / 'near'}", name="killed")
     job.wait_for(f"checkpoint at step {CHECKPOINT_EVERY}:")
+    near = folder / "near" / f"eiwtrain-near-{os.getuid()}"
+    wait_until(lambda: len(list(near.rglob("part-*"))) == 2)
     family = psutil.Process(job.process.pid).children(recursive=True)
     workers = [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 2
@@ -166,6 +169,9 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(folder, uninterr
     exit_code, output = job.wait(240)
     assert exit_code == 0, output
     assert output.count("training from step") == 2
+    (of,) = re.findall(r"resuming from step \d+: .* \((.+) MB from copies on", output)
+    assert len(set(of.split(" of "))) == 1  # all of it
+    assert list(near.iterdir()) == []
     ours, theirs = final_weights(folder, "killed"), final_weights(folder, "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert curve(folder, "killed", "train/lr")[1] == list(range(1, STEPS + 1))

@@ -139,6 +139,7 @@ def test_a_field_whose_section_is_absent_can_be_overridden(path, tmp_path):
         ("run.name=yes", ["run.name", "quote it"]),
         ("model.levels=1000000000000", ["model.levels", "at most 3"]),
         ("data.cache_dir=s3://bucket/x", ["data.cache_dir", "local path"]),
+        ("checkpoint.near=s3://bucket/x", ["checkpoint.near", "local path"]),
         ("data.cache_dir=s3://key:hunter2@bucket/x", ["data.cache_dir", "would be logged"]),
         ("tracking.experiment=http://a:b@c", ["tracking.experiment", "would be logged"]),
         ("train.lr=1:99:2024-99-99", ["train.lr"]),

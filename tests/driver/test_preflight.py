@@ -115,6 +115,17 @@ def test_storage_that_cannot_be_written_is_one_line(folder, tmp_path):
     assert len(str(e.value).splitlines()) == 1
 
 
+def test_a_folder_for_copies_that_is_not_safe_here_is_one_line(folder, tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    given = config(folder, checkpoint={"near": f"{tmp_path}/shared"})
+    with pytest.raises(ConfigError, match=r"^checkpoint.near: others may replace folders in .*/shared; ") as e:
+        preflight.check_folders(given)
+    assert len(str(e.value).splitlines()) == 1
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    preflight.check_folders(given)  # the folder of its nodes may be another
+
+
 def test_a_run_without_checkpoints_is_new(folder, tmp_path):
     assert preflight.find_checkpoints(config(folder, run={"storage": str(tmp_path)}), None) == []
     assert list(Path(tmp_path).iterdir()) == []

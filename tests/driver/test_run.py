@@ -21,7 +21,7 @@ from eiwtrain.driver import launch, main_job
 from eiwtrain.driver.main_job import resume_command
 from eiwtrain.on_ray.messages import Crashed, Failed, Lost, Stopped
 from eiwtrain.storage import lease
-from eiwtrain.train import state
+from eiwtrain.train import restore
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_a_start_reads_each_manifest_once_and_a_restart_reads_new_ones_alone(pat
     def attempt(*arguments):
         there = pickle.loads(pickle.dumps(arguments[-1]))
         with lone_group(tmp_path):
-            saved, _ = state._newest_intact(root, torch.device("cpu"), print, False, there)
+            saved, _ = restore.newest_intact(root, torch.device("cpu"), print, False, there)
         starts.append((saved.step, sorted(read)))
         read.clear()
         commit(root, 9, None, data_fingerprint=data)

@@ -1,6 +1,6 @@
 """When checkpoints are begun, and what the user reads when one could not be written."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,18 @@ def test_checkpoints_are_begun_when_they_are_due_and_told_when_they_are_written(
     assert state.newest.step == 10
     assert len(said) == 1
     assert said[0].startswith("checkpoint at step 10: step-10 (0.0 MB; training waited 0.10 s, written in 0.2 s)")
+
+
+def test_a_machine_without_room_for_copies_is_reported_once(kept):
+    _, state, saver, said = kept
+    for step in (10, 20):
+        train(kept, step)
+        saver.end()
+        saver.outcome = replace(saver.outcome, near="rank 1 on b: No space left on device")
+    train(kept, 21)
+    assert state.newest.step == 20
+    assert [line for line in said if "rank 1 on b: No space left" in line] == [said[1]]
+    assert said[1].startswith("checkpoint.near: ")
 
 
 def test_while_one_is_written_the_next_waits_and_training_does_not(kept):

@@ -128,14 +128,39 @@ def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop)
 def save_half_way(folder, stage=1, model=None):
     c = config(folder, stage, model=model)
     state = make_state(c)
-    saver = CheckpointWriter(c.root, keep_last=5, keep_every=0, guard=lambda: None)
+    machines = ["a", "b"][: dist.get_world_size()]
+    saver = CheckpointWriter(c.root, 5, 0, lambda: None, near_of(folder, dist.get_rank()), machines)
     for step in range(2):
         state.advance(losses(c, images(step)), LR)
     saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
     for step in range(2, STEPS):  # while the checkpoint is being written
         state.advance(losses(c, images(step)), LR)
     saver.begin(state.step, state.samples_seen, state.tensors(), state.to_json())
-    assert saver.wait().checkpoint
+    result = saver.wait()
+    assert result.checkpoint
+    assert result.near is None  # each rank holds the other's part to the byte
+
+
+def near_of(folder, rank):
+    """The folder for copies of the machine of a rank."""
+    return f"{folder}/machine-{rank}"
+
+
+def resume_from_copies(folder, stage, lost, model):
+    own, rank = config(folder, stage, model=model), dist.get_rank()
+    copies = own.checkpoint.model_copy(update={"near": near_of(folder, "new" if rank == lost else rank)})
+    saved = checkpoints.newest(own.root)
+    expected = checkpoints.load(saved)
+    with mock.patch.object(checkpoints, "read_part", side_effect=AssertionError("read from storage")):
+        state = make_state(own.model_copy(update={"checkpoint": copies}))
+    assert state.step == STEPS
+    assert all(torch.equal(value, expected[name]) for name, value in state.tensors())
+
+
+@pytest.mark.parametrize(("stage", "lost", "model"), [(0, None, None), (1, 1, None), (3, 0, DENSE)])
+def test_a_restart_reads_nothing_from_storage_even_without_a_machine(tmp_path, stage, lost, model):
+    run_ranks(save_half_way, 2, tmp_path, stage, model)
+    run_ranks(resume_from_copies, 2, tmp_path, stage, lost, model)
 
 
 def resume_and_compare(folder, stage, exact, model):
