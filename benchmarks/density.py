@@ -151,7 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder or URL of a data set that data_prep wrote")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file of results, one a line")
     parser.add_argument("--seconds", type=float, nargs="+", default=[100.0], help="budgets; each has runs of its own")
-    parser.add_argument("--keep", type=int, nargs="+", default=[], help="how many of the best continue after each budget")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[], help="how many of the best have the next budget, too"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--images", type=int, default=2000, help="held-out images")
