@@ -50,20 +50,36 @@ class FailedError(RuntimeError):
         return ([line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)] or lines)[-1]
 
 
-def peers_python(venvs: Path) -> str:
-    """The interpreter of the peers' environment under the folder `venvs`, made if it is not there.
+def peers_python(
+    venvs: Path,
+    name: str = "peers",
+    requirements: Sequence[str] | None = None,
+    *,
+    works: str = "",
+    install: bool = True,
+) -> str:
+    """Return the interpreter of the peers' environment under the folder `venvs`, made if it is not there.
+
+    Args:
+        name: of the environment, where peers do not share one.
+        requirements: for pip, by default REQUIREMENTS.
+        works: a program that fails where the environment cannot use the torch of this one, by default _WORKS.
+        install: whether it may be made.
 
     Raises:
-        NotInstalledError: pip could not do it.
+        NotInstalledError: pip could not do it, or it may not be made.
     """
-    same = [f"{name}=={importlib.metadata.version(name)}" for name in _SAME_AS_HERE]
-    wanted = [*REQUIREMENTS, *same]
-    folder = venvs.expanduser() / f"peers-{sys.version_info.major}.{sys.version_info.minor}"
+    requirements = REQUIREMENTS if requirements is None else requirements
+    same = [f"{package}=={importlib.metadata.version(package)}" for package in _SAME_AS_HERE]
+    wanted = [*requirements, *same]
+    folder = venvs.expanduser() / f"{name}-{sys.version_info.major}.{sys.version_info.minor}"
     made, python = folder / "made.json", str(folder / "bin" / "python")
     if made.exists() and json.loads(made.read_text()) == wanted:
         return python
+    if not install:
+        raise NotInstalledError("not installed; --install makes its environment with pip")
     for shared in (True, False):
-        print(f"making {folder} for {', '.join(REQUIREMENTS)}", file=sys.stderr, flush=True)
+        print(f"making {folder} for {', '.join(requirements)}", file=sys.stderr, flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         _run([sys.executable, "-m", "venv", str(folder)])
         torch: list[str] = []
@@ -73,9 +89,9 @@ def peers_python(venvs: Path) -> str:
             Path(site, "parent.pth").write_text("\n".join(paths) + "\n")
             torch = [f"torch=={importlib.metadata.version('torch').partition('+')[0]}"]
         _run([python, "-m", "pip", "install", "--quiet", "torchvision", *same, *torch])
-        if not shared or subprocess.run([python, "-c", _WORKS], capture_output=True).returncode == 0:
+        _run([python, "-m", "pip", "install", "--quiet", *wanted, *torch])
+        if not shared or subprocess.run([python, "-c", works or _WORKS], capture_output=True).returncode == 0:
             break
-    _run([python, "-m", "pip", "install", "--quiet", *wanted, *torch])
     made.write_text(json.dumps(wanted))
     return python
 
