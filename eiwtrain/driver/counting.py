@@ -47,15 +47,18 @@ class Counted:
     moved: int
 
     def plus(self, times: int, more: Counted) -> Counted:
-        """Return this, plus `times` times what `more` has above it."""
+        """Return this plus `times` times the difference of `more` from it."""
         mine, theirs = astuple(self), astuple(more)
         return Counted(*(a + times * (b - a) for a, b in zip(mine, theirs, strict=True)))
 
 
 def of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> Counted:
-    """Return `count` of the whole flow; of Glow's backbone from flows of two steps and of three: each step adds the
-    same, except for the first, as what is computed for several together is laid out otherwise for one. With anchors,
-    each period of steps does."""
+    """Return `count` of the whole flow.
+
+    With Glow's backbone, flows of two and of three steps are counted, and their difference is what each further step
+    adds. A flow of one step differs: tensors of several steps together are laid out otherwise. With anchors, the
+    difference is of a period of steps.
+    """
     if shape.backbone != "glow" or not isinstance(shape.steps, int):
         return count(shape, images, backward)
     period = shape.anchor_every if shape.backprop == "invertible" and shape.anchor_every else 1
@@ -68,7 +71,8 @@ def of_all_steps(shape: flow.FlowConfig, images: int, backward: bool = True) -> 
 
 
 def of_a_step(shape: flow.FlowConfig) -> int:
-    """Return the bytes that one step of the first level keeps for an image if it keeps its activations."""
+    """Return the bytes that one step of the first level keeps for an image if it keeps its activations: flows of one
+    and of two steps, on two and on three images, leave nothing else in the difference."""
     level = replace(shape, levels=1, units=1, steps=1, shuffle="none", dequantization="uniform", classes=0)
     level = replace(level, backprop="stored")
     of_two, of_three = ([count(replace(level, steps=s), n, False).kept for s in (1, 2)] for n in (2, 3))

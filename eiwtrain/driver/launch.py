@@ -64,7 +64,7 @@ def run_attempts(
                 if not (workers := _wait_for_room(config, node_request, lease, console, stop)):
                     return _stopped(config, stop)
                 there: checkpoints.Survey | None = None
-                with contextlib.suppress(storage.StorageError):  # the next attempt, or the next checkpoint, does it
+                with contextlib.suppress(storage.StorageError):  # the next attempt or checkpoint cleans instead
                     there = _clean(config, lease, stop, known)
                     known = there[0]
                 timeline.mark("room")
@@ -90,7 +90,7 @@ def run_attempts(
                     return _stopped(config, stop)
                 if crashes > config.run.max_failures and isinstance(outcome, Crashed):
                     return Failed(_gave_up(config, outcome.reason, next(iter(known), None)))
-                if attempt.holds_on:  # to its place in the cluster, too
+                if attempt.holds_on:  # its workers have not returned, and hold their places in the cluster
                     session.stop()
                     start_ray(config)
     except LeaseLost as e:
@@ -128,8 +128,7 @@ def _stopped(config: Config, stop: Stop) -> Stopped:
 
 
 def _look(config: Config, known: list[checkpoints.Checkpoint]) -> list[checkpoints.Checkpoint]:
-    """Return the run's checkpoints, the newest first; what is known already where storage does not answer, or has none
-    any more."""
+    """Return the run's checkpoints, the newest first; `known` if storage does not answer or has none any more."""
     with contextlib.suppress(storage.StorageError), storage.impatient():
         return checkpoints.survey(config.root, known)[0] or known
     return known
@@ -153,7 +152,7 @@ def start_ray(config: Config) -> None:
 
 
 def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, console: Console, stop: Stop) -> int:
-    """Wait for room for at least `workers.min` workers; return for how many there is, or 0 if the job is to stop.
+    """Wait for room for at least `workers.min` workers; return how many fit, or 0 if the job is to stop.
 
     Raises:
         LeaseLost: another driver has the run by now.
@@ -167,7 +166,7 @@ def _wait_for_room(config: Config, node_request: NodeRequest, lease: Lease, cons
             raise Interrupted(stop.number)
         if lease.lost is not None:
             raise LeaseLost(lease.lost)
-        if session.own_node_drains():  # and so would be killed while it waits
+        if session.own_node_drains():  # this job would be killed while it waits
             return 0
         node_request.renew()
         session.free_places()  # no attempt runs now: a job must never wait for what it holds itself

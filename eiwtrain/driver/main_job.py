@@ -61,12 +61,12 @@ def prepare(config: Config, console: Console) -> Manifest:
 def train_under_lease(
     config: Config, known: list[Checkpoint], began: float, command: str, console: Console, stop: Stop
 ) -> tuple[Outcome, TrackedRun]:
-    """Train under the run's lease, and say in MLflow how that ended; return it, and where MLflow has the run.
+    """Train under the run's lease, and record in MLflow how that ended; return the outcome, and the run in MLflow.
 
     Args:
         known: checkpoints that were found before the lease.
         began: Unix time at which this program started.
-        command: resumes this run.
+        command: the command that resumes this run.
 
     Raises:
         ConfigError: somebody else trains this run, it cannot resume with this config and data set, or storage or MLflow
@@ -124,7 +124,7 @@ def train_under_lease(
                 watcher.dismiss()
         session.stop()
         if lease is not None:
-            # refused, it has not failed
+            # a run that was refused before it began has not failed
             lease.release(_LEASE_OUTCOMES[status] if tracked is not None else "stopped", why or detail)
 
 
@@ -143,8 +143,9 @@ def _check_cost(config: Config, lease: Lease) -> None:
 
 
 def _what_is_there(config: Config, known: list[Checkpoint]) -> tuple[Manifest, list[Checkpoint]]:
-    """Return the data set, and the run's checkpoints, both checked against the config. Call it under the lease: until a
-    job has that, others may change what earlier checks have found, such as the checkpoints `known`.
+    """Return the data set and the run's checkpoints, both checked against the config.
+
+    Call it under the lease: before that, another job may change what earlier checks have found, `known` among them.
 
     Raises:
         ConfigError: they do not fit the config or each other, or the data set has gone.
@@ -156,7 +157,8 @@ def _what_is_there(config: Config, known: list[Checkpoint]) -> tuple[Manifest, l
 
 
 def _end_abandoned(tracked: TrackedRun, console: Console) -> None:
-    """End the runs in MLflow that nobody trains any more: at once where that is known, else once it shows."""
+    """End the runs in MLflow that nobody trains any more: some at once, and some later, once their leases are seen not
+    to change."""
     from eiwtrain import tracking
     from eiwtrain.storage import watch
 
@@ -176,7 +178,7 @@ def _end_abandoned(tracked: TrackedRun, console: Console) -> None:
 
 
 def _in_mlflow(outcome: Outcome) -> tuple[Status, str]:
-    """Return the status and its detail with which MLflow has a run that ended so."""
+    """Return the status in MLflow of a run with this outcome, and its detail."""
     if isinstance(outcome, Finished):
         return "FINISHED", ""
     if isinstance(outcome, Stopped):

@@ -38,12 +38,12 @@ def finish(
     guard: Guard,
     may_continue: Callable[[str], bool],
 ) -> Summary | None:
-    """Draw, export and sum up; return the content of `summary.json` under the run's root, or None if it may not
-    continue.
+    """Draw samples, export the model, write `summary.json` under the run's root, and return the summary; None as soon
+    as the run may not continue.
 
     Args:
-        guard: asked before each thing is written; raises LeaseLost.
-        may_continue: asked before that, with what comes next.
+        guard: is asked before each of the three is written; raises LeaseLost.
+        may_continue: returns whether to continue; called before each, with the name of what comes next.
     """
     config, state = held_out.config, held_out.state
     root = config.root
@@ -70,8 +70,29 @@ def finish(
             except (TrackingError, storage.StorageError) as e:
                 again = f"python -m eiwtrain.export {state.step} --run {root} --register '{name}'"
                 registered = f"not registered: {e}; to do so: {again}"
+    summary = _summary(held_out, score, clock, samples, model, registered, tracked.run_id)
+    if not may_continue("the summary"):
+        return None
+    guard.check()
+    storage.write_bytes(storage.join(root, "summary.json"), content_of(summary))
+    tracker.tags({"exported_model": model})
+    return summary
+
+
+def _summary(
+    held_out: HeldOut, score: Score, clock: Clock, samples: str, model: str, registered: str | None, run_id: str
+) -> Summary:
+    """Return the figures of the run.
+
+    Args:
+        samples, model: URLs of the sample grid and of the exported model.
+        registered: where the Model Registry has the model, or why it has not; None if it should not.
+        run_id: of the run in MLflow.
+    """
+    config, state = held_out.config, held_out.state
+    assert state.newest is not None
     priced = config.workers.price_per_hour is not None
-    summary = Summary(
+    return Summary(
         data=state.manifest.title,
         steps=state.step,
         images=state.samples_seen,
@@ -94,19 +115,13 @@ def finish(
         skipped_steps=state.skipped,
         drift=held_out.drift(),
         workers=dist.get_world_size(),
-        metrics=storage.join(root, METRICS),
+        metrics=storage.join(config.root, METRICS),
         samples=samples,
         exported_model=model,
         registered=registered,
         checkpoint=state.newest.url,
-        mlflow_run_id=tracked.run_id,
+        mlflow_run_id=run_id,
     )
-    if not may_continue("the summary"):
-        return None
-    guard.check()
-    storage.write_bytes(storage.join(root, "summary.json"), content_of(summary))
-    tracker.tags({"exported_model": model})
-    return summary
 
 
 def _published(held_out: HeldOut, images: int) -> Published:

@@ -56,7 +56,7 @@ from eiwtrain.train.telemetry import Step, Telemetry
 from eiwtrain.train.watchdog import Watchdog
 
 _INITIALIZE_IMAGES = 256  # for actnorm's data-dependent initialisation
-_FIRST_SEED = 0  # for their noise
+_FIRST_SEED = 0  # for the noise of these
 
 
 Ending = Literal["", "again", "stop"]  # what all ranks have agreed to do: continue, or one of the driver's requests
@@ -71,7 +71,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
     timeline.mark("process group")
     assignment = settings["assignment"]
     os.environ.update(assignment.environment)
-    fsspec.config.set_conf_env(fsspec.config.conf)  # which read the environment when it was imported
+    fsspec.config.set_conf_env(fsspec.config.conf)  # fsspec read the environment when it was imported
     driver = WorkerEnd(assignment.mailbox)
     where = f"rank {dist.get_rank()} (process {os.getpid()} on {socket.gethostname()})"
     watchdog = Watchdog(assignment.config.workers.hang_seconds, lambda what: driver.finish(Note(f"{where}: {what}")))
@@ -88,7 +88,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
         if not is_out_of_memory(e):
             raise
         did_fit = worker is not None and worker.state.step > worker.first_step
-        # it did fit, or a process that died may not have let go of its memory yet
+        # a shortage may pass if steps did fit before, or if a process of a failed attempt still held memory
         ended = shortage.outcome(e, assignment.config, may_pass=did_fit or assignment.failures > 0)
         driver.finish(ended)
         if isinstance(ended, Crashed):
@@ -188,16 +188,17 @@ class Worker:
         timeline.mark("the rest")
         try:
             if self.job.skip_to is not None:
-                self.keeper.save()  # or, after a crash, the next attempt would try these steps with the same weights
+                self.keeper.save()  # otherwise, after a crash, the next attempt would run the skipped steps again
             while state.step < c.train.max_steps:
-                if self._evaluation_due():  # before a step, as a stop may have cut it short in the last attempt
-                    ending, due = ("" if self._evaluate() else self._agreed()), True  # with the score
+                if self._evaluation_due():  # before a step: a stop may have cut it short in the last attempt
+                    ending: Ending = "" if self._evaluate() else self._agreed()
+                    due = True  # a checkpoint, which then has the score
                 else:
                     ending, due = self._train_step(batches)
                     if state.skipped_in_row > c.train.max_skipped:
                         return self._give_up()
                     due = due and not self._evaluation_due()
-                if ending or (due and not state.skipped_in_row):  # those before hold the same weights, and are good
+                if ending or (due and not state.skipped_in_row):  # after skipped steps the last one has these weights
                     self.watchdog.beat(f"the checkpoint of step {state.step}")
                     self.keeper.save(wait=bool(ending))
                 if ending:
@@ -208,7 +209,7 @@ class Worker:
             self.keeper.drop_copies()
             if ending := self._agreed():
                 return self._ended(ending)
-            assert score is not None  # or a reason to end was agreed on
+            assert score is not None  # without one, the ranks have agreed on a reason to end
             return self._finish(score) if self.rank == 0 else None
         finally:
             self.telemetry.close()
@@ -250,7 +251,8 @@ class Worker:
         return _ending(sums.again, sums.stop), sums.save > 0
 
     def _report(self, micro_batches: list[MicroBatch]) -> Tensor:
-        """Return what this rank has to say at the end of a step, which no rank has finished yet; see `agreed.pack`."""
+        """Return this rank's part of what the ranks sum up in a step (`agreed.pack`). It is read before the step counts
+        as made."""
         save = self.rank == 0 and self.keeper.due(self.state.step + 1)
         look, compare = self.telemetry.looks(self.state.step + 1), self.telemetry.compares()
         return agreed.pack(micro_batches, [data.new_faults(), *self._wants(), save, look, compare], self.rank)
@@ -276,7 +278,7 @@ class Worker:
         )
 
     def _wants(self) -> tuple[float, float]:
-        """Return whether this rank knows of a reason for another attempt, and to stop."""
+        """Return two flags, 0 or 1: this rank knows a reason to begin another attempt; it knows a reason to stop."""
         request = self.driver.request
         if self.rank == 0 and not self.limit:
             self.limit = limits.passed(self.config.train, self.job.began, self.clock)
@@ -284,7 +286,7 @@ class Worker:
         return float(kind == "again"), float(kind == "stop" or bool(self.limit))
 
     def _agreed(self) -> Ending:
-        """Return what to do, by what any rank knows. Collective."""
+        """Return what to do next; a reason that one rank knows counts for all. Collective."""
         return _ending(*sum_over_ranks([*self._wants()], self.device))
 
     def _ended(self, ending: Ending) -> Stopped | Again | None:
@@ -362,7 +364,7 @@ class Worker:
         return Finished(summary)
 
     def _may_continue(self, what: str) -> bool:
-        """Whether this rank knows of no reason to stop before `what`; asked on rank 0 alone."""
+        """Return whether to begin `what`, as this rank knows no reason to stop. Rank 0 alone."""
         self.watchdog.beat(what)
         return not any(self._wants())
 

@@ -19,8 +19,10 @@ _WEIGHTS_NOT_ZERO = 0.05  # in place of layers that start at zero, whose output 
 
 
 def warning(model: flow.EIWFlow, batch: Callable[[], tuple[Any, ...]]) -> str | None:
-    """Return one line if a conditioner of the model computes otherwise in the backward pass; None where all is well, or
-    nothing is computed again, or the model is on the CPU, whose backward pass runs in the same thread.
+    """Return one line if a conditioner of the model gives other numbers in the backward pass; None if all is well.
+
+    It looks at no model on the CPU, whose backward pass runs in the same thread, and at none that stores everything and
+    so computes nothing again.
 
     Args:
         model: in evaluation mode, with whole weights.

@@ -16,14 +16,14 @@ from eiwtrain.train import report
 
 _LESS = 0.75  # of the memory that the attempt before was given
 _MOST_SECONDS = 30.0  # to wait for the memory of a process that is ending
-_QUIET_SECONDS = 2.0  # without any, after which what is free is taken to be all
+_QUIET_SECONDS = 2.0  # in which no more memory becomes free, after which no more is expected
 _POLL_SECONDS = 0.25
-_NEARLY_ALL = 0.95  # of a GPU: what a process's own use of CUDA leaves
+_NEARLY_ALL = 0.95  # of a GPU: as much is free when only this process uses it
 
 
 def outcome(error: RuntimeError, config: Config, may_pass: bool) -> Crashed | Failed:
-    """Return how an attempt ends that ran out of memory: the next one may do better if this may pass, or if it takes
-    less."""
+    """Return the outcome of an attempt that ran out of memory: `Crashed`, so that another follows, if the shortage may
+    pass by itself or the next attempt takes less; otherwise `Failed`."""
     what = report.out_of_memory(error, config)
     if may_pass or config.model.backprop == "auto":
         return Crashed(what, short_of_memory=True)
@@ -31,13 +31,13 @@ def outcome(error: RuntimeError, config: Config, may_pass: bool) -> Crashed | Fa
 
 
 def memory_share(shortages: int) -> float:
-    """Return the share of the free memory, or of the budget, that activations may take after attempts that ran out of
-    memory."""
+    """Return the share of the free memory, or of the budget, that activations may take once `shortages` attempts have
+    run out of memory."""
     return float(_LESS**shortages)
 
 
 def await_memory(device: torch.device) -> None:
-    """Wait while other processes that end give back memory of a GPU: what is free is soon measured."""
+    """Wait until processes that are ending have freed their memory of a GPU: what is free is measured next."""
     if device.type == "cuda":
         await_growth(lambda: torch.cuda.mem_get_info(device))
 

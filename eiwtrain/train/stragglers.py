@@ -42,19 +42,22 @@ class Stopwatch:
         self._begun, self._seconds = 0.0, math.nan
 
     def begin(self) -> None:
-        """Begin at what the device was last given to do."""
+        """Start the watch when the device has done what it was given so far."""
         self._begun, self._seconds = time.perf_counter(), math.nan
         if self._events is not None:
             self._events[0].record()
 
     def end(self) -> None:
-        """End there."""
+        """Stop the watch when the device has done what it was given by now."""
         self._seconds = time.perf_counter() - self._begun
         if self._events is not None:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """Return the time between the two; NaN without an end. Call it once the host has read a later result."""
+        """Return the seconds from start to stop; NaN if it was not stopped.
+
+        Call it once the host has read a result that the device computed later.
+        """
         if self._events is None or math.isnan(self._seconds):
             return self._seconds
         return float(self._events[0].elapsed_time(self._events[1])) / 1000
@@ -102,7 +105,7 @@ class Speeds:
         self._begin()
 
     def _begin(self) -> None:
-        """Begin to count anew."""
+        """Start a new count."""
         self._steps = 0
         self._data = self._compute = self._worked = 0.0
         self._next = time.monotonic() + _SECONDS
@@ -119,15 +122,20 @@ class Speeds:
         return self._rank == 0 and len(self._node_of) > 1 and time.monotonic() >= self._next
 
     def compare(self) -> dict[str, float]:
-        """Print what each rank needs on average since the last time; return points of the curves. Collective; rank 0
-        alone does so."""
+        """Gather each rank's mean time since the last comparison; print them and return the points of their curves.
+        Collective; ranks other than 0 print nothing and return no points."""
         mean, worked = Own(self._data / self._steps, self._compute / self._steps), self._worked
         self._begin()
         gathered: list[Any] | None = [None] * len(self._node_of) if self._rank == 0 else None
         dist.gather_object(mean, gathered, dst=0)
-        return {} if gathered is None else self._report(gathered, worked)
+        if gathered is None:
+            return {}
+        points = self._print(gathered)
+        self._name_slow(gathered, worked)
+        return points
 
-    def _report(self, ranks: list[Own], worked: float) -> dict[str, float]:
+    def _print(self, ranks: list[Own]) -> dict[str, float]:
+        """Print the fastest, median and slowest rank; return the points of their curves and of their nodes'."""
         points: dict[str, float] = {}
         lines = []
         for what, pattern, of_node in (("compute", RANK_COMPUTE, NODE_COMPUTE), ("data", RANK_DATA, NODE_DATA)):
@@ -146,15 +154,19 @@ class Speeds:
             said = (f"{name} {values[rank]:.3f} ({self._name(rank)})" for name, rank in shown.items())
             lines.append(f"{what} {', '.join(said)}")
         self._say("seconds a step by rank: " + "; ".join(lines))
-        if not any(math.isnan(own.compute) for own in ranks):
-            both = [own.data + own.compute for own in ranks]
-            for rank in self._watch.look(both, worked):
-                self._say(
-                    f"{self._name(rank)} has been {both[rank] / median_low(both):.1f} times slower than the median "
-                    f"rank for {_PATIENCE / 60:.0f} minutes, and all ranks wait for it: {ranks[rank].compute:.3f} s a "
-                    f"step of computing, {ranks[rank].data:.3f} s of waiting for data"
-                )
         return points
+
+    def _name_slow(self, ranks: list[Own], worked: float) -> None:
+        """Print a line for each rank that has been slow for long enough; `worked` is as for `Watch.look`."""
+        both = [own.data + own.compute for own in ranks]
+        if any(map(math.isnan, both)):
+            return
+        for rank in self._watch.look(both, worked):
+            self._say(
+                f"{self._name(rank)} has been {both[rank] / median_low(both):.1f} times slower than the median "
+                f"rank for {_PATIENCE / 60:.0f} minutes, and all ranks wait for it: {ranks[rank].compute:.3f} s a "
+                f"step of computing, {ranks[rank].data:.3f} s of waiting for data"
+            )
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self.nodes[self._node_of[rank]]}"

@@ -1,6 +1,6 @@
 """What is measured of each step, and what rank 0 makes of it: points of MLflow's curves, and the training line.
 
-Not for the figures themselves: they are of `eiwtrain.train.report`, `goodput`, `stragglers` and
+Not for the figures themselves: they come from `eiwtrain.train.report`, `goodput`, `stragglers` and
 `eiwtrain.tracking.system`.
 """
 
@@ -24,7 +24,7 @@ from eiwtrain.train.stragglers import Speeds
 
 
 class Step(NamedTuple):
-    """What a rank knows of a step that it has made."""
+    """What a rank has measured of a step."""
 
     sums: StepSums
     entropy: Tensor
@@ -90,22 +90,24 @@ class Telemetry:
             speeds = self._speeds.compare()
             if self._tracker is not None:
                 self._tracker.metrics(state.step, speeds)
-        logs = self.logs(state.step)
         of_machines = self._system.curves() if made.sums.look else {}
-        orders = state.orders() if logs else []
-        if self._tracker is not None and logs:
-            epoch = state.samples_seen / self._images
-            curves = report.curves(
-                self._meter, bits, penalty, made.norm, made.lr, made.entropy, orders, self._faults, epoch
-            )
-            curves |= (
-                {WORKERS: self._workers, SKIPPED_STEPS: float(state.skipped)}
-                | goodput.curves(self._clock)
-                | of_machines
-            )
-            if self._config.workers.price_per_hour is not None:
-                curves |= goodput.cost_curves(self._clock, self._meter.eta(state.step, t))
-            self._tracker.metrics(state.step, curves)
+        if self.logs(state.step):
+            orders = state.orders()  # collective
+            if self._tracker is not None:
+                self._tracker.metrics(state.step, self._curves(made, bits, penalty, orders) | of_machines)
+
+    def _curves(
+        self, made: Step, bits: float, penalty: float, orders: Sequence[tuple[float, float]]
+    ) -> dict[str, float]:
+        """Return the points of the curves at the step that was just made; its bits/dim and penalty are of an image."""
+        state, epoch = self._state, self._state.samples_seen / self._images
+        points = report.curves(
+            self._meter, bits, penalty, made.norm, made.lr, made.entropy, orders, self._faults, epoch
+        )
+        points |= {WORKERS: self._workers, SKIPPED_STEPS: float(state.skipped)} | goodput.curves(self._clock)
+        if self._config.workers.price_per_hour is not None:
+            points |= goodput.cost_curves(self._clock, self._meter.eta(state.step, self._config.train))
+        return points
 
     def progress(self) -> None:
         """Send the training line, every few seconds."""
