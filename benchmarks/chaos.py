@@ -195,13 +195,17 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def choose(names: Sequence[str] | None, offered: set[str]) -> list[Fault]:
-    """Return the faults to draw from: those named, or all that the place can offer."""
+    """Return the faults to draw from: those named, or all that the place can offer.
+
+    Raises:
+        ValueError: there is no such fault, or not at this place.
+    """
     unknown = set(names or ()) - FAULTS.keys()
     if unknown:
-        raise SystemExit(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+        raise ValueError(f"no such fault: {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
     chosen = [FAULTS[name] for name in names] if names else [f for f in FAULTS.values() if f.needs <= offered]
     if lacking := [f.name for f in chosen if not f.needs <= offered]:
-        raise SystemExit(f"not available at this place: {', '.join(lacking)}")
+        raise ValueError(f"not available at this place: {', '.join(lacking)}")
     return chosen
 
 
@@ -308,7 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="new, and kept (default: temporary, kept where a trial failed)")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args(argv)
-    choose(args.kinds, {"s3", "cluster"} if args.place == "cluster" else set())
+    try:
+        choose(args.kinds, {"s3", "cluster"} if args.place == "cluster" else set())
+    except ValueError as e:
+        parser.error(f"--kinds: {e}")
     try:
         gpus = own_gpus() if args.gpus else []
     except ValueError as e:

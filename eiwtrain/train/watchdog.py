@@ -1,4 +1,4 @@
-"""Killing a worker that makes no progress, after it has reported the stacks of its threads.
+"""Kills a worker that makes no progress, after reporting the stacks of its threads.
 
 A rank that hangs leaves the others in a collective that never returns, and the watchdog of each rank notices that. The
 process is killed, so that Ray sees a dead worker and starts a new attempt. Not for a process that is suspended or gone:

@@ -276,11 +276,18 @@ def test_moments_are_within_the_run_and_not_before_there_is_something_to_break(s
     assert moment.delay >= 0
 
 
-def test_an_unknown_fault_and_one_that_a_place_does_not_have_are_refused() -> None:
-    with pytest.raises(SystemExit, match="no such fault: kill-all"):
-        chaos.choose(["kill-all"], set())
-    with pytest.raises(SystemExit, match="kill-node"):
-        chaos.choose(["kill-rank", "kill-node"], set())
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [("kill-all", "no such fault: kill-all"), ("kill-rank,kill-node", "not available at this place: kill-node")],
+)
+def test_an_unknown_fault_and_one_that_a_place_does_not_have_are_refused(kinds: str, said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as refused:
+        chaos.main(["--place", "local", "--kinds", kinds])
+    assert refused.value.code == 2
+    assert f"--kinds: {said}" in capsys.readouterr().err
+
+
+def test_a_place_has_the_faults_whose_needs_it_offers() -> None:
     assert {f.name for f in chaos.choose(None, set())} == {n for n, f in FAULTS.items() if not f.needs}
 
 
