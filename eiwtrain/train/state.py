@@ -210,11 +210,6 @@ def _score_of(saved: checkpoints.Checkpoint) -> Score | None:
     return Score(bits, error, score["images"])
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Return whether `flag` is set on any rank. Collective."""
-    return sum_over_ranks([float(flag)], device)[0] > 0
-
-
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Return each value summed over ranks, in float64. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
