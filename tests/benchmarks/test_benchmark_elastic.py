@@ -1,9 +1,8 @@
-"""The benchmark of elastic runs: what it counts as lost and repeated, its tables, and an epoch of our own loader."""
+"""The benchmark of elastic runs: what it counts as lost and repeated, its tables, and how its attempts end."""
 
 from __future__ import annotations
 
-import json
-import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,32 @@ def test_the_sizes_make_whole_steps_at_every_number_of_workers() -> None:
     assert elastic_curves.SAMPLES == elastic.IMAGES
 
 
-@pytest.mark.cluster  # processes of its own
-def test_our_loader_killed_at_one_worker_resumes_at_two(tmp_path: Path) -> None:
-    elastic.write_images(tmp_path / "images")
-    elastic.prepare(tmp_path / "images", tmp_path / "data")
-    made, note = elastic.trial(sys.executable, "eiwtrain", str(tmp_path / "data"), "1 → 2 workers", 7, tmp_path / "a")
-    assert note == ""
-    assert elastic.count(made, made, elastic.IMAGES) == {"lost": 0, "repeated": 0, "other_steps": 0}
-    restored = [
-        json.loads(file.read_text().splitlines()[0])["restored"] for file in sorted((tmp_path / "a").glob("*l"))
-    ]
-    assert restored == [0, 7]
+def interpreter(path: Path, script: str) -> str:
+    """Write a program in the place of an interpreter that has a loader."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_attempt_ends_with_its_kill_or_with_the_first_failure_of_a_rank(tmp_path: Path) -> None:
+    assert elastic.attempt(interpreter(tmp_path / "dies", "kill -9 $$"), {"die_after": 3}, 2) == ""
+    assert elastic.attempt(interpreter(tmp_path / "ends", "exit 0"), {"die_after": None}, 2) == ""
+    fails = interpreter(tmp_path / "fails", "test $RANK = 0 && exec sleep 300; echo 'ValueError: no' >&2; exit 1")
+    began = time.monotonic()
+    assert elastic.attempt(fails, {"die_after": None}, 2) == "ValueError: no"
+    assert time.monotonic() - began < 60  # the other rank was not waited for
+
+
+def test_only_a_failure_to_resume_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def attempt(python: str, task: Any, ranks: int) -> str:
+        tried.append((ranks, task["processes"], task["die_after"]))
+        return failures.pop(0)
+
+    monkeypatch.setattr(elastic, "attempt", attempt)
+    failures = ["", "", "ValueError: no"]
+    assert elastic.trial("", "LitData", "", "2 → 1 → 2 workers", 7, tmp_path / "a") == ({}, "refused: ValueError: no")
+    assert tried == [(2, 2, 10), (1, 2, 17), (2, 2, None)]
+    failures = ["ValueError: no"]
+    assert elastic.trial("", "LitData", "", "2 → 1 workers", 7, tmp_path / "b") == ({}, "ValueError: no")
