@@ -55,7 +55,7 @@ def render(run: Run) -> str:
         section("Jobs that trained it", *_jobs(run)),
         section("Data", rows(_data(run))),
         section("Model and score", rows(_model(run))),
-        section("Published figures", *[el("p", line) for line in run.published.lines()]),
+        section("Published figures", _published(run)),
         section("Exported model", *_exports(run)),
         section("To repeat it", *_repeat(run)),
     )
@@ -256,6 +256,20 @@ def _model(run: Run) -> list[tuple[str, Child]]:
     else:
         found.append(("best kept score", "no evaluation yet"))
     return found
+
+
+def _published(run: Run) -> Html:
+    """Return the figures that the score can be compared with, the best last and then its own, or why there are none."""
+    found = run.published.figures
+    if not found or run.best is None or run.estimator is None:
+        return el("p", *run.published.lines())
+    lines: list[list[Child]] = [
+        [f.model, f"{f.bits_per_dim:.2f}", f.estimator, f"{f.parameters:,}" if f.parameters else "", f.source]
+        for f in found
+    ]
+    own = [run.name, score_of(run), run.estimator.name, f"{run.parameters:,}" if run.parameters else "", "this run"]
+    head = [found[0].protocol, "bits/dim", "estimator", "parameters", "source"]
+    return table(head, [*lines, [el("b", cell) for cell in own]], "stack")
 
 
 def _exports(run: Run) -> list[Html]:

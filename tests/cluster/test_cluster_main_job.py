@@ -15,6 +15,8 @@ from mlflow import MlflowClient
 from watchers import mark, wait_until, watchers
 
 from eiwtrain import checkpoints, flow, run
+from eiwtrain.reporting import facts
+from eiwtrain.storage import lease
 
 pytestmark = pytest.mark.cluster
 
@@ -104,6 +106,12 @@ def test_a_whole_run_says_and_leaves_what_it_should(folder, uninterrupted):
     ]
     assert_the_journal_has_what_mlflow_has(folder, "whole")
 
+    known = facts.gather(str(root))
+    assert known.notes == ()
+    assert known.parameters == sum(p.numel() for p in model.parameters())
+    assert [(p.step, p.value) for p in known.curves["time/workers"]] == [(s, 2.0) for s in range(1, STEPS + 1)]
+    assert [p.step for p in known.recorded.pictures] == [EVAL_EVERY, STEPS]
+
 
 def stop(folder, name, number, code, *overrides):
     """Stop a run by a signal while it trains; returns the step of its checkpoint and its run in MLflow."""
@@ -176,6 +184,9 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(folder, uninterr
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert curve(folder, "killed", "train/lr")[1] == list(range(1, STEPS + 1))
     assert_the_journal_has_what_mlflow_has(folder, "killed")
+    _, last = lease.look(str(folder / "runs" / "killed"))
+    assert (last.outcome, last.failures) == ("finished", 1)
+    assert last.why.startswith("its workers failed: the process of rank ")
 
 
 def test_a_stop_while_workers_are_dead_names_the_last_checkpoint(folder):

@@ -17,6 +17,7 @@ from eiwtrain.reporting.charts import Series
 from eiwtrain.reporting.comparison import worker_hours
 from eiwtrain.reporting.markup import el
 from eiwtrain.reporting.recorded import Point
+from eiwtrain.scoring.published import Figure, Published
 from eiwtrain.storage.holdings import Holding
 from eiwtrain.tracking import curves
 
@@ -258,3 +259,12 @@ def test_what_cannot_be_used_is_one_line(runs, tmp_path, monkeypatch, capsys, wo
 
 def test_each_curve_of_the_page_exists():
     assert {curve for *_, curve in page._CHARTS} <= set(curves.MEANINGS)
+
+
+def test_published_figures_stand_beside_the_score_where_they_compare(run):
+    figures = tuple(Figure(EVIL, "CIFAR-10", "ELBO", size, 3.25, "arXiv 1") for size in (None, 7_000_000))
+    shown = Page(page.render(dataclasses.replace(run, published=Published(figures))))
+    check_nothing_is_loaded(shown)
+    assert shown.text.count(f"{EVIL}3.25ELBO") == 2
+    assert "7,000,000arXiv 1" in shown.text
+    assert "a4.0000 ± 0.0100ELBO12,345this run" in shown.text
