@@ -46,7 +46,7 @@ def line_chart(title: str, series: Iterable[Series], x_label: str, levels: Seque
     """
     shown = [s for s in series if s.points]
     if not shown:
-        return el("figure", el("figcaption", title), el("p", "no points yet", class_="quiet"), class_="chart")
+        return el("figure", el("figcaption", title), el("p", "no points", class_="quiet"), class_="chart")
     thinned = [(s, s.points if s.marked else thin(s.points)) for s in shown]
     xs = [x for _, points in thinned for x, _ in points]
     ys = [y for _, points in thinned for _, y in points] + [value for _, value in levels]

@@ -148,6 +148,8 @@ def _gather(root: str, tracking_uri: str | None) -> Run:
         of_mlflow = Recorded()
         notes.append(f"MLflow could not be read, which has the command and the samples of each evaluation: {e}")
     notes += of_mlflow.notes
+    if newest and not points:
+        notes.append(f"its curves are neither in {METRICS} of its folder nor in MLflow")
     score = checkpoints.best(found)
     manifest = assemble.manifest_of(newest) if newest else None
     model = _flow(newest, notes)

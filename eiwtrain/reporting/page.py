@@ -277,6 +277,8 @@ def _exports(run: Run) -> list[Html]:
         lines = [(f"{e.bytes / 1e6:,.1f} MB", joined(el("code", e.url), f" {e.checkpoint}")) for e in run.exports]
         load = "from eiwtrain import flow\nmodel = flow.load('path/to/a/copy/of/it')"
         return [rows(lines), el("p", "It loads with torch and safetensors alone:"), el("pre", load)]
+    if run.best is None:
+        return [el("p", "No model was exported, and no checkpoint has a score yet.", class_="quiet")]
     command = shlex.join(["python", "-m", "eiwtrain.export", "best", "--run", run.root, "--output", "FOLDER"])
     return [el("p", "There is no model in the run's folder yet. To export the best:"), el("pre", command)]
 

@@ -85,6 +85,8 @@ def test_without_mlflow_the_rest_is_there_and_a_note_says_so(copy, uri):
     assert note.startswith("MLflow could not be read")
     assert (run.step, run.best.step, len(run.curves[curves.LR])) == (STEPS, STEPS, STEPS)
     assert (run.recorded.pictures, run.recorded.tags) == ((), {})
+    Path(copy, "metrics.jsonl").unlink()
+    assert "its curves are neither in metrics.jsonl" in gather(copy).notes[1]
 
 
 def test_an_mlflow_that_does_not_have_the_run_is_noted(copy, database):
