@@ -125,8 +125,8 @@ def test_gradients_over_two_ranks_are_plain_autograds(tmp_path, stage, backprop)
     run_ranks(gradients_of_every_backbone_are_plain_autograds, 2, tmp_path, stage, backprop)
 
 
-def save_half_way(folder, stage=1, model=None):
-    c = config(folder, stage, model=model)
+def save_half_way(folder, stage=1, model=None, optimizer="adamw"):
+    c = config(folder, stage, model=model, optimizer=optimizer)
     state = make_state(c)
     machines = ["a", "b"][: dist.get_world_size()]
     saver = CheckpointWriter(c.root, 5, 0, lambda: None, near_of(folder, dist.get_rank()), machines)
@@ -163,8 +163,8 @@ def test_a_restart_reads_nothing_from_storage_even_without_a_machine(tmp_path, s
     run_ranks(resume_from_copies, 2, tmp_path, stage, lost, model)
 
 
-def resume_and_compare(folder, stage, exact, model):
-    c = config(folder, stage, model=model)
+def resume_and_compare(folder, stage, exact, model, optimizer):
+    c = config(folder, stage, model=model, optimizer=optimizer)
     whole, half = checkpoints.committed(c.root)
     expected = checkpoints.load(whole)
     dist.barrier()  # all have seen it
@@ -212,21 +212,21 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_begin_anew(t
 
 
 @pytest.mark.parametrize(
-    ("saved_at", "resumed_at", "exact", "model"),  # ZeRO stage and world size
+    ("saved_at", "resumed_at", "exact", "model", "optimizer"),  # ZeRO stage and world size
     [
-        ((0, 2), (0, 2), True, None),
-        ((1, 2), (1, 2), True, None),
-        ((3, 2), (3, 2), True, DENSE),
-        ((1, 2), (0, 1), False, None),
-        ((3, 2), (1, 1), False, None),
-        ((1, 1), (3, 2), False, None),
+        ((0, 2), (0, 2), True, None, "muon"),
+        ((1, 2), (1, 2), True, None, "adamw"),
+        ((3, 2), (3, 2), True, DENSE, "adamw"),
+        ((1, 2), (0, 1), False, None, "adamw"),
+        ((3, 2), (1, 1), False, None, "adamw"),
+        ((1, 1), (3, 2), False, None, "adamw"),
     ],
 )
-def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact, model):
+def test_a_resumed_state_goes_on_as_the_one_that_was_saved(tmp_path, saved_at, resumed_at, exact, model, optimizer):
     stage, world_size = saved_at
-    run_ranks(save_half_way, world_size, tmp_path, stage, model)
+    run_ranks(save_half_way, world_size, tmp_path, stage, model, optimizer)
     stage, world_size = resumed_at
-    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact, model)
+    run_ranks(resume_and_compare, world_size, tmp_path, stage, exact, model, optimizer)
 
 
 def skip_and_go_back(folder):
