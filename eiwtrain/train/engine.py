@@ -109,8 +109,11 @@ class Engine:
         if len(losses) != self._accumulation:
             raise ValueError(f"{len(losses)} micro-batches for {self._accumulation} accumulation steps")
         self._set_rate(lr)
-        # DeepSpeed averages over micro-batches and ranks; the sum is needed
-        scale = self._accumulation * dist.get_world_size()
+        # DeepSpeed averages over micro-batches and ranks; the sum is needed. At stage 0 the gradient is multiplied by
+        # the ranks once it is summed: a loss times 3 would round otherwise in the whole backward pass than one times 1,
+        # and Adam makes whole steps of gradients that are zero but for rounding.
+        ranks = dist.get_world_size()
+        scale = self._accumulation * (ranks if self._flat is None else 1)
         norm = None
         for number, loss in enumerate(losses, 1):
             contribution = loss(self._engine)
@@ -121,8 +124,8 @@ class Engine:
                 if number < len(losses):
                     self._flat.gather()
                 else:
-                    norm = self._read(self._flat.norm(), report)
-                    self._flat.clip_(norm, self._clip)
+                    norm = ranks * self._read(self._flat.norm(), report)
+                    self._flat.clip_(norm, self._clip, ranks)
                     self._optimizer.passes = not math.isfinite(norm)
             self._engine.step()  # at stages 1 to 3 DeepSpeed skips a norm that is not finite, and reports inf
         if norm is None:  # DeepSpeed computes it

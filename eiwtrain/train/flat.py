@@ -114,8 +114,11 @@ class FlatModule(nn.Module):
         return nn.utils.get_total_norm(self.weights.grad.split(_BLOCK))
 
     @torch.no_grad()
-    def clip_(self, norm: float, most: float) -> None:
-        """Scale the flat gradient, whose norm this is, down to the norm `most`; 0: never."""
-        if most and norm > most:
+    def clip_(self, norm: float, most: float, times: int = 1) -> None:
+        """Multiply the flat gradient by `times`, then scale it, whose norm is now this, down to the norm `most`; 0:
+        never."""
+        # as `torch.nn.utils.clip_grad_norm_` does
+        factor = times * (most / (norm + 1e-6) if most and norm > most else 1.0)
+        if factor != 1.0:
             assert self.weights.grad is not None
-            self.weights.grad.mul_(most / (norm + 1e-6))  # as `torch.nn.utils.clip_grad_norm_` does
+            self.weights.grad.mul_(factor)
