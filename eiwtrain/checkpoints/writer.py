@@ -159,16 +159,16 @@ class CheckpointWriter:
         except Exception as e:  # from a rank's storage, the guard, or a rank that is gone
             failure = e
         seconds = time.perf_counter() - began
-        if saved is not None and self._rank == 0:
-            try:
-                checkpoints.sweep(self._root, *self._keep, guard=self._guard, known=saved)
-            except Exception as e:
-                failure = e
-        if saved is not None and self._near is not None:
+        if saved is not None and self._near is not None:  # before the sweep: until then a restart reads from storage
             try:
                 missing = self._leave_copies(saved, shares, self._near)
             except RanksApartError as e:
                 failure = e
+        if saved is not None and self._rank == 0:
+            try:
+                checkpoints.sweep(self._root, *self._keep, guard=self._guard, known=saved)
+            except Exception as e:
+                failure = failure or e
         self._result = SaveResult(saved, failure, stall, seconds, saved.bytes if saved else 0, missing)
 
     def _leave_copies(self, saved: Checkpoint, shares: list[dict[str, Tensor]], folder: str) -> str | None:

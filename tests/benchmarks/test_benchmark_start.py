@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 
 from benchmarks import start
+from benchmarks.relay import relayed
 
 
 def write(folder, name, lines):
@@ -39,6 +41,30 @@ def test_the_table_has_medians_and_ratios_to_this_checkout(tmp_path):
         "| **command to first step, CPU s** | **20.0** | 40.0 (2.00 times) |",
         "| imports, s | 5.0 |  |",
     ]
+
+
+def test_what_a_bucket_sends_is_counted_and_in_the_table(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server, relayed(server.getsockname()[1], 0.0, 1e9) as relay:
+        client = socket.create_connection(("127.0.0.1", relay.port))
+        upstream, _ = server.accept()
+        client.sendall(b"ask")
+        assert upstream.recv(3) == b"ask"
+        upstream.sendall(b"x" * 100)
+        assert client.recv(100, socket.MSG_WAITALL) == b"x" * 100
+        assert relay.sent == 100
+        upstream.close()
+        assert client.recv(1) == b""
+        client.close()
+        other = socket.create_connection(("127.0.0.1", relay.port))
+        upstream, _ = server.accept()  # still open when the relay ends
+    assert other.recv(1) == b""
+    other.close()
+    upstream.close()
+    assert capfd.readouterr().err == ""
+    span = {"seconds": 1.0, "cpu_seconds": 1.0, "parts": {}}
+    rows = [{"tree": tree, "start": span, "recovery": span, "recovery_bytes": n} for tree, n in (("a", 2e6), ("b", 0))]
+    assert start.table(rows).splitlines()[-1] == "| read from the bucket, MB | 2.0 | 0.0 |"
+    assert "bucket" not in start.table([{**row, "recovery_bytes": None} for row in rows])
 
 
 def test_the_cpu_of_processes_that_carry_the_mark_is_counted(monkeypatch):

@@ -137,6 +137,13 @@ def test_copies_of_the_newest_checkpoint_alone_are_kept(tmp_path):
     near.remove(f"{tmp_path}/near", f"{tmp_path}/run")  # another rank of the machine does so, too
 
 
+def test_copies_are_left_before_old_checkpoints_are_deleted_from_storage(tmp_path, monkeypatch):
+    there = []  # deleting takes a far bucket seconds, in which a restart would not find copies
+    monkeypatch.setattr(checkpoints, "sweep", lambda *_args, **_named: there.append(len(copies(tmp_path))))
+    save(tmp_path, 1)
+    assert there == [1]
+
+
 def test_what_a_run_left_that_never_came_back_is_deleted_by_another(tmp_path):
     old, live, own = (near.open_folder(str(tmp_path), root) for root in ("old", "live", "own"))
     (old / "step-00000001-00000000").mkdir()
