@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead [--rounds 12 --steps 8] [--clock thread] [--json FILE] [SECTION.FIELD=VALUE ...]
 
-The system is a run of the quick start with one worker: driver, Ray, loader, DeepSpeed, the average of weights, the
-numbers that ranks agree on, the tracker. Between its steps the same thread makes steps of a bare loop: a copy of the
-flow, the system's last micro-batches, gradients added up and clipped by torch, torch's fused AdamW. A round is
-`--steps` of the one, then of the other, so that other load of the machine meets both. Steps are timed from the end of
-one to the end of the next, so nothing that the loop does is left out; checkpoints and evaluations are, as none is made
-meanwhile (`benchmarks.checkpoint`). Not for a step's own speed: `benchmarks.step`.
+The system is a run of the quick start with one worker and AdamW: driver, Ray, loader, DeepSpeed, the average of
+weights, the numbers that ranks agree on, the tracker. Between its steps the same thread makes steps of a bare loop: a
+copy of the flow, the system's last micro-batches, gradients added up and clipped by torch, torch's fused AdamW. A round
+is `--steps` of the one, then of the other, so that other load of the machine meets both. Steps are timed from the end
+of one to the end of the next, so nothing that the loop does is left out; checkpoints and evaluations are, as none is
+made meanwhile (`benchmarks.checkpoint`). Not for a step's own speed: `benchmarks.step`.
 
 On a machine with other load, `--clock thread` counts the CPU time of that thread, without what it waits for.
 
@@ -228,6 +228,7 @@ def measure(rounds: int, steps: int, clock: str, overrides: list[str]) -> list[R
             "workers.min": 1,
             "train.max_steps": WARM_UP + rounds * steps + 1,
             "train.warmup_steps": 1,
+            "train.optimizer": "adamw",  # the bare loop's
             "eval.every": 10**6,
             "eval.images": 16,
             "eval.samples": 4,
