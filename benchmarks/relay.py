@@ -41,22 +41,27 @@ class Relay:
         self._loop.close()
 
     async def _end_connections(self) -> None:
+        await asyncio.sleep(0.05)  # a server that is closed would leave open what it has just taken
+        self._server.close()
         connections = asyncio.all_tasks() - {asyncio.current_task()}
         for connection in connections:
             connection.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
+        await asyncio.sleep(0)  # in which what was closed is let go
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=_CHUNK)
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, limit=_CHUNK)
+        self.port = self._server.sockets[0].getsockname()[1]
         self._started.set()
-        async with server:
-            await server.serve_forever()
+        await asyncio.Event().wait()  # until it is canceled
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            up, down = await asyncio.open_connection("127.0.0.1", self._upstream, limit=_CHUNK)
-            await asyncio.gather(self._pass(reader, down, False), self._pass(up, writer, True))
+        try:
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                up, down = await asyncio.open_connection("127.0.0.1", self._upstream, limit=_CHUNK)
+                await asyncio.gather(self._pass(reader, down, False), self._pass(up, writer, True))
+        finally:  # also where the relay ends while the server has not answered yet
+            writer.close()
 
     async def _pass(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, counted: bool) -> None:
         """Pass bytes on: the beginning of a request after the latency, all at the rate of one connection."""

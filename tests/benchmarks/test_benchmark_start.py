@@ -1,5 +1,6 @@
 """The benchmark of starts: what it makes of the records of a run. The runs themselves are too long for a test."""
 
+import contextlib
 import json
 import os
 import socket
@@ -45,7 +46,7 @@ def test_the_table_has_medians_and_ratios_to_this_checkout(tmp_path):
 
 def test_what_a_bucket_sends_is_counted_and_in_the_table(capfd):
     with socket.create_server(("127.0.0.1", 0)) as server, relayed(server.getsockname()[1], 0.0, 1e9) as relay:
-        client = socket.create_connection(("127.0.0.1", relay.port))
+        client = socket.create_connection(("127.0.0.1", relay.port), timeout=30)
         upstream, _ = server.accept()
         client.sendall(b"ask")
         assert upstream.recv(3) == b"ask"
@@ -55,7 +56,7 @@ def test_what_a_bucket_sends_is_counted_and_in_the_table(capfd):
         upstream.close()
         assert client.recv(1) == b""
         client.close()
-        other = socket.create_connection(("127.0.0.1", relay.port))
+        other = socket.create_connection(("127.0.0.1", relay.port), timeout=30)
         upstream, _ = server.accept()  # still open when the relay ends
     assert other.recv(1) == b""
     other.close()
@@ -65,6 +66,15 @@ def test_what_a_bucket_sends_is_counted_and_in_the_table(capfd):
     rows = [{"tree": tree, "start": span, "recovery": span, "recovery_bytes": n} for tree, n in (("a", 2e6), ("b", 0))]
     assert start.table(rows).splitlines()[-1] == "| read from the bucket, MB | 2.0 | 0.0 |"
     assert "bucket" not in start.table([{**row, "recovery_bytes": None} for row in rows])
+
+
+def test_a_relay_that_ends_while_it_connects_closes_the_connection():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(20):
+            with relayed(server.getsockname()[1], 0.0, 1e9) as relay:
+                client = socket.create_connection(("127.0.0.1", relay.port), timeout=30)
+            with contextlib.suppress(ConnectionResetError), client:  # before the relay took it
+                assert client.recv(1) == b""
 
 
 def test_the_cpu_of_processes_that_carry_the_mark_is_counted(monkeypatch):
