@@ -37,8 +37,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     name.lower(): kind
     for name, kind in vars(torch.optim).items()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-}
-"""All of torch by their names in lower case. LBFGS, which steps otherwise, fails."""
+} | {"muon": Muon}
+"""All of torch by their names in lower case, but our Muon. LBFGS, which steps otherwise, fails."""
 
 PARTS = ("attention", "norm")
 INITIAL = 256  # images from which normalisations start
@@ -50,7 +50,7 @@ class Recipe:
     """How a variant is trained. Raises ValueError, naming the field, where it makes no sense."""
 
     optimizer: str = "adamw"
-    """Any optimizer of torch by its name in lower case; or muon, the one of the config's `train.optimizer`."""
+    """One of `OPTIMIZERS`; muon is the one of the config's `train.optimizer`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer. Weight decay is 0 unless given here."""
     lr: Annotated[float, Range(0)] = 2e-3
@@ -75,7 +75,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.optimizer not in (*OPTIMIZERS, "muon"):
+        if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         if unknown := set(self.published) - set(PARTS):
             raise ValueError(f"published: {sorted(unknown)[0]!r} is not one of {', '.join(PARTS)}")
@@ -87,13 +87,11 @@ class Recipe:
     def optimize(self, parameters: list[nn.Parameter], blocks: Sequence[Block] = ()) -> torch.optim.Optimizer:
         """Return the optimizer of these parameters, with the peak learning rate; muon is that of one flat parameter,
         which begins with these blocks of matrices."""
-        if self.optimizer == "muon":
-            return Muon(
-                parameters, blocks, **{"lr": self.lr, "betas": (0.9, 0.999), "weight_decay": 0.0} | self.options
-            )
         kind = OPTIMIZERS[self.optimizer]
-        decay = {"weight_decay": 0.0} if "weight_decay" in inspect.signature(kind).parameters else {}
-        return cast(Any, kind)(parameters, **{"lr": self.lr, **decay, **self.options})
+        needed: dict[str, Any] = {"blocks": blocks} if kind is Muon else {}
+        if "weight_decay" in inspect.signature(kind).parameters:
+            needed["weight_decay"] = 0.0
+        return cast(Any, kind)(parameters, **{"lr": self.lr, **needed, **self.options})
 
     def rate(self, done: float) -> float:
         """Return the factor on the learning rate after this share of the budget."""

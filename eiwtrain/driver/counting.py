@@ -27,7 +27,7 @@ from eiwtrain.train import agreed
 from eiwtrain.train.engine import scaled
 from eiwtrain.train.flat import FlatModule, layout
 from eiwtrain.train.objective import MicroBatch
-from eiwtrain.train.optimizers import matrices_of, optimizer_of
+from eiwtrain.train.optimizers import matrices_for, optimizer_of
 
 _BY_DEEPSPEED = (2, 2)
 """Operations that DeepSpeed adds at stage 0: to each micro-batch, whose loss it divides, and to the reduction."""
@@ -112,7 +112,7 @@ def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
     Args:
         model: the flow, with or without numbers.
     """
-    blocks, matrices = layout(_matrices(config, model))
+    blocks, matrices = layout(matrices_for(config.train, model))
     small = [torch.ones(1, n + 1) for n, block in enumerate(blocks) for _ in range(block.matrices)]  # as many shapes
     others = [torch.ones(1) for p in model.parameters() if p not in matrices]
     own = nn.ParameterList(nn.Parameter(t) for t in [*small, *others])
@@ -148,11 +148,7 @@ def count_around(config: Config, model: flow.EIWFlow) -> tuple[int, int]:
 
 def update_flops(config: Config, model: flow.EIWFlow) -> int:
     """Return the FLOPs of an update of the weights: Muon's products of matrices."""
-    return sum(block.flops for block in layout(_matrices(config, model))[0])
-
-
-def _matrices(config: Config, model: flow.EIWFlow) -> list[Tensor]:
-    return matrices_of(model) if config.train.optimizer == "muon" else []
+    return sum(block.flops for block in layout(matrices_for(config.train, model))[0])
 
 
 def _kept(function: Callable[[], Tensor], own: list[Tensor]) -> tuple[int, Tensor]:

@@ -25,7 +25,7 @@ from eiwtrain import flow
 from eiwtrain.config import Train
 from eiwtrain.train import agreed, eager
 from eiwtrain.train.flat import FlatModule
-from eiwtrain.train.optimizers import matrices_of, optimizer_of
+from eiwtrain.train.optimizers import matrices_for, optimizer_of
 
 MOST_IN_BUCKET = 50_000_000  # number of gradients that are reduced at once: 200 MB
 LEAVES: tuple[type[nn.Module], ...] = (flow.Level, flow.VariationalDequantizer)
@@ -59,8 +59,7 @@ class Engine:
                 leaf.register_forward_pre_hook(_with_gradients)
                 leaf.register_forward_hook(_check_flat)
         numbers = sum(p.numel() for p in module.parameters())
-        matrices = matrices_of(module) if train.optimizer == "muon" else []
-        self._flat = FlatModule(module, matrices) if train.zero_stage == 0 else None
+        self._flat = FlatModule(module, matrices_for(train, module)) if train.zero_stage == 0 else None
         seen = module if self._flat is None else self._flat
         optimizer = optimizer_of(seen.parameters(), train, [] if self._flat is None else self._flat.blocks)
         if self._flat is not None:

@@ -83,12 +83,12 @@ class Muon(torch.optim.Optimizer):
         parameters: Iterable[nn.Parameter],
         blocks: Sequence[Block],
         lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         (self._flat,) = (p for group in self.param_groups for p in group["params"])
-        self._blocks = list(blocks)
+        self._blocks, self._sizes = list(blocks), [block.numbers for block in blocks]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -100,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        begin = sum(block.numbers for block in self._blocks)
+        begin = sum(self._sizes)
         betas, lr, decay = (group[name] for name in ("betas", "lr", "weight_decay"))
         state["step"] += 1
         if begin < len(flat):
@@ -115,8 +115,7 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient[:begin], 1 - _MOMENTUM)
         update = gradient[:begin].lerp(momentum, _MOMENTUM)
         matrices.mul_(1 - lr * decay)
-        sizes = [block.numbers for block in self._blocks]
-        for block, own, its in zip(self._blocks, matrices.split(sizes), update.split(sizes), strict=True):
+        for block, own, its in zip(self._blocks, matrices.split(self._sizes), update.split(self._sizes), strict=True):
             moved = orthogonal(its.view(*block))
             own.view(*block).sub_(moved, alpha=lr * 0.2 * max(block.rows, block.columns) ** 0.5)
 
@@ -148,6 +147,11 @@ def matrices_of(module: nn.Module) -> list[Tensor]:
         for name, layer in network.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear) and name != "last" and layer.weight.requires_grad
     ]
+
+
+def matrices_for(train: Train, module: nn.Module) -> list[Tensor]:
+    """Return the weights that the config's optimizer takes as matrices: `matrices_of` for Muon, none for the others."""
+    return matrices_of(module) if train.optimizer == "muon" else []
 
 
 def optimizer_of(parameters: Iterable[nn.Parameter], train: Train, blocks: Sequence[Block] = ()) -> Any:
